@@ -1,0 +1,1 @@
+"""How the exits of a network are used: confidence, thresholds, real early exit, cost, timing, reports."""

@@ -1,0 +1,308 @@
+"""Evaluation results as a figure and as one HTML page that opens offline. Plain data in, files out:
+
+exits:    [{"exit": k, "loss": float, "acc1": fraction, "acc5": fraction, "macs": int}], k from 0, most expensive last
+rows:     [{"policy": str, "thresholds": [...], "accuracy": fraction, "macs": float, "shares": [K fractions]}]
+runtime:  {"order", "thresholds", "accuracy", "macs", "shares", "mismatches", "num_images", "speedup", "macs_ratio",
+          "table": [{"policy", "images_per_s", "p50_ms", "p95_ms", "macs", "accuracy"}]}; a latency may be None
+"""
+
+import io
+import os
+from contextlib import contextmanager
+from functools import partial
+from html import escape
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>
+:root { --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --page: #f6f8fa; --card: #ffffff; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --soft: #9aa4af; --line: #30363d; --page: #0d1117; --card: #161b22; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 2rem 1rem; }
+h1, h2 { line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
+h1 { font-size: 1.7rem; }
+h2 { font-size: 1.15rem; margin-bottom: .75rem; }
+p { margin: 0 0 .75rem; }
+.soft, dd { color: var(--soft); }
+.card, section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1.1rem; }
+section { margin-top: 1rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; margin-top: 1.5rem; }
+.card b { display: block; font-size: 2rem; line-height: 1.3; }
+.card p { margin: 0; font-size: .9rem; }
+figure { margin: 0 auto; max-width: 38rem; }
+figure svg { display: block; width: 100%; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+tr:last-child td { border-bottom: 0; }
+th { color: var(--soft); font-weight: 600; font-size: .85rem; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin-bottom: .75rem; font-size: .85rem; }
+.key i { display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; margin-right: .35rem; }
+.share { display: grid; grid-template-columns: 15rem 1fr; gap: .2rem .8rem; align-items: center; margin: .5rem 0; }
+.share > span { font-size: .85rem; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.bar { display: flex; height: 1.6rem; border-radius: .3rem; overflow: hidden; font-size: .75rem; line-height: 1.6rem; }
+.bar span { flex: 0 0 auto; overflow: hidden; text-align: center; }
+dt { font-weight: 600; }
+dd { margin: 0 0 .75rem; overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  .share { grid-template-columns: 1fr; margin: .8rem 0; }
+  table { font-size: .8rem; }
+  th, td { padding: .4rem .25rem; }
+}
+</style>
+</head>
+<body>
+<main>
+<h1>$title</h1>
+<p class="soft">$subtitle</p>
+<div class="cards">$cards</div>
+<section><h2>Accuracy against cost</h2><figure>$curve</figure></section>
+<section><h2>Each exit alone</h2>$exits</section>
+<section><h2>Where images leave</h2>$shares</section>
+$runtime
+$facts
+</main>
+</body>
+</html>
+""")
+
+# Okabe-Ito colours, told apart under every common colour blindness and readable on light and dark paper.
+CURVE, EXIT, CHOSEN = "#0072b2", "#d55e00", "#009e73"
+INK, PAPER = "#24292f", "#ffffff"
+STYLE = {
+    "font.size": 10,
+    "svg.fonttype": "none",  # text stays text: searchable, and small files
+    "svg.hashsalt": "report",  # equal input gives equal bytes
+    **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], INK),
+}
+LABEL_SIZE = np.array([38.0, 12.0])  # points; room for "exit 10" in 9 pt
+LABEL_OFFSETS = [
+    np.array(side) * distance * LABEL_SIZE
+    for distance in (1, 2, 3)
+    for side in [(0.7, -0.9), (0, -1.2), (0.9, 0), (-0.7, 0.9), (0, 1.2), (-0.9, 0), (-0.7, -0.9), (0.7, 0.9)]
+]
+
+
+def plot_curve(path, exits, rows, *, title, runtime=None):
+    """Draw top-1 accuracy against MACs to ``path``; the suffix picks the format (``.png``, ``.svg``, ``.pdf``).
+
+    Raises:
+        ValueError: matplotlib cannot write files of that suffix.
+    """
+    path = Path(path)
+    with _replacing(path) as temporary:
+        _save_curve(temporary, path.suffix[1:], exits, rows, title=title, runtime=runtime)
+
+
+def write_report(path, *, title, subtitle, exits, rows, runtime=None, facts=()):
+    """Write the page to ``path``: no script, nothing loaded from elsewhere. ``facts`` are (label, text) pairs."""
+    page = PAGE.substitute(
+        title=escape(title),
+        subtitle=escape(subtitle),
+        cards="".join(_cards(exits, rows, runtime)),
+        curve=_inline_curve(exits, rows, runtime),
+        exits=_exit_table(exits),
+        shares=_share_bars(_evenly_spaced(rows, 8)),
+        runtime=_runtime_section(runtime) if runtime else "",
+        facts=_facts_section(facts) if facts else "",
+    )
+    with _replacing(Path(path)) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def cheapest_match(exits, rows):
+    """The cheapest row as accurate as the last exit for fewer MACs than it takes, or None."""
+    last = exits[-1]
+    matches = [row for row in rows if row["accuracy"] >= last["acc1"] and row["macs"] < last["macs"]]
+    return min(matches, key=lambda row: row["macs"], default=None)
+
+
+@contextmanager
+def _replacing(path):
+    """Yield a temporary file beside ``path`` that takes its place only when the body succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _percent(fraction):
+    return f"{100 * fraction:.2f} %"
+
+
+def _macs(count):
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def _save_curve(target, file_format, exits, rows, *, title="", runtime=None, transparent=False):
+    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    unit, name = (1e9, "G") if exits[-1]["macs"] >= 1e9 else (1e6, "M")
+    points = np.array([(row["macs"] / unit, 100 * row["acc1"]) for row in exits])
+    curve = np.array(sorted((row["macs"] / unit, 100 * row["accuracy"]) for row in rows)).reshape(-1, 2)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.6), dpi=200, layout="constrained")
+        axes = figure.add_subplot()
+        if rows:
+            axes.plot(*curve.T, color=CURVE, linewidth=2, label="early exit")
+        marker = {"edgecolors": PAPER, "linewidths": 0.8, "zorder": 3}
+        axes.scatter(*points.T, s=45, color=EXIT, label="one exit for all images", **marker)
+        if runtime:
+            chosen = runtime["macs"] / unit, 100 * runtime["accuracy"]
+            axes.scatter(*chosen, s=150, marker="*", color=CHOSEN, label="measured", **marker)
+        axes.set(xlabel=f"multiply-adds per image ({name})", ylabel="top-1 accuracy (%)")
+        axes.margins(0.1)
+        axes.grid(color=INK, alpha=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        figure.suptitle(title, fontsize=12, parse_math=False)
+        _label_exits(axes, exits, points, curve if rows else points)
+        # Empty metadata: no date, so equal results give equal files.
+        metadata = dict.fromkeys(["Format", "Type", "Creator", "Date"]) if file_format == "svg" else None
+        figure.savefig(target, format=file_format, transparent=transparent, metadata=metadata)
+
+
+def _label_exits(axes, exits, points, line):
+    """Write each exit's name where it covers least of the line, the markers, other names and the frame."""
+    axes.figure.draw_without_rendering()  # settles the layout, hence where a point lands on paper
+    to_points = 72 / axes.figure.dpi
+    anchors = axes.transData.transform(points) * to_points
+    x = np.linspace(line[0, 0], line[-1, 0], 400)
+    drawn = axes.transData.transform(np.stack([x, np.interp(x, *line.T)], axis=1)) * to_points
+    low, high = axes.get_window_extent().get_points() * to_points
+    centres = np.empty((0, 2))
+
+    def clutter(anchor, offset):
+        centre = anchor + offset
+        distances = np.linalg.norm(anchors - centre, axis=1)
+        mistaken = distances < np.linalg.norm(offset) - 1e-6  # would read as the name of that marker
+        outside = (centre - LABEL_SIZE / 2 < low) | (centre + LABEL_SIZE / 2 > high)
+        clashes = (np.abs(centres - centre) < LABEL_SIZE).all(axis=1)
+        covered = (np.abs(np.concatenate([drawn, anchors]) - centre) < LABEL_SIZE / 2).all(axis=1)
+        return covered.sum() + 100 * (mistaken.sum() + clashes.sum() + outside.sum())
+
+    for row, point, anchor in zip(exits, points, anchors, strict=True):
+        offset = min(LABEL_OFFSETS, key=partial(clutter, anchor))
+        centres = np.concatenate([centres, [anchor + offset]])
+        leader = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}
+        text = {"fontsize": 9, "ha": "center", "va": "center", "arrowprops": leader}
+        axes.annotate(f"exit {row['exit']}", point, offset, textcoords="offset points", **text)
+
+
+def _inline_curve(exits, rows, runtime):
+    """The figure as an ``<svg>`` element in the colours of the page, light or dark."""
+    buffer = io.StringIO()
+    _save_curve(buffer, "svg", exits, rows, runtime=runtime, transparent=True)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--card)")
+
+
+def _cards(exits, rows, runtime):
+    best, last = max(exits, key=lambda row: row["acc1"]), exits[-1]
+    yield _card("Best exit", _percent(best["acc1"]), f"exit {best['exit']}, {_macs(best['macs'])} MACs per image")
+    match = cheapest_match(exits, rows)
+    target = f"exit {last['exit']} ({_percent(last['acc1'])}, {_macs(last['macs'])})"
+    if match:
+        figure = f"{last['macs'] / match['macs']:.2f}×"
+        detail = f"{match['policy']}: {_percent(match['accuracy'])} for {_macs(match['macs'])}, against {target}; "
+        detail += f"picked by test accuracy among {len(rows)} operating points"
+    else:
+        figure, detail = "not reached", f"no operating point is as accurate as {target} for fewer MACs"
+    yield _card("Same accuracy for fewer MACs", figure, detail)
+    if runtime:
+        detail = f"over the network that stops at exit {last['exit']}; {runtime['macs_ratio']:.2f}× fewer MACs, "
+        detail += f"{_percent(runtime['accuracy'])} accuracy, {runtime['order']} order"
+        yield _card("Measured speed-up", f"{runtime['speedup']:.2f}×", detail)
+
+
+def _card(label, figure, detail):
+    return f'<div class="card">{escape(label)}<b>{escape(figure)}</b><p class="soft">{escape(detail)}</p></div>'
+
+
+def _table(head, body):
+    lines = [f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"]
+    lines += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in body]
+    return '<div class="scroll"><table>' + "\n".join(lines) + "</table></div>"
+
+
+def _exit_table(exits):
+    largest = exits[-1]["macs"]
+    body = [
+        [f"exit {row['exit']}", _macs(row["macs"]), f"{row['macs'] / largest:.2f}"]
+        + [_percent(row["acc1"]), _percent(row["acc5"]), f"{row['loss']:.4f}"]
+        for row in exits
+    ]
+    return _table(["", "MACs", "of last", "top-1", "top-5", "loss"], body)
+
+
+def _evenly_spaced(rows, count):
+    """At most ``count`` rows, cheapest and most expensive included."""
+    rows = sorted(rows, key=lambda row: row["macs"])
+    picked = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    return [rows[i] for i in picked]
+
+
+def _share_bars(rows):
+    """One stacked bar per row: the fraction of images that left at each exit."""
+    if not rows:
+        return "<p>No dynamic evaluation was run.</p>"
+    styles = _exit_styles(len(rows[0]["shares"]))
+    key = "".join(f'<span><i style="{style}"></i>exit {k}</span>' for k, style in enumerate(styles))
+    return f'<div class="key">{key}</div>' + "\n".join(_share_bar(row, styles) for row in rows)
+
+
+def _share_bar(row, styles):
+    name = f"{escape(row['policy'])}<br>{_percent(row['accuracy'])}, {_macs(row['macs'])}"
+    parts = "".join(
+        f'<span style="{style};width:{100 * share:.2f}%" title="exit {k}: {_percent(share)}">'
+        f"{f'{share:.0%}' if share >= 0.1 else ''}</span>"
+        for k, (share, style) in enumerate(zip(row["shares"], styles, strict=True))
+        if share > 0
+    )
+    return f'<div class="share"><span>{name}</span><div class="bar">{parts}</div></div>'
+
+
+def _exit_styles(num_exits):
+    """Cheap exits dark, expensive ones light: an order that survives colour blindness and grey print."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    places = np.linspace(0.2, 1, num_exits)  # darker ones drown in a dark page
+    return [f"background:{to_hex(colormaps['viridis'](x))};color:{'#fff' if x < 0.45 else '#000'}" for x in places]
+
+
+def _runtime_section(runtime):
+    body = []
+    for row in runtime["table"]:
+        latencies = ["–" if row[key] is None else f"{row[key]:.2f}" for key in ("p50_ms", "p95_ms")]
+        speed = f"{row['images_per_s']:.1f}"
+        body.append([row["policy"], speed, *latencies, _percent(row["accuracy"]), _macs(row["macs"])])
+    table = _table(["", "images/s", "p50 ms", "p95 ms", "top-1", "MACs"], body)
+    thresholds = " ".join(f"{value:.4g}" for value in runtime["thresholds"])
+    note = (
+        f"{runtime['mismatches']:,} of {runtime['num_images']:,} images differ from the simulation. "
+        f"Thresholds, exit by exit: {thresholds}."
+    )
+    bars = _share_bars([{**runtime, "policy": f"early exit, {runtime['order']}"}])
+    return f"<section><h2>Measured speed</h2>{table}<br>{bars}<p class='soft'>{escape(note)}</p></section>"
+
+
+def _facts_section(facts):
+    items = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in facts)
+    return f"<section><h2>How each number was obtained</h2><dl>{items}</dl></section>"

@@ -1,0 +1,42 @@
+"""Evaluation results as lines for a terminal; the forms of the data are those of `adaptive.report`."""
+
+from typing import Any
+
+
+def anytime_lines(exits: list[dict[str, Any]]) -> list[str]:
+    """Every exit: cost, loss and accuracy."""
+    lines = ["exit     MACs, M      loss   top-1 %   top-5 %"]
+    for row in exits:
+        accuracy = f"{100 * row['acc1']:10.2f}{100 * row['acc5']:10.2f}"
+        lines.append(f"{row['exit']:4}{row['macs'] / 1e6:12.2f}{row['loss']:10.4f}{accuracy}")
+    return lines
+
+
+def dynamic_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """About eight of the operating points of a sweep, evenly spaced."""
+    lines = ["row  policy                 MACs, M   top-1 %   leave at each exit, %"]
+    for i in range(0, len(rows), max(1, len(rows) // 8)):
+        row = rows[i]
+        shares = " ".join(f"{100 * share:5.1f}" for share in row["shares"])
+        lines.append(f"{i:3}  {row['policy']:20}{row['macs'] / 1e6:10.2f}{100 * row['accuracy']:10.2f}   {shares}")
+    return lines
+
+
+def runtime_lines(runtime: dict[str, Any], row: int) -> list[str]:
+    """The measured policies."""
+    lines = [
+        f"real early exit with row {row} ({runtime['policy']}) on {runtime['num_images']} test images",
+        "policy                         images/s  micro-batch   p50 ms   p95 ms   MACs, M   top-1 %",
+    ]
+    for line in runtime["table"]:
+        waits = "".join("        -" if line[k] is None else f"{line[k]:9.2f}" for k in ("p50_ms", "p95_ms"))
+        speed = f"{line['policy']:30}{line['images_per_s']:9.0f}{line['micro_batch']:13}{waits}"
+        lines.append(f"{speed}{line['macs'] / 1e6:10.2f}{100 * line['accuracy']:10.2f}")
+    for line in runtime["table"]:
+        if line["mismatches"] is not None:
+            lines.append(f"{line['policy']}: {line['mismatches']} exits differ from the simulation")
+    lines.append(
+        f"throughput order answers {runtime['speedup']:.2f}x the images/s of the last exit alone, for "
+        f"{runtime['macs_ratio']:.2f}x fewer MACs; {runtime['speedup_over_plain']:.2f}x all exits as trained"
+    )
+    return lines

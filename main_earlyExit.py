@@ -1,0 +1,353 @@
+"""Trains a multi-exit network; with `--eval true` evaluates it (as `eval_dynamic.py` does)."""
+
+import time
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import eval_dynamic
+from datasets import set_epoch, train_loader
+from engine import evaluate, summarise, train_one_epoch
+from eval_dynamic import AUGMENT_FLAGS, DATA_FLAGS, EXIT_FLAGS, RUN_FLAGS, Splits, amp_type, open_splits, test_loader
+from models import MultiExitModel, create_model, model_options, nearest
+from training.augment import mixup_collate
+from training.checkpoint import check_arch, latest, load, load_weights, save_epoch
+from training.foreign import fit_to, read_weights, weights_of
+from training.losses import exit_weights, joint_objective
+from training.optim import Update, lr_at, make_optimizer, weight_decay_at
+from utils import (
+    Board,
+    Compute,
+    Flag,
+    append_json,
+    parse_flags,
+    run_main,
+    seed_everything,
+    start_compute,
+    with_defaults,
+)
+
+# Names and defaults are those of Dyn-Perceiver's script.
+FLAGS = {
+    "model": [
+        Flag("model", str, "", "registered network or timm/NAME; with --help, lists its options"),
+        Flag("finetune", str, "", "checkpoint whose weights to start from, other heads than ours left out"),
+        Flag("model_key", str, "model|module|state_dict_ema", "where --finetune looks for weights"),
+        Flag("model_prefix", str, "", "put before the weights' names by --finetune"),
+    ],
+    "data": DATA_FLAGS,
+    "augmentation": [
+        Flag("color_jitter", float, 0.4, "strength of colour jitter where --aa is off", low=0),
+        Flag("aa", str, "rand-m9-mstd0.5-inc1", "timm's auto augmentation policy, or none"),
+        Flag("train_interpolation", str, "bicubic", "bicubic, bilinear, random ..."),
+        Flag("reprob", float, 0.25, "probability of random erasing", low=0),
+        Flag("remode", str, "pixel", "what is erased with: const, rand or pixel"),
+        Flag("recount", int, 1, "boxes erased per image", low=1),
+        Flag("smoothing", float, 0.1, "label smoothing", low=0),
+        Flag("mixup", float, 0.8, "mixup alpha, 0 = off", low=0),
+        Flag("cutmix", float, 1.0, "cutmix alpha, 0 = off", low=0),
+        Flag("cutmix_minmax", float, None, "least and largest cutmix box instead of an alpha", many=True),
+        Flag("mixup_prob", float, 1.0, "probability of mixing a batch", low=0),
+        Flag("mixup_switch_prob", float, 0.5, "probability of cutmix where both are on", low=0),
+        Flag("mixup_mode", str, "batch", "batch, pair or elem"),
+    ],
+    "optimization": [
+        Flag("epochs", int, 300, "", low=1),
+        Flag("update_freq", int, 1, "micro-batches per optimizer step", low=1),
+        Flag("opt", str, "adamw", "any optimizer of timm; sgd is plain SGD with momentum"),
+        Flag("opt_eps", float, 1e-8, "", low=0),
+        Flag("opt_betas", float, None, "", many=True),
+        Flag("momentum", float, 0.9, "", low=0),
+        Flag("weight_decay", float, 0.05, "", low=0),
+        Flag("weight_decay_end", float, None, "final weight decay of a cosine; default: constant", low=0),
+        Flag("filter_bias_and_bn", bool, True, "no weight decay for biases and other 1-D parameters"),
+        Flag("clip_grad", float, None, "largest gradient norm", low=0),
+        Flag("lr", float, 4e-3, "peak learning rate, never scaled by the batch", low=0),
+        Flag("min_lr", float, 1e-6, "final learning rate of the cosine", low=0),
+        Flag("schedule", str, "cosine", "", choices=("cosine", "multistep", "constant")),
+        Flag("decay_epochs", int, (), "epochs at which multistep decays", many=True, low=0),
+        Flag("decay_rate", float, 0.1, "what multistep multiplies by", low=0),
+        Flag("warmup_epochs", int, 20, "", low=0),
+        Flag("warmup_steps", int, -1, "optimizer steps of warm-up, instead of epochs where above 0"),
+        Flag("model_ema", bool, False, "keep a moving average of the weights"),
+        Flag("model_ema_decay", float, 0.9999, "", low=0),
+        Flag("model_ema_force_cpu", bool, False, "keep the average in main memory"),
+        Flag("model_ema_eval", bool, False, "evaluate the average too, and choose the best checkpoint by it"),
+    ],
+    "exits": [
+        Flag("exit_weights", float, None, "weight of each exit's loss; default: all 1", many=True, low=0),
+        Flag("loss_att_factor", float, None, "four exits: weight of exits 0 and 1", low=0),
+        Flag("loss_cnn_factor", float, None, "four exits: weight of exit 2", low=0),
+        Flag("loss_merge_factor", float, None, "four exits: weight of exit 3", low=0),
+        Flag("with_kd", bool, False, "the last exit teaches the others"),
+        Flag("T_kd", float, 4.0, "distillation temperature", low=1e-6),
+        Flag("alpha_kd", float, 0.5, "distillation weight", low=0),
+        *EXIT_FLAGS,
+    ],
+    "running": [
+        *RUN_FLAGS,
+        Flag("log_dir", str, None, "folder for TensorBoard"),
+        Flag("print_freq", int, 50, "batches between two reports", low=1),
+        Flag("compile", bool, False, "torch.compile the forward pass"),
+        Flag("resume", str, "", "checkpoint to go on from, a file or an https URL"),
+        Flag("auto_resume", bool, True, "go on from the last checkpoint in --output_dir"),
+        Flag("start_epoch", int, 0, "", low=0),
+        Flag("save_ckpt", bool, True, "write checkpoints"),
+        Flag("save_ckpt_freq", int, 1, "epochs between numbered checkpoints", low=1),
+        Flag("save_ckpt_num", int, 3, "numbered checkpoints kept; last and best are kept besides", low=0),
+        Flag("eval", bool, False, "evaluate --resume, or the last checkpoint in --output_dir, instead of training"),
+        Flag("weights", str, "auto", "with --eval: which weights", choices=("auto", "model", "ema")),
+        Flag("disable_eval", bool, False, "no evaluation between epochs"),
+        Flag("enable_wandb", bool, False, "mirror TensorBoard to Weights & Biases (pip install wandb)"),
+        Flag("project", str, "dynexit", "project name there"),
+        Flag("local_rank", int, -1, "set by launchers, read from the environment"),
+        Flag("world_size", int, 1, "read from the environment"),
+    ],
+}
+# Flags of that script which cannot do anything here: the one value accepted, and why no other is.
+REFUSED = {
+    "layer_decay": (1.0, "defined for ConvNeXt only, which is not a model here"),
+    "layer_scale_init_value": (1e-6, "defined for ConvNeXt only, which is not a model here"),
+    "head_init_scale": (1.0, "defined for ConvNeXt only, which is not a model here"),
+    "classifier_type": ("cnn", "all exits are always trained; weigh them with --exit_weights"),
+    "resplit": (False, "splits are made by --num_calib and --seed"),
+    "dist_on_itp": (False, "start processes with torchrun or SLURM"),
+    "dist_url": ("env://", "start processes with torchrun or SLURM"),
+    "dist_eval": (True, "evaluation is always shared by the processes and exact"),
+    "wandb_ckpt": (False, "checkpoints stay in --output_dir"),
+    "cka": (False, "there is no such analysis here"),
+    "visualize": (False, "there is no such picture here; see report.html of an evaluation"),
+}
+FLAGS["accepted with their default only"] = [Flag(n, type(v), v, reason) for n, (v, reason) in REFUSED.items()]
+
+
+def check(args: Namespace) -> None:
+    """Refuses combinations that no single flag's limits catch."""
+    for name, (accepted, reason) in REFUSED.items():
+        if getattr(args, name) != accepted:
+            raise ValueError(f"--{name} {getattr(args, name)} is not supported: {reason}")
+    if not args.model:
+        raise ValueError("name a network: --model NAME")
+    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixed and args.batch_size % 2:
+        raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix need an even number")
+
+
+def training_loader(args: Namespace, splits: Splits, compute: Compute) -> DataLoader:
+    """Shuffled, augmented, and mixed if mixup or cutmix is on."""
+    collate = mixup_collate(
+        mixup=args.mixup,
+        cutmix=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        smoothing=args.smoothing,
+        num_classes=splits.source.num_classes,
+    )
+    return train_loader(
+        splits.train,
+        batch_size=args.batch_size,
+        update_freq=args.update_freq,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and compute.device.type == "cuda",
+        collate=collate,
+        seed=args.seed,
+        rank=compute.rank,
+        world_size=compute.world_size,
+    )
+
+
+def make_update(args: Namespace, model: nn.Module, network: MultiExitModel, steps: int, compute: Compute) -> Update:
+    """Optimizer, schedules and moving average for `steps` optimizer steps per epoch."""
+    optimizer = make_optimizer(
+        network,
+        opt=args.opt,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+        eps=args.opt_eps,
+        betas=args.opt_betas,
+        filter_bias_and_bn=args.filter_bias_and_bn,
+    )
+    lr = partial(
+        lr_at,
+        schedule=args.schedule,
+        base=args.lr,
+        minimum=args.min_lr,
+        warmup_steps=args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps,
+        total_steps=args.epochs * steps,
+        milestones=[epoch * steps for epoch in args.decay_epochs],
+        decay_rate=args.decay_rate,
+    )
+    decay = partial(weight_decay_at, base=args.weight_decay, end=args.weight_decay_end, total_steps=args.epochs * steps)
+    average_on = "cpu" if args.model_ema_force_cpu else None
+    return Update(
+        model,
+        optimizer,
+        lr=lr,
+        weight_decay=decay,
+        clip_grad=args.clip_grad,
+        update_freq=args.update_freq,
+        fp16=compute.amp == torch.float16,
+        ema=ModelEmaV3(network, decay=args.model_ema_decay, device=average_on) if args.model_ema else None,
+    )
+
+
+def start_weights(args: Namespace, network: MultiExitModel, content: dict | None, arch: dict, path: str) -> None:
+    """Loads the weights of the checkpoint to go on from or, before a first epoch, of the one to fine-tune."""
+    if content is not None:
+        weights, stored = weights_of(content, path)
+        if stored is not None:
+            check_arch(stored, arch, path)
+        load_weights(network, weights, f"checkpoint {path}")
+    elif args.finetune:
+        weights, _ = read_weights(args.finetune, model_key=args.model_key)
+        fitted, kept = fit_to(network, {args.model_prefix + key: value for key, value in weights.items()})
+        network.load_state_dict(fitted)
+        print(f"fine-tuning {args.finetune}; initialised anew: {', '.join(kept) or 'nothing'}")
+
+
+class Training:
+    """A run: everything that an epoch needs, from the start or as a checkpoint left it."""
+
+    def __init__(self, args: Namespace, options: dict[str, Any], compute: Compute) -> None:
+        self.args, self.compute, self.out = args, compute, Path(args.output_dir) if args.output_dir else None
+        path = args.resume or (self.out and args.auto_resume and latest(self.out)) or None
+        content = load(path) if path else None
+        augment = {name: getattr(args, name) for name in AUGMENT_FLAGS}
+        self.splits = open_splits(args, (content or {}).get("calib_indices"), **augment)
+        self.loader = training_loader(args, self.splits, compute)
+
+        seed_everything(args.seed, 0, 0)
+        self.arch = {"name": args.model, "options": options, "num_classes": self.splits.source.num_classes}
+        self.network = create_model(args.model, self.arch["num_classes"], **options)
+        start_weights(args, self.network, content, self.arch, path)
+        layout = torch.channels_last if compute.channels_last else torch.preserve_format
+        model = self.network = self.network.to(compute.device, memory_format=layout)
+        if args.compile:
+            self.network.compile()
+        if compute.world_size > 1:
+            on_gpu = compute.device.type == "cuda"
+            model = DistributedDataParallel(self.network, device_ids=[compute.device] if on_gpu else None)
+        self.model = model
+        self.steps = len(self.loader) // args.update_freq
+        self.update = make_update(args, model, self.network, self.steps, compute)
+        self.first, self.best = args.start_epoch, -1.0
+        self.update.start(self.first * self.steps)
+        if content is not None and "optimizer" in content:
+            self.first, self.best = content["epoch"] + 1, content.get("best", self.best)
+            published = {"step": self.first * self.steps, "scaler": {}, "model_ema": None}
+            self.update.load_state_dict({**published, **content})
+        factors = {name: getattr(args, f"loss_{name}_factor") for name in ("att", "cnn", "merge")}
+        self.objective = joint_objective(
+            exit_weights=exit_weights(self.network.num_exits, args.exit_weights, **factors),
+            smoothing=args.smoothing,
+            kd_alpha=args.alpha_kd if args.with_kd else 0.0,
+            kd_temperature=args.T_kd,
+        )
+        if compute.rank == 0:
+            size, parts = sum(p.numel() for p in self.network.parameters()), ("train", "calib", "test")
+            print(f"{args.model}: {self.network.num_exits} exits, {size / 1e6:.3f} M parameters")
+            print(", ".join(f"{len(getattr(self.splits, part))} {part} images" for part in parts))
+            print(f"{compute.world_size} x {compute.device}" + (f", going on from {path}" if path else ""))
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """What a checkpoint holds after `epoch`; every epoch seeds its own generators, so none need saving."""
+        mean, std = self.splits.augment.mean, self.splits.augment.std
+        return {
+            "model": self.network.state_dict(),
+            **self.update.state_dict(),
+            "arch": self.arch,
+            "epoch": epoch,
+            "best": self.best,
+            "args": {**vars(self.args), "mean": list(mean), "std": list(std)},
+            "calib_indices": self.splits.calib_indices,
+        }
+
+    def run(self) -> None:
+        """All epochs that are left: train, evaluate on calib, log, save."""
+        args, rank = self.args, self.compute.rank
+        board = Board(args.log_dir if rank == 0 else None, args.project if args.enable_wandb else None, vars(args))
+        for epoch in range(self.first, args.epochs):
+            start = time.monotonic()
+            seed_everything(args.seed, epoch, rank)
+            set_epoch(self.loader, epoch)
+            means = train_one_epoch(
+                self.model,
+                self.loader,
+                self.objective,
+                self.update,
+                self.compute,
+                epoch=epoch,
+                print_freq=args.print_freq,
+                on_print=lambda means: board.add({**means, **self.update.figures()}, self.update.step, "train/"),
+            )
+            figures = {} if args.disable_eval else self.evaluate(last=epoch == args.epochs - 1)
+            judged = [value for key, value in figures.items() if key.startswith(self.judge)]
+            score = sum(judged) / len(judged) if judged else -1.0
+            best, self.best = score > self.best, max(score, self.best)
+            record = {"epoch": epoch, **{f"train/{k}": v for k, v in means.items()}, **figures, **self.update.figures()}
+            record |= {"best": self.best, "seconds": time.monotonic() - start}
+            if rank == 0:
+                board.add({**figures, "seconds": record["seconds"]}, self.update.step)
+                print(epoch_line(record, args.epochs))
+                self.save(record, best)
+
+    @property
+    def judge(self) -> str:
+        """The figures whose mean over exits makes a checkpoint the best."""
+        return "calib_ema/acc1/" if self.args.model_ema and self.args.model_ema_eval else "calib/acc1/"
+
+    def evaluate(self, last: bool) -> dict[str, float]:
+        """`calib/...`, after the last epoch also `test/...`, and of the moving average `calib_ema/...` if asked for."""
+        average = self.args.model_ema and self.args.model_ema_eval
+        networks = {"": self.network, **({"_ema": self.update.ema.module} if average else {})}
+        figures = {}
+        for part in ("calib", "test") if last else ("calib",):
+            images = getattr(self.splits, part)
+            for suffix, network in networks.items() if len(images) else ():
+                loader = test_loader(images, self.args, self.compute)
+                tables = evaluate(network, loader, self.compute, title=part + suffix)
+                figures |= {f"{part}{suffix}/{key}": value for key, value in summarise(tables).items()}
+        return figures
+
+    def save(self, record: dict[str, Any], best: bool) -> None:
+        """Adds the epoch to the log and writes its checkpoints."""
+        if self.out is None:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.args.save_ckpt:
+            freq, keep = self.args.save_ckpt_freq, self.args.save_ckpt_num
+            save_epoch(self.out, self.state(record["epoch"]), epoch=record["epoch"], best=best, freq=freq, keep=keep)
+        append_json(self.out / "log.txt", record)
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """One line that sums up an epoch."""
+    accuracies = [f"{100 * value:.2f}" for key, value in record.items() if key.startswith("calib/acc1/")]
+    text = f"epoch {record['epoch'] + 1}/{epochs}: loss {record['train/loss']:.4f}"
+    return f"{text}, calib top-1 by exit {' '.join(accuracies) or '-'} %, {record['seconds']:.0f} s"
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    given, options = parse_flags(FLAGS, argv, model_options, nearest)
+    args = with_defaults(FLAGS, given)
+    if args.eval:
+        path = args.resume or (args.output_dir and latest(args.output_dir)) or ""
+        eval_dynamic.run({**given, "checkpoint": str(path)}, options)
+        return
+    check(args)
+    Training(args, options, start_compute(args.device, amp_type(args), args.channels_last)).run()
+
+
+if __name__ == "__main__":
+    run_main(main)

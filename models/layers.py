@@ -1,0 +1,72 @@
+"""Blocks that two families or more are made of."""
+
+from torch import Tensor, nn
+
+
+class ConvUnit(nn.Module):
+    """Convolution without bias, batch norm, ReLU; behind a 1x1 unit of its own if `bottleneck` is given.
+
+    The 1x1 unit reduces to min(n_in, bottleneck * n_out) channels. Maps [B, n_in, H, W] to
+    [B, n_out, ceil(H / stride), ceil(W / stride)]. Keys are `net.{0,1}` alone and `net.{0,1,3,4}` with the bottleneck.
+    """
+
+    def __init__(self, n_in: int, n_out: int, *, kernel: int = 3, stride: int = 1, bottleneck: int = 0) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        if bottleneck:
+            reduced = min(n_in, bottleneck * n_out)
+            layers += [nn.Conv2d(n_in, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU(inplace=True)]
+            n_in = reduced
+        layers += [
+            nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=False),
+            nn.BatchNorm2d(n_out),
+            nn.ReLU(inplace=True),
+        ]
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.net(x)
+
+
+class ImageNetStem(nn.Sequential):
+    """7x7 convolution with bias, batch norm, ReLU, max pooling: [B, 3, H, W] to [B, n_out, H / 4, W / 4]."""
+
+    def __init__(self, n_out: int) -> None:
+        super().__init__(
+            nn.Conv2d(3, n_out, 7, stride=2, padding=3),
+            nn.BatchNorm2d(n_out),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        )
+
+
+class MapClassifier(nn.Module):
+    """The exit of MSDNet and RANet: two strided units to `width` channels, average pooling, a linear layer.
+
+    The papers pool 2x2, which at their image sizes leaves 1x1; pooling whatever is left gives the same there and
+    accepts every other size.
+    """
+
+    def __init__(self, n_in: int, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.m = nn.Sequential(
+            ConvUnit(n_in, width, stride=2), ConvUnit(width, width, stride=2), nn.AdaptiveAvgPool2d(1)
+        )
+        self.linear = nn.Linear(width, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map [B, n_in, H, W] to logits [B, C]."""
+        return self.linear(self.m(features).flatten(1))
+
+
+def init_he_out(module: nn.Module) -> None:
+    """Convolutions from N(0, sqrt(2 / (k * k * out))), batch norm 1 and 0, linear bias 0; for `Module.apply`."""
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+        nn.init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

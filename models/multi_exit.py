@@ -1,0 +1,73 @@
+"""The protocol of every network here: an ordered list of stages; stage k turns a state into exit k's answer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Any nest of list, tuple, dict and None; every tensor leaf has the batch on dim 0.
+State = Any
+
+
+class MultiExitModel(nn.Module):
+    """An ordered list of stages; stage k turns a state into exit k's answer and the next state.
+
+    A family writes `begin`, `trunk` and `head`, and `carry` only where a later stage reads an earlier exit's logits.
+    A state holds what later stages read and nothing else; per-batch tensors are never kept on the module.
+    """
+
+    num_exits: int
+
+    def begin(self, images: Tensor) -> State:
+        """Images [B, 3, H, W] to the state before stage 0."""
+        raise NotImplementedError
+
+    def trunk(self, k: int, state: State) -> tuple[Tensor, State]:
+        """The features that exit k reads, and the state for stage k + 1."""
+        raise NotImplementedError
+
+    def head(self, k: int, features: Tensor) -> Tensor:
+        """Logits [B, C] of exit k from its features."""
+        raise NotImplementedError
+
+    def carry(self, k: int, state: State, logits: Tensor) -> State:
+        """The state for stage k + 1 once exit k has answered; only families whose later stages read logits change it."""
+        return state
+
+    def step(self, k: int, state: State) -> tuple[Tensor, State]:
+        """Runs stage k alone: logits [B, C] of exit k and the state for stage k + 1."""
+        features, state = self.trunk(k, state)
+        logits = self.head(k, features)
+        return logits, self.carry(k, state, logits)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] to the logits [B, C] of all exits, cheapest exit first."""
+        state, exits = self.begin(images), []
+        for k in range(self.num_exits):
+            logits, state = self.step(k, state)
+            exits.append(logits)
+        return exits
+
+
+def take(state: State, rows: Tensor) -> State:
+    """The state of a part of the batch: `rows` (int64 indices [M]) of every tensor leaf."""
+    # Indexing, unlike index_select, keeps a channels-last leaf channels-last.
+    return _map_leaves(lambda leaf: leaf[rows], state)
+
+
+def join(states: list[State]) -> State:
+    """One state for the batches of several, in order: every leaf concatenated along the batch."""
+    return states[0] if len(states) == 1 else _map_leaves(lambda *leaves: torch.cat(leaves), *states)
+
+
+def _map_leaves(function: Callable[..., Tensor], *states: State) -> State:
+    first = states[0]
+    if isinstance(first, Tensor):
+        return function(*states)
+    if isinstance(first, dict):
+        return {key: _map_leaves(function, *(state[key] for state in states)) for key in first}
+    if isinstance(first, (list, tuple)):
+        return type(first)(_map_leaves(function, *parts) for parts in zip(*states, strict=True))
+    assert first is None, f"a state is made of tensors, lists, tuples, dicts and None, not {type(first).__name__}"
+    return None

@@ -1,0 +1,78 @@
+"""Names for networks: a preset is a name for a dict of options of a class."""
+
+import difflib
+import inspect
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from models.multi_exit import MultiExitModel
+
+
+class Entry(NamedTuple):
+    """What a registered name stands for."""
+
+    model_class: type[MultiExitModel]
+    options: dict[str, Any]
+    about: str
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register(model_class: type[MultiExitModel], name: str, about: str, **options: Any) -> None:
+    """Registers `name` as `model_class` with other defaults for some of its options; `about` says what it is.
+
+    A name that ends in "/" stands for all names with this prefix: the rest is the class's option `name`.
+    """
+    assert name not in _ENTRIES, f"{name} is registered twice"
+    _ENTRIES[name] = Entry(model_class, options, about)
+
+
+def create_model(name: str, num_classes: int = 1000, **options: Any) -> MultiExitModel:
+    """Builds the registered network `name` with `num_classes` outputs per exit.
+
+    Options are keyword parameters of the network's class. Raises ValueError for an unknown name and TypeError for an
+    unknown option; both say what comes close.
+    """
+    entry, known = _find(name), model_options(name)
+    for option in options:
+        if option not in known:
+            raise TypeError(f"model {name} has no option {option!r}; {nearest(option, known)}")
+    return entry.model_class(num_classes=num_classes, **{**entry.options, **options})
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Sorted registered names that match a shell-style pattern; "timm/..." looks among timm's own names."""
+    if pattern.startswith("timm/"):
+        import timm
+
+        return [f"timm/{name}" for name in timm.list_models(pattern.removeprefix("timm/"))]
+    return sorted(name for name in _ENTRIES if not name.endswith("/") and fnmatchcase(name, pattern))
+
+
+def model_options(name: str) -> dict[str, inspect.Parameter]:
+    """The options of a registered network: name to parameter, whose default is the preset's and whose annotation its type.
+
+    Raises ValueError for an unknown name.
+    """
+    entry = _find(name)
+    parameters = dict(inspect.signature(entry.model_class).parameters)
+    for reserved in ("num_classes", *(["name"] if "/" in name else [])):
+        del parameters[reserved]
+    return {key: p.replace(default=entry.options.get(key, p.default)) for key, p in parameters.items()}
+
+
+def nearest(word: str, words: Any) -> str:
+    """The end of an error message: the words that come close to a misspelt one, or all of them if none does."""
+    close = difflib.get_close_matches(word, words, n=5, cutoff=0.5)
+    return f"did you mean {', '.join(close)}?" if close else f"accepted: {', '.join(words)}"
+
+
+def _find(name: str) -> Entry:
+    prefix, slash, rest = name.partition("/")
+    if slash and prefix + slash in _ENTRIES:
+        entry = _ENTRIES[prefix + slash]
+        return entry._replace(options={**entry.options, "name": rest})
+    if name.endswith("/") or name not in _ENTRIES:
+        raise ValueError(f"unknown model {name!r}; {nearest(name, list_models())}")
+    return _ENTRIES[name]

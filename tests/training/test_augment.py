@@ -1,0 +1,148 @@
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from training.augment import Augment, eval_transform, mixup_collate, train_transform
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+PLAIN = {"color_jitter": 0.0, "aa": "none", "reprob": 0.0}
+
+
+def options(input_size, **changes):
+    return Augment(input_size=input_size, mean=MEAN, std=STD, **changes)
+
+
+def noise_image(width, height):
+    pixels = np.random.RandomState(0).randint(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def normalised(image):
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def mixing(**changes):
+    given = {"mixup": 0.8, "cutmix": 0.0, "cutmix_minmax": None, "prob": 1.0, "switch_prob": 0.5, "mode": "batch"}
+    return mixup_collate(**{**given, "smoothing": 0.1, "num_classes": 4, **changes})
+
+
+@pytest.mark.parametrize("size, native", [(32, 32), (32, 28), (16, 32), (64, 32), (224, 32), (384, 32)])
+def test_both_transforms_give_the_input_size_whatever_the_image_has(size, native):
+    for transform in (train_transform(options(size)), eval_transform(options(size))):
+        assert transform(noise_image(native, native)).shape == (3, size, size)
+
+
+def test_plain_small_training_transform_is_a_shifted_and_perhaps_flipped_copy():
+    image = noise_image(32, 32)
+    padded = torch.nn.functional.pad(normalised(image), (4, 4, 4, 4))
+    black = normalised(Image.new("RGB", (32, 32)))[:, :1, :1]
+    padded[:, :4], padded[:, -4:], padded[:, :, :4], padded[:, :, -4:] = black, black, black, black
+    crops = [padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
+    transform = train_transform(options(32, **PLAIN))
+    seen_flip = set()
+    torch.manual_seed(0)
+    for _ in range(20):
+        output = transform(image)
+        plain = any(torch.allclose(output, crop, atol=1e-6) for crop in crops)
+        flipped = any(torch.allclose(output, crop.flip(2), atol=1e-6) for crop in crops)
+        assert plain or flipped
+        seen_flip.add(flipped)
+    assert seen_flip == {True, False}
+
+
+def test_training_transform_pads_small_images_and_zooms_large_ones():
+    names = [[type(part).__name__ for part in train_transform(options(size)).transforms] for size in (32, 33)]
+    assert names[0][:3] == ["Resize", "RandomCrop", "RandomHorizontalFlip"]
+    assert names[1][:2] == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip"]
+    assert names[0][3:] == names[1][2:] == ["RandAugment", "MaybeToTensor", "Normalize", "RandomErasing"]
+
+
+def test_randaugment_bears_its_strongest_posterize():
+    """Magnitude 10 keeps 0 bits of a colour, which the default policy does to one or two images in a thousand."""
+    random.seed(0)
+    np.random.seed(0)
+    transform = train_transform(options(32, aa="rand-m10-n20-inc1", reprob=0.0))
+    outputs = [transform(noise_image(32, 32)) for _ in range(20)]
+    assert any(len(output.unique()) <= 3 for output in outputs)  # one black image, each channel normalised apart
+
+
+def test_colour_jitter_stands_in_for_randaugment():
+    names = [type(part).__name__ for part in train_transform(options(32, aa="", reprob=0.0)).transforms]
+    assert names[3:] == ["ColorJitter", "MaybeToTensor", "Normalize"]
+
+
+@pytest.mark.parametrize("change", [{"aa": "strong"}, {"train_interpolation": "cubist"}, {"remode": "blot"}])
+def test_unknown_augmentation_is_one_clear_line(change):
+    with pytest.raises(ValueError, match=next(iter(change.values()))) as caught:
+        train_transform(options(32, **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_eval_transform_leaves_a_fitting_small_image_alone():
+    image = noise_image(32, 32)
+    assert_close(eval_transform(options(32))(image), normalised(image))
+
+
+def test_eval_transform_crops_the_centre_of_an_image_whose_short_side_is_256():
+    image = noise_image(300, 256)
+    assert_close(eval_transform(options(224))(image), normalised(image)[:, 16:240, 38:262])
+
+
+def test_eval_transform_honours_crop_pct():
+    image = noise_image(100, 80)
+    assert_close(eval_transform(options(80, crop_pct=1.0))(image), normalised(image)[:, :, 10:90])
+
+
+@pytest.mark.parametrize("crop_pct", [0.0, -1.0, 1.5])
+def test_crop_pct_out_of_range_is_refused(crop_pct):
+    with pytest.raises(ValueError, match=f"crop_pct.*{crop_pct}"):
+        eval_transform(options(224, crop_pct=crop_pct))
+
+
+def test_eval_transform_squeezes_the_whole_image_into_a_large_square():
+    image = Image.new("RGB", (600, 400))
+    image.paste((255, 255, 255), (0, 0, 30, 400))  # a stripe at the left border, which a centre crop would lose
+    output = eval_transform(options(384))(image)
+    assert_close(output[:, 192, 0], normalised(Image.new("RGB", (1, 1), "white"))[:, 0, 0])
+
+
+def test_mixup_is_off_when_all_its_parts_are():
+    assert mixing(mixup=0.0) is None
+    assert mixing(mixup=0.0, cutmix_minmax=(0.2, 0.8)) is not None
+
+
+def test_mixup_mixes_each_sample_with_its_mirror_image_and_smooths_targets():
+    samples = [(torch.full((3, 2, 2), float(i)), i) for i in range(4)]
+    np.random.seed(0)
+    images, targets = mixing()(samples)
+    np.random.seed(0)
+    np.random.rand()  # whether to mix
+    kept = np.random.beta(0.8, 0.8)
+    assert_close(images[:, 0, 0, 0], torch.tensor([i * kept + (3 - i) * (1 - kept) for i in range(4)]))
+    own, mirror = torch.eye(4) * 0.9 + 0.025, torch.eye(4).flip(0) * 0.9 + 0.025
+    assert_close(targets, own * kept + mirror * (1 - kept))
+
+
+def test_cutmix_pastes_a_box_and_weighs_targets_by_its_area():
+    samples = [(torch.full((3, 8, 8), float(i)), i) for i in range(2)]
+    images, targets = mixing(mixup=0.0, cutmix_minmax=(0.3, 0.8), smoothing=0.0)(samples)
+    kept = (images[0, 0] == 0).float().mean()
+    assert 0 < kept < 1
+    assert_close(targets[0], torch.tensor([kept, 1 - kept, 0, 0]))
+
+
+def test_collate_survives_pickling():
+    samples = [(torch.rand(3, 2, 2), 0), (torch.rand(3, 2, 2), 1)]
+    collate = pickle.loads(pickle.dumps(mixing()))
+    assert collate(samples)[1].shape == (2, 4)
+
+
+def test_unknown_mixup_mode_is_refused():
+    with pytest.raises(ValueError, match="'half'.*batch, pair, elem"):
+        mixing(mode="half")

@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from training.losses import joint_objective, kd_loss, soft_cross_entropy
+
+LOGITS = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])  # probabilities 3/4, 1/4 and 1/2, 1/2
+
+
+def three_exits(images):
+    return [images, 2 * images, 3 * images]
+
+
+def run(objective, images, targets):
+    (step,) = objective(three_exits, images, targets)
+    return step
+
+
+def test_cross_entropy_of_classes_by_hand():
+    expected = (math.log(4 / 3) + math.log(2)) / 2
+    assert soft_cross_entropy(LOGITS, torch.tensor([0, 1])).item() == pytest.approx(expected)
+
+
+def test_smoothing_moves_a_share_of_the_target_to_all_classes():
+    smoothed = soft_cross_entropy(LOGITS[:1], torch.tensor([0]), smoothing=0.2)
+    assert smoothed.item() == pytest.approx(0.9 * math.log(4 / 3) + 0.1 * math.log(4))
+
+
+def test_soft_targets_are_not_smoothed_again():
+    targets = torch.tensor([[0.9, 0.1], [0.5, 0.5]])
+    expected = (0.9 * math.log(4 / 3) + 0.1 * math.log(4) + math.log(2)) / 2
+    assert soft_cross_entropy(LOGITS, targets, smoothing=0.2).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_logits_give_float32_losses(dtype):
+    logits = torch.randn(4, 5).to(dtype)
+    targets = torch.arange(4)
+    assert torch.equal(soft_cross_entropy(logits, targets), soft_cross_entropy(logits.float(), targets))
+    assert torch.equal(kd_loss(logits, logits.flip(0), 2.0), kd_loss(logits.float(), logits.float().flip(0), 2.0))
+
+
+def test_float64_logits_keep_their_precision():
+    assert soft_cross_entropy(LOGITS.double(), torch.tensor([0, 1])).dtype == torch.float64
+
+
+def test_kd_agrees_with_kl_div_and_scales_with_temperature():
+    student, teacher = torch.randn(2, 4, 5).double()
+    expected = F.kl_div((student / 3).log_softmax(1), (teacher / 3).softmax(1), reduction="batchmean") * 9
+    torch.testing.assert_close(kd_loss(student, teacher, 3.0), expected)
+
+
+def test_kd_by_hand():
+    # KL((1/2, 1/2) || (3/4, 1/4)) = 1/2 log(2/3) + 1/2 log 2; the second row agrees with itself
+    loss = kd_loss(LOGITS, torch.zeros(2, 2), 1.0)
+    assert loss.item() == pytest.approx((0.5 * math.log(2 / 3) + 0.5 * math.log(2)) / 2)
+
+
+def test_kd_teacher_gets_no_gradient():
+    student, teacher = torch.randn(2, 3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    kd_loss(student[0], teacher, 2.0).backward()
+    assert teacher.grad is None
+    assert student.grad[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 2.0]])
+def test_joint_objective_weighs_exits_but_not_their_distillation(weights):
+    images, targets = torch.randn(4, 5), torch.arange(4)
+    objective = joint_objective(exit_weights=weights, smoothing=0.1, kd_alpha=0.3, kd_temperature=2.0)
+    loss, logits = run(objective, images, targets)
+    task = sum(
+        weight * F.cross_entropy(factor * images, targets, label_smoothing=0.1)
+        for weight, factor in zip(weights or [1, 1, 1], [1, 2, 3], strict=True)
+    )
+    taught = kd_loss(images, 3 * images, 2.0) + kd_loss(2 * images, 3 * images, 2.0)
+    torch.testing.assert_close(loss, task + 0.3 * taught)
+    assert len(logits) == 3
+
+
+def test_joint_objective_has_nothing_to_distil_at_one_exit():
+    objective = joint_objective(exit_weights=None, smoothing=0.0, kd_alpha=0.5)
+    ((loss, _),) = objective(lambda images: [images], LOGITS, torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+
+
+def test_joint_objective_wants_one_weight_per_exit():
+    with pytest.raises(AssertionError, match="2 exit weights for 3 exits"):
+        run(joint_objective(exit_weights=[1.0, 1.0], smoothing=0.0), LOGITS, torch.tensor([0, 1]))

@@ -1,0 +1,253 @@
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training.optim import Update, lr_at, make_optimizer, param_groups, weight_decay_at
+
+OPTIONS = {"lr": 0.1, "weight_decay": 0.05, "momentum": 0.9, "eps": None, "betas": None, "filter_bias_and_bn": True}
+
+
+def rates(count, **options):
+    defaults = {"schedule": "cosine", "base": 1.0, "minimum": 0.2, "warmup_steps": 0, "total_steps": count}
+    return [lr_at(step, **(defaults | options)) for step in range(count)]
+
+
+def make_update(model, opt="sgd", lr=0.1, **options):
+    optimizer = make_optimizer(model, opt=opt, **OPTIONS)
+    return Update(model, optimizer, lr=lambda step: lr / (step + 1), weight_decay=lambda step: 0.01 * step, **options)
+
+
+def squared_error(model, inputs):
+    return model(inputs).pow(2).mean()
+
+
+def test_lr_warms_up_to_base_then_follows_the_cosine():
+    # 3 warm-up steps with both ends, then i = 0 .. 3 of 4 quarter turns from 1 to 0.2
+    expected = [0.0, 0.5, 1.0, 1.0, 0.6 + 0.4 * 2**-0.5, 0.6, 0.6 - 0.4 * 2**-0.5]
+    assert rates(7, warmup_steps=3) == pytest.approx(expected)
+
+
+def test_lr_after_the_last_step_stays_at_the_minimum():
+    cosine = {"schedule": "cosine", "base": 1.0, "minimum": 0.2, "warmup_steps": 0, "total_steps": 4}
+    assert lr_at(4, **cosine) == pytest.approx(0.2)
+    assert lr_at(9, **cosine) == pytest.approx(0.2)
+
+
+def test_lr_multistep_drops_at_each_milestone():
+    options = {"schedule": "multistep", "milestones": (3, 5), "decay_rate": 0.1}
+    assert rates(7, warmup_steps=2, **options) == pytest.approx([0, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_lr_constant_after_warmup():
+    assert rates(4, schedule="constant", warmup_steps=2) == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("warmup", [1, 4, 99])
+def test_lr_warmup_of_any_length_is_clipped_to_the_run(warmup):
+    assert rates(4, warmup_steps=warmup)[0] == 0
+    assert max(rates(4, warmup_steps=warmup)) == 1.0
+    assert lr_at(1, schedule="cosine", base=1.0, minimum=0.2, warmup_steps=warmup, total_steps=1) > 0
+
+
+def test_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="'linear'.*cosine, multistep, constant"):
+        rates(1, schedule="linear")
+
+
+def test_weight_decay_is_constant_or_a_cosine_without_warmup():
+    assert weight_decay_at(3, base=0.1, end=None, total_steps=4) == 0.1
+    assert [weight_decay_at(i, base=0.1, end=0.5, total_steps=4) for i in (0, 2, 4)] == pytest.approx([0.1, 0.3, 0.5])
+
+
+def toy():
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Linear(3, 2))
+    net.table = nn.Parameter(torch.zeros(2, 2))
+    return net
+
+
+def test_param_groups_come_in_order_of_first_occurrence():
+    net = toy()
+    names = {param: name for name, param in net.named_parameters()}
+    decay, no_decay = param_groups(net, 0.05, True)
+    assert [names[p] for p in decay["params"]] == ["table", "1.weight", "2.weight"]
+    assert [names[p] for p in no_decay["params"]] == ["0.weight", "0.bias", "1.bias", "2.bias"]
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.05, 0.0)
+
+    first, second = param_groups(net[:2], 0.05, True)  # begins with a batch norm
+    assert (first["weight_decay"], second["weight_decay"]) == (0.0, 0.05)
+
+
+def test_param_groups_skip_frozen_parameters_and_may_decay_everything():
+    net = toy()
+    net[1].weight.requires_grad_(False)
+    (group,) = param_groups(net, 0.05, False)
+    assert len(group["params"]) == 6
+    assert group["weight_decay"] == 0.05
+
+
+def test_bias_of_two_dimensions_is_not_decayed():
+    net = nn.Module()
+    net.bias, net.deep = nn.Parameter(torch.zeros(2, 2)), nn.Module()
+    net.deep.bias = nn.Parameter(torch.zeros(2, 2))
+    assert [group["weight_decay"] for group in param_groups(net.deep, 0.05, True)] == [0.05]  # named "bias", no dot
+    assert [group["weight_decay"] for group in param_groups(net, 0.05, True)] == [0.05, 0.0]
+
+
+@pytest.mark.parametrize(("opt", "second_step"), [("sgd", 1.9), ("nesterov", 2.71), ("momentum", 1.9)])
+def test_sgd_is_plain_momentum_and_nesterov_is_nesterov(opt, second_step):
+    net = nn.Linear(1, 1, bias=False)
+    optimizer = make_optimizer(net, opt=opt, **(OPTIONS | {"lr": 1.0, "weight_decay": 0.0}))
+    for _ in range(2):
+        before = net.weight.item()
+        net.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+    assert before - net.weight.item() == pytest.approx(second_step)  # buffer 1.9; Nesterov 1 + 0.9 * 1.9
+
+
+def test_optimizer_options_reach_timm():
+    optimizer = make_optimizer(toy(), opt="lookahead_AdamW", **(OPTIONS | {"eps": 1e-6, "betas": (0.8, 0.9)}))
+    assert type(optimizer).__name__ == "Lookahead"
+    assert (optimizer.defaults["eps"], optimizer.defaults["betas"]) == (1e-6, (0.8, 0.9))
+
+
+@pytest.mark.parametrize("opt", ["adamv", "foo_sgd", "lookahead_adamv"])
+def test_unknown_optimizer_is_refused_with_close_names(opt):
+    with pytest.raises(ValueError, match=f"{opt}.*(adam|sgd)"):
+        make_optimizer(toy(), opt=opt, **OPTIONS)
+
+
+def test_fused_optimizer_without_cuda_is_one_clear_line():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(ValueError, match="fusedadam.*CUDA"):
+        make_optimizer(toy(), opt="fusedadam", **OPTIONS)
+
+
+def test_accumulation_equals_one_big_batch():
+    inputs = torch.randn(6, 4)
+    whole, parts = nn.Linear(4, 3), nn.Linear(4, 3)
+    parts.load_state_dict(whole.state_dict())
+    update_whole, update_parts = make_update(whole, clip_grad=0.1), make_update(parts, clip_grad=0.1, update_freq=3)
+    for _ in range(2):
+        update_whole(squared_error(whole, inputs))
+        for chunk in inputs.chunk(3):
+            update_parts(squared_error(parts, chunk))
+    assert update_parts.step == update_whole.step == 2
+    torch.testing.assert_close(parts.weight, whole.weight)
+
+
+def test_start_drops_a_half_done_step():
+    model, inputs = nn.Linear(4, 3), torch.randn(2, 4)
+    once = copy.deepcopy(model)
+    update = make_update(model, update_freq=2)
+    update(squared_error(model, inputs))
+    update.start(0)
+    for _ in range(2):
+        update(squared_error(model, inputs))
+    make_update(once)(squared_error(once, inputs))
+    torch.testing.assert_close(model.weight, once.weight)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_clipping_works_with_and_without_loss_scaling(fp16):
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    update = make_update(model, clip_grad=1.0, fp16=fp16)
+    update(model(torch.tensor([[30.0, 40.0]])).sum())
+    assert update.grad_norm.item() == pytest.approx(50.0)
+    torch.testing.assert_close(model.weight, torch.tensor([[-0.06, -0.08]]))  # lr 0.1, gradient (0.6, 0.8)
+
+
+def test_rates_are_set_for_the_next_step_and_scaled_by_group():
+    net = toy()
+    optimizer = make_optimizer(net, opt="adamw", **OPTIONS)
+    optimizer.param_groups[1]["lr_scale"] = 0.5
+    update = Update(net, optimizer, lr=lambda step: [0.3, 0.2][step], weight_decay=lambda step: [0.0, 0.4][step])
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.15]
+    update(squared_error(net, torch.randn(3, 4)))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.4, 0.0]
+
+
+def test_ema_follows_every_optimizer_step():
+    model = nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    ema = ModelEmaV3(model, decay=0.75)
+    update = make_update(model, ema=ema, update_freq=2)
+    for _ in range(2):
+        update(squared_error(model, torch.randn(5, 2)))
+    torch.testing.assert_close(ema.module.weight, 0.75 * before + 0.25 * model.weight)
+
+
+@pytest.mark.parametrize(("opt", "fp16"), [("sgd", False), ("adamw", True), ("lookahead_adamw", False)])
+def test_resumed_update_equals_an_uninterrupted_one(opt, fp16):
+    torch.manual_seed(0)
+    batches = torch.randn(8, 5, 4)
+    model = nn.Linear(4, 3)
+    update = make_update(model, opt, fp16=fp16, ema=ModelEmaV3(model, decay=0.9))
+    for inputs in batches[:4]:
+        update(squared_error(model, inputs))
+    state, weights = copy.deepcopy(update.state_dict()), copy.deepcopy(model.state_dict())
+    assert state["step"] == 4
+
+    resumed = nn.Linear(4, 3)
+    resumed.load_state_dict(weights)
+    resumed_update = make_update(resumed, opt, fp16=fp16, ema=ModelEmaV3(resumed, decay=0.9))
+    resumed_update.load_state_dict(state)
+    for inputs in batches[4:]:
+        update(squared_error(model, inputs))
+        resumed_update(squared_error(resumed, inputs))
+    assert torch.equal(model.weight, resumed.weight)
+    assert torch.equal(update.ema.module.weight, resumed_update.ema.module.weight)
+
+
+def test_loaded_groups_do_not_change_what_is_decayed_and_a_missing_ema_starts_from_the_model():
+    net = toy()
+    state = make_update(net, "adamw").state_dict()
+    for group in state["optimizer"]["param_groups"]:  # as in a published checkpoint
+        del group["wd_scale"]
+    later = toy()
+    update = make_update(later, "adamw", ema=ModelEmaV3(net))
+    update.load_state_dict(state | {"step": 3})
+    assert [group["weight_decay"] for group in update.optimizer.param_groups] == [0.03, 0.0]
+    assert torch.equal(update.ema.module[1].weight, later[1].weight)
+
+
+def test_second_order_optimizer_steps():
+    model = nn.Linear(4, 3)
+    before = model.weight.detach().clone()
+    with pytest.warns(UserWarning, match="create_graph"):
+        make_update(model, "adahessian")(squared_error(model, torch.randn(5, 4)))
+    assert not torch.equal(model.weight, before)
+
+
+def test_distributed_gradients_are_reduced_once_per_optimizer_step(tmp_path):
+    inputs = torch.randn(3, 2, 4)
+    model = nn.Linear(4, 3)
+    alone = copy.deepcopy(model)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model)
+        reductions = []
+
+        def count(_, bucket):
+            reductions.append(bucket.buffer().clone())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        wrapped.register_comm_hook(None, count)
+        update = make_update(wrapped, update_freq=3, ema=ModelEmaV3(model))
+        update_alone = make_update(alone, update_freq=3)
+        for chunk in [*inputs, *inputs]:
+            update(squared_error(wrapped, chunk))
+            update_alone(squared_error(alone, chunk))
+    finally:
+        dist.destroy_process_group()
+    assert len(reductions) == 2
+    torch.testing.assert_close(model.weight, alone.weight)

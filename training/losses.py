@@ -1,0 +1,89 @@
+"""Exit-weighted cross-entropy, distillation among exits, and the objective made of them.
+
+An objective is a generator function: `for loss, logits in objective(model, images, targets)` yields every loss that
+calls for an optimizer step, and the exits' logits it was computed from.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Objective = Callable[[nn.Module, Tensor, Tensor], Iterator[tuple[Tensor, list[Tensor]]]]
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """`logits` in float32 if they are of a half type; logarithms of softmax need the digits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy averaged over the batch (a scalar).
+
+    `logits` are [B, C]; `targets` are classes [B], or soft targets [B, C], for instance from mixup. `smoothing` spreads
+    that share of a class target evenly over all C; soft targets are taken as they are, smoothed by whoever made them.
+    """
+    if targets.is_floating_point():
+        smoothing = 0.0
+    return F.cross_entropy(full_precision(logits), targets, label_smoothing=smoothing)
+
+
+def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² KL(softmax(teacher / T) || softmax(student / T)): summed over classes, averaged over the batch (a scalar).
+
+    Both are logits [B, C]; the teacher gets no gradient (Hinton et al., arXiv 1503.02531).
+    """
+    log_p = F.log_softmax(full_precision(teacher.detach()) / temperature, dim=1)
+    log_q = F.log_softmax(full_precision(student) / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def exit_weights(
+    num_exits: int,
+    weights: Sequence[float] | None = None,
+    *,
+    att: float | None = None,
+    cnn: float | None = None,
+    merge: float | None = None,
+) -> list[float]:
+    """The weight of each exit's loss: as given, or ones, or Dynamic Perceiver's factors for its four exits.
+
+    `att` weighs exits 0 and 1, `cnn` exit 2, `merge` exit 3; of these, what is not given has the published default.
+    Raises ValueError unless there is one weight per exit.
+    """
+    if (att, cnn, merge) != (None, None, None):
+        if num_exits != 4 or weights:
+            raise ValueError(
+                f"loss factors are for four exits without other weights; the network has {num_exits} exits"
+            )
+        att, cnn, merge = (default if w is None else w for w, default in ((att, 0.25), (cnn, 0.25), (merge, 0.5)))
+        return [att, att, cnn, merge]
+    if weights and len(weights) != num_exits:
+        raise ValueError(f"{len(weights)} exit weights given, the network has {num_exits} exits")
+    return list(weights or [1.0] * num_exits)
+
+
+def joint_objective(
+    *,
+    exit_weights: Sequence[float],
+    smoothing: float,
+    kd_alpha: float = 0.0,
+    kd_temperature: float = 1.0,
+) -> Objective:
+    """All exits trained at once, the last one teaching the others (Dynamic Perceiver, arXiv 2306.11248):
+
+        sum_k exit_weights[k] * CE_k  +  kd_alpha * sum_{k < K} KD(exit k from exit K)
+
+    One weight per exit. The distillation terms are not multiplied by the exit weights.
+    """
+
+    def objective(model: nn.Module, images: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        logits = model(images)
+        losses = [soft_cross_entropy(y, targets, smoothing) for y in logits]
+        loss = sum(w * one for w, one in zip(exit_weights, losses, strict=True))
+        if kd_alpha:
+            loss = loss + kd_alpha * sum(kd_loss(y, logits[-1], kd_temperature) for y in logits[:-1])
+        yield loss, logits
+
+    return objective

@@ -1,0 +1,189 @@
+"""Parameter groups, optimizers, schedules as functions of the step, and the update that applies them."""
+
+import difflib
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def cosine(start: float, end: float, step: int, length: int) -> float:
+    """Half a cosine from `start` at step 0 to `end` at step `length`, and `end` from there on."""
+    progress = min(step / max(length, 1), 1.0)
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
+
+
+def lr_at(
+    step: int,
+    *,
+    schedule: str,
+    base: float,
+    minimum: float,
+    warmup_steps: int,
+    total_steps: int,
+    milestones: Sequence[int] = (),
+    decay_rate: float = 0.1,
+) -> float:
+    """Learning rate of optimizer step `step`, counted from 0.
+
+    Every schedule starts with `warmup_steps` steps (at most `total_steps`) that rise linearly from 0 to `base`, both
+    included. Then "cosine" falls to `minimum` (the Dynamic Perceiver recipe), "multistep" is multiplied by `decay_rate`
+    at every milestone (in steps, ascending; MSDNet, RANet), and "constant" stays. Raises ValueError for other names.
+    """
+    warmup_steps = min(warmup_steps, total_steps)
+    if step < warmup_steps:
+        return base * step / max(warmup_steps - 1, 1)
+    if schedule == "cosine":
+        return cosine(base, minimum, step - warmup_steps, total_steps - warmup_steps)
+    if schedule == "multistep":
+        return base * decay_rate ** bisect_right(milestones, step)
+    if schedule == "constant":
+        return base
+    raise ValueError(f"unknown schedule {schedule!r}; choose from cosine, multistep, constant")
+
+
+def weight_decay_at(step: int, *, base: float, end: float | None, total_steps: int) -> float:
+    """Weight decay of optimizer step `step`: a cosine from `base` to `end`, or always `base` when `end` is None."""
+    return base if end is None else cosine(base, end, step, total_steps)
+
+
+def param_groups(model: nn.Module, weight_decay: float, filter_bias_and_bn: bool) -> list[dict]:
+    """Trainable parameters as optimizer groups, in the order in which the groups first occur.
+
+    With `filter_bias_and_bn`, parameters of one dimension or named `*.bias` form a group without weight decay; without
+    it (MSDNet, RANet) one group decays everything. `lr_scale` and `wd_scale` multiply the schedules' values.
+    """
+    groups: dict[bool, dict] = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        decays = not (filter_bias_and_bn and (param.ndim <= 1 or name.endswith(".bias")))
+        scale = float(decays)
+        empty = {"params": [], "weight_decay": weight_decay * scale, "lr_scale": 1.0, "wd_scale": scale}
+        groups.setdefault(decays, empty)["params"].append(param)
+    return list(groups.values())
+
+
+def make_optimizer(
+    model: nn.Module,
+    *,
+    opt: str,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    eps: float | None,
+    betas: Sequence[float] | None,
+    filter_bias_and_bn: bool,
+) -> torch.optim.Optimizer:
+    """A timm optimizer over `param_groups(model)`; the prefix "lookahead_" wraps any of them.
+
+    "sgd" is plain SGD with momentum, "nesterov" its Nesterov form. Where `eps` or `betas` is None, the optimizer's own
+    default holds. Raises ValueError for a name timm does not know, or an optimizer that cannot run on this machine.
+    """
+    name = opt.lower().removeprefix("lookahead_")
+    prefix = opt.lower().removesuffix(name)
+    if name not in list_optimizers():
+        close = difflib.get_close_matches(name, list_optimizers())
+        raise ValueError(f"unknown optimizer {opt!r}; close names: {', '.join(close) or 'none'}")
+    if name == "sgd":
+        name = "momentum"  # timm's name for it; its "sgd" is Nesterov's
+    given = {key: value for key, value in {"eps": eps, "betas": betas}.items() if value is not None}
+    groups = param_groups(model, weight_decay, filter_bias_and_bn)
+    try:
+        return create_optimizer_v2(groups, prefix + name, lr, weight_decay, momentum, **given)
+    except AssertionError as error:  # how timm says that a fused optimizer needs CUDA
+        raise ValueError(f"optimizer {opt!r} cannot be used here: {error}") from error
+
+
+class Update:
+    """Turns losses into optimizer steps: `update(loss)` once per micro-batch, a step every `update_freq` calls.
+
+    `lr` and `weight_decay` map an optimizer step to that step's value. `clip_grad` is the largest global gradient norm,
+    or None; with it, `grad_norm` is the last step's norm before clipping (a 0-d tensor). `fp16` scales the loss; `ema`,
+    made from the bare model, follows every step. `model` may be wrapped in DistributedDataParallel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        lr: Callable[[int], float],
+        weight_decay: Callable[[int], float],
+        clip_grad: float | None = None,
+        update_freq: int = 1,
+        fp16: bool = False,
+        ema: ModelEmaV3 | None = None,
+    ):
+        self.model, self.optimizer, self.ema = model, optimizer, ema
+        self.lr, self.weight_decay = lr, weight_decay
+        self.clip_grad, self.update_freq = clip_grad, update_freq
+        self.distributed = isinstance(model, DistributedDataParallel)
+        self.bare_model = model.module if self.distributed else model
+        self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=fp16)
+        # Read once: loading an optimizer's state replaces its groups, and published states have no wd_scale.
+        self.scales = [(group.get("lr_scale", 1.0), group.get("wd_scale", 1.0)) for group in optimizer.param_groups]
+        self.grad_norm: Tensor | None = None
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Make ready for optimizer step `step`: its rates are set, and gradients of a half-done step are dropped."""
+        self.step = step
+        self.optimizer.zero_grad()
+        lr, weight_decay = self.lr(step), self.weight_decay(step)
+        for group, (lr_scale, wd_scale) in zip(self.optimizer.param_groups, self.scales, strict=True):
+            group["lr"], group["weight_decay"] = lr * lr_scale, weight_decay * wd_scale
+        self._await_micro_batch(0)
+
+    def _await_micro_batch(self, index: int) -> None:
+        """Expect micro-batch `index` of this step next."""
+        self.micro_batch = index
+        if self.distributed:
+            # Read by the wrapper's forward, hence set ahead of it: only the last micro-batch need average the sum.
+            self.model.require_backward_grad_sync = index == self.update_freq - 1
+
+    def __call__(self, loss: Tensor) -> None:
+        """Backward of one micro-batch's `loss` (a scalar), and the optimizer step if it completes one."""
+        second_order = getattr(self.optimizer, "is_second_order", False)  # AdaHessian differentiates the gradients
+        # The caller may be under autocast, which is for the forward pass: backward runs in the types that this chose.
+        with torch.autocast(loss.device.type, enabled=False):
+            self.scaler.scale(loss / self.update_freq).backward(create_graph=second_order)
+        if self.micro_batch < self.update_freq - 1:
+            self._await_micro_batch(self.micro_batch + 1)
+            return
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.bare_model)
+        self.start(self.step + 1)
+
+    def figures(self) -> dict[str, float]:
+        """`opt/lr`, `opt/weight_decay` of the next step and, with clipping, `opt/grad_norm` of the last."""
+        group = self.optimizer.param_groups[0]
+        norm = {} if self.grad_norm is None else {"opt/grad_norm": self.grad_norm.item()}
+        return {"opt/lr": group["lr"], "opt/weight_decay": group["weight_decay"], **norm}
+
+    def state_dict(self) -> dict:
+        """What exact resumption needs between two optimizer steps: optimizer, scaler, model_ema (or None) and step."""
+        ema = None if self.ema is None else self.ema.module.state_dict()
+        states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "model_ema": ema}
+        return states | {"step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state` was taken. Load the model's weights first: an EMA that `state` lacks starts from them."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:  # empty when the state was saved without fp16
+            self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None and state["model_ema"] is not None:
+            self.ema.module.load_state_dict(state["model_ema"])
+        elif self.ema is not None:
+            self.ema.set(self.bare_model)
+        self.start(state["step"])

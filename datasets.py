@@ -63,9 +63,7 @@ def open_data(
     if data_set.startswith(("hfds/", "hfids/", "tfds/", "wds/", "torch/")):
         return _open_timm(data_set, data_path, splits, calib_split, num_classes, seed)
     if data_set not in OPENERS:
-        raise ValueError(
-            f"unknown data set {data_set!r}: not {', '.join(OPENERS)}, nor timm's hfds/, tfds/, wds/, torch/"
-        )
+        raise ValueError(f"unknown data set {data_set!r}: not {', '.join(OPENERS)}, nor timm's hfds/, tfds/, wds/...")
     if not data_path and data_set != "DIGITS":
         raise ValueError(f"data set {data_set} needs --data_path")
     return OPENERS[data_set](*(Path(p) if p else None for p in (data_path, eval_data_path)), download, seed)
@@ -118,7 +116,7 @@ def _open_small(data_class: type, num_classes: int, stats: tuple, path: Path, ev
 
 
 def load_npz(path: Path, num_classes: int) -> ArrayImages:
-    """Read `images` [N, 32, 32, 3], `labels` [N], or `jpeg` (end to end), `offsets` [N + 1], `labels`; else ValueError."""
+    """Read `images` [N, 32, 32, 3], `labels` [N], or `jpeg` (joined), `offsets` [N + 1], `labels`, or ValueError."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)

@@ -24,10 +24,10 @@ def train_one_epoch(
     print_freq: int = 50,
     on_print: Callable[[dict[str, float]], None] = lambda means: None,
 ) -> dict[str, float]:
-    """Trains once through the loader and returns the means over all processes: `loss`, and `acc1/exit{k}` for hard targets.
+    """Trains once through the loader; means over all processes of `loss` and, for hard targets, `acc1/exit{k}`.
 
     `objective(model, images, targets)` yields (loss, logits per exit) for every loss that `update` is to apply. Raises
-    ValueError on every process once a loss of any of them is not finite, at the next print (every `print_freq` batches).
+    ValueError on every process once a loss of any is not finite, at the next report (every `print_freq` batches).
     """
     model.train()
     meters, watch = Meters(), FiniteWatch(loader, epoch, compute)

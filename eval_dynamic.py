@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: every exit alone (anytime), thresholds swept over budgets (dynamic), real early exit (runtime)."""
+"""Evaluates a checkpoint: every exit (anytime), thresholds over budgets (dynamic), real early exit (runtime)."""
 
 import copy
 from argparse import Namespace
@@ -11,25 +11,21 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from adaptive.confidence import CONFIDENCES
 from adaptive.flops import cost_table, count
 from adaptive.inference import ExitTables, fold_batch_norm
-from adaptive.latency import measure, policies_of
+from adaptive.latency import compare, measure, policies_of
 from adaptive.report import plot_curve, write_report
 from adaptive.tables import anytime_lines, dynamic_lines, runtime_lines
-from adaptive.thresholds import SWEEPS, cheapest, geometric_quotas, quota_thresholds, simulate, within_budget
-from datasets import Source, default_num_calib, eval_loader, make_split, open_data, split_train
+from adaptive.thresholds import SWEEPS, cheapest, geometric_quotas, sweep, within_budget
+from datasets import OPENERS, Source, default_num_calib, eval_loader, make_split, open_data, split_train
 from engine import evaluate, summarise
 from models import MultiExitModel, create_model, model_options, nearest
 from training.augment import Augment, eval_transform, train_transform
 from training.checkpoint import load, load_weights
+from training.flags import Flag, parse_flags, with_defaults
 from training.foreign import weights_of
-from utils import Compute, Flag, describe_machine, parse_flags, run_main, start_compute, with_defaults, write_json
+from utils import Compute, describe_machine, run_main, start_compute, write_json
 
 DATA_FLAGS = [
-    Flag(
-        "data_set",
-        str,
-        "DIGITS",
-        "DIGITS, CIFAR10, CIFAR100, FashionMNIST, IMNET, image_folder, or a timm name (hfds/...)",
-    ),
+    Flag("data_set", str, "DIGITS", f"{', '.join(OPENERS)} or a timm name (hfds/..., wds/..., tfds/..., torch/...)"),
     Flag("data_path", str, None, "folder or .npz file of the training images"),
     Flag("eval_data_path", str, None, "folder or .npz file of the test images"),
     Flag("nb_classes", int, None, "number of classes, where the data set does not tell", low=1),
@@ -52,13 +48,7 @@ RUN_FLAGS = [
     Flag("num_workers", int, 10, "data loading processes", low=1),
     Flag("pin_mem", bool, True, "load into pinned memory (GPU only)"),
     Flag("use_amp", bool, False, "mixed precision"),
-    Flag(
-        "amp_dtype",
-        str,
-        "auto",
-        "mixed precision type; auto: fp16 on GPU, bf16 on CPU",
-        choices=("auto", "bf16", "fp16"),
-    ),
+    Flag("amp_dtype", str, "auto", "its type; auto: fp16 on GPU, bf16 on CPU", choices=("auto", "bf16", "fp16")),
     Flag("channels_last", bool, False, "channels-last memory format"),
     Flag("flops", bool, False, "print what every exit costs, under each convention"),
 ]
@@ -67,20 +57,8 @@ EXIT_FLAGS = [
     Flag("confidence", str, "max_prob", "when an exit is sure", choices=tuple(CONFIDENCES)),
     Flag("calib", str, "held_out", "images for thresholds", choices=("held_out", "train_augmented", "half_test")),
     Flag("quota_sweep", str, "msdnet", "published list of exit distributions", choices=tuple(SWEEPS)),
-    Flag(
-        "quota_scales",
-        float,
-        (),
-        "factors on the quota of each exit but the last (Dyn-Perceiver: 0.85 1 0.5)",
-        many=True,
-    ),
-    Flag(
-        "budget",
-        float,
-        None,
-        "runtime: mean multiply-adds allowed; default: the cheapest as good as the last exit",
-        low=0,
-    ),
+    Flag("quota_scales", float, (), "factor on the quota of each exit but the last, e.g. 0.85 1 0.5", many=True),
+    Flag("budget", float, None, "runtime: multiply-adds allowed; default: as good as the last exit", low=0),
     Flag("row", int, None, "runtime: row of dynamic.json to run instead, from 0", low=0),
     Flag("runtime_images", int, 2000, "runtime: how many of the test images to time", low=1),
     Flag("micro_batch", int, None, "runtime: images per call; default: the fastest of 16 to 256, measured", low=1),
@@ -134,6 +112,10 @@ def open_splits(args: Namespace, calib_indices: list[int] | None = None, **augme
         if calib_indices is None:
             wanted = default_num_calib(args.data_set, total) if args.num_calib is None else args.num_calib
             _, calib_indices = split_train(total, wanted, args.seed)
+        if max(calib_indices, default=0) >= total:
+            raise ValueError(
+                f"the checkpoint's held-out images are not among the {total} of {args.data_path}: give --seed"
+            )
         held = set(calib_indices)
         train_rows = [i for i in range(total) if i not in held]
     clean = eval_transform(options)
@@ -179,197 +161,152 @@ def load_network(
     return model.eval(), arch, "moving average of the weights" if average else "weights"
 
 
-def calibrate(
-    args: Namespace, splits: Splits, model: MultiExitModel, compute: Compute, test: ExitTables
-) -> tuple[ExitTables, ExitTables, str]:
-    """Tables to choose thresholds on, tables to report on, and what the first are."""
-    if args.calib == "half_test":
-        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))
-        half = len(test) // 2
-        return (
-            test.part(order[:half]),
-            test.part(order[half:]),
-            f"{half} random test images; all results are on the others",
-        )
-    images, origin = splits.calib, f"{len(splits.calib)} images held out of the training set, evaluation transform"
-    if args.calib == "train_augmented":
-        order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(args.seed))
-        images = Subset(splits.train, order[: 101 * args.batch_size].tolist())
-        origin = f"{len(images)} training images with training augmentation, the published procedure"
-    if len(images) == 0:
-        raise ValueError("no images were held out for calibration (--num_calib 0); use --calib half_test")
-    loader = test_loader(images, args, compute)
-    return evaluate(model, loader, compute, confidence=args.confidence, title="calibrate"), test, origin
+class Evaluation:
+    """A checkpoint's network on its data: what is given on the command line, the rest as it was trained."""
 
+    def __init__(self, given: dict[str, Any], options: dict[str, Any]) -> None:
+        if not given.get("checkpoint"):
+            raise ValueError("name the file to evaluate: --checkpoint FILE")
+        content = load(given["checkpoint"])
+        stored = content["args"] if isinstance(content.get("args"), dict) else {}
+        known = {flag.name: stored[flag.name] for flag in DATA_FLAGS if flag.name in stored}
+        self.args = args = with_defaults(FLAGS, known, given)
+        self.compute = start_compute(args.device, amp_type(args), args.channels_last)
+        same_split = all(getattr(args, name) == stored.get(name) for name in ("data_set", "num_calib", "seed"))
+        held_out = content.get("calib_indices") if same_split else None
+        self.trained_on_calib = held_out is None
+        self.splits = open_splits(args, held_out, **{name: stored[name] for name in AUGMENT_FLAGS if name in stored})
+        model, self.arch, self.which = load_network(content, args, options, self.splits.source.num_classes)
+        self.model = model.to(self.compute.device)
+        self.shape = (3, self.splits.augment.input_size, self.splits.augment.input_size)
+        self.costs = count(model, self.shape).macs
 
-def operating_points(args: Namespace, calib: ExitTables, test: ExitTables, costs: list[int]) -> list[dict[str, Any]]:
-    """The quota rule at every ratio of the sweep: thresholds chosen on calib, what they do to it and to test."""
-    rows = []
-    for ratio in SWEEPS[args.quota_sweep]:
-        thresholds = quota_thresholds(calib.confidence, geometric_quotas(ratio, len(costs), args.quota_scales))
-        on_calib = simulate(calib.confidence, calib.correct, thresholds, costs)
-        on_test = simulate(test.confidence, test.correct, thresholds, costs)
-        row = {"policy": f"{args.quota_sweep} p={ratio:.4g}", "confidence": args.confidence}
-        row |= {"thresholds": thresholds.tolist()}
-        row |= {"accuracy": on_test.accuracy, "macs": on_test.cost, "shares": on_test.shares}
-        row |= {"calib_accuracy": on_calib.accuracy, "calib_macs": on_calib.cost}
-        rows.append(row)
-    return rows
+    def run(self) -> None:
+        """Prints and writes what the mode asks for."""
+        args, main_process = self.args, self.compute.rank == 0
+        if main_process:
+            print(f"{self.arch['name']}: {self.which} in {args.checkpoint}, {len(self.splits.test)} test images")
+            if args.flops:
+                self.print_costs()
+        calib, origin, test = None, "none", self.tables(self.splits.test, "test")
+        if args.mode != "anytime":
+            calib, test, origin = self.calibrate(test)
+        if main_process:
+            self.write(test, calib, origin)
 
+    def print_costs(self) -> None:
+        """The cost of every exit under each convention."""
+        published, (name, options) = self.model, (self.arch["name"], self.arch["options"])
+        if "lazy" in model_options(name):
+            published = create_model(name, self.arch["num_classes"], **{**options, "lazy": False})
+        print("\n".join(cost_table(self.model, published, self.shape)))
 
-def choose_row(args: Namespace, rows: list[dict[str, Any]], calib: ExitTables) -> int:
-    """The operating point to run: the row asked for, the best within the budget, or the cheapest as good as the last
-    exit; judged on calib alone.
-    """
-    if args.row is not None:
-        if args.row >= len(rows):
-            raise ValueError(f"--row {args.row}, but there are rows 0 to {len(rows) - 1}")
-        return args.row
-    accuracies, costs = [row["calib_accuracy"] for row in rows], [row["calib_macs"] for row in rows]
-    if args.budget is not None:
-        return within_budget(accuracies, costs, args.budget)
-    return cheapest(accuracies, costs, calib.correct[-1].double().mean().item())
+    def tables(self, images: Dataset, title: str) -> ExitTables:
+        """What every exit says about every image."""
+        loader = test_loader(images, self.args, self.compute)
+        return evaluate(self.model, loader, self.compute, confidence=self.args.confidence, title=title)
 
+    def calibrate(self, test: ExitTables) -> tuple[ExitTables, ExitTables, str]:
+        """Tables to choose thresholds on, tables to report on, and what the first are."""
+        args, train, calib = self.args, self.splits.train, self.splits.calib
+        generator = torch.Generator().manual_seed(args.seed)
+        if args.calib == "half_test":
+            order, half = torch.randperm(len(test), generator=generator), len(test) // 2
+            return test.part(order[:half]), test.part(order[half:]), f"{half} random test images, not reported on"
+        origin = f"{len(calib)} images held out of the training set, evaluation transform"
+        if args.calib == "train_augmented":
+            first = torch.randperm(len(train), generator=generator)[: 101 * args.batch_size]
+            calib = Subset(train, first.tolist())
+            origin = f"{len(calib)} training images with training augmentation, the published procedure"
+        elif self.trained_on_calib:
+            origin += " (of a checkpoint without a stored split: the network was probably trained on them)"
+        if len(calib) == 0:
+            raise ValueError("no images were held out for calibration (--num_calib 0); use --calib half_test")
+        if self.compute.rank == 0:
+            print(f"thresholds are chosen on {origin}")
+        return self.tables(calib, "calibrate"), test, origin
 
-def run_exits(
-    args: Namespace, model: MultiExitModel, splits: Splits, compute: Compute, row: dict[str, Any], costs: list[int]
-) -> dict[str, Any]:
-    """Really exits early with the thresholds of `row` and times it beside the static networks."""
-    test = Subset(splits.test, range(min(args.runtime_images, len(splits.test))))
-    alone = Compute(compute.device)
-    loader = test_loader(test, args, alone)
-    images, targets = (torch.cat(column).to(compute.device) for column in zip(*loader, strict=True))
-    tables = evaluate(
-        model, list(zip(images.split(64), targets.split(64), strict=True)), alone, confidence=args.confidence
-    )
-    thresholds = torch.tensor(row["thresholds"], dtype=tables.confidence.dtype)
-    simulated = simulate(tables.confidence, tables.correct, thresholds, costs)
+    def operating_points(self, calib: ExitTables, test: ExitTables) -> list[dict[str, Any]]:
+        """The quota rule at every ratio of the published sweep."""
+        args, ratios = self.args, SWEEPS[self.args.quota_sweep]
+        rows = sweep([geometric_quotas(p, len(self.costs), args.quota_scales) for p in ratios], calib, test, self.costs)
+        names = [{"policy": f"{args.quota_sweep} p={p:.4g}", "confidence": args.confidence} for p in ratios]
+        return [name | row for name, row in zip(names, rows, strict=True)]
 
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    tuned = fold_batch_norm(model) if args.fold_bn else copy.deepcopy(model)
-    tuned = tuned.to(dtype=compute.amp, memory_format=layout)
-    tuned_images = images.to(dtype=compute.amp or images.dtype, memory_format=layout)
-    policies = policies_of(model, tuned, images, tuned_images, thresholds, args.confidence)
-    table = measure(policies, targets, costs, micro_batch=args.micro_batch)
-    for line in table:
-        exits = line.pop("exits")
-        line["mismatches"] = int((exits != simulated.exit_index).sum()) if line["policy"].startswith("early") else None
-    by_name = {line["policy"]: line for line in table}
-    early, static = by_name["early exit, throughput order"], by_name[f"exit {len(costs) - 1} alone"]
-    return {
-        "order": "throughput",
-        "policy": row["policy"],
-        "thresholds": row["thresholds"],
-        "accuracy": early["accuracy"],
-        "macs": early["macs"],
-        "shares": simulated.shares,
-        "mismatches": early["mismatches"],
-        "num_images": len(test),
-        "table": table,
-        "speedup": early["images_per_s"] / static["images_per_s"],
-        "macs_ratio": static["macs"] / early["macs"],
-        "speedup_over_plain": early["images_per_s"] / by_name["all exits, as trained"]["images_per_s"],
-    }
+    def choose(self, rows: list[dict[str, Any]], calib: ExitTables) -> int:
+        """The row to run: the one asked for or, judged on calib, the best within budget or as good as the last exit."""
+        if self.args.row is not None:
+            if self.args.row >= len(rows):
+                raise ValueError(f"--row {self.args.row}, but there are rows 0 to {len(rows) - 1}")
+            return self.args.row
+        accuracies, costs = [row["calib_accuracy"] for row in rows], [row["calib_macs"] for row in rows]
+        if self.args.budget is not None:
+            return within_budget(accuracies, costs, self.args.budget)
+        return cheapest(accuracies, costs, calib.correct[-1].double().mean().item())
 
+    def run_exits(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Really exits early with the thresholds of `row` and times it beside the static networks."""
+        args, compute = self.args, self.compute
+        test = Subset(self.splits.test, range(min(args.runtime_images, len(self.splits.test))))
+        loader = test_loader(test, args, Compute(compute.device))
+        images, targets = (torch.cat(column).to(compute.device) for column in zip(*loader, strict=True))
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        tuned = fold_batch_norm(self.model) if args.fold_bn else copy.deepcopy(self.model)
+        tuned = tuned.to(dtype=compute.amp, memory_format=layout)
+        tuned_images = images.to(dtype=compute.amp or images.dtype, memory_format=layout)
+        thresholds = torch.tensor(row["thresholds"], dtype=torch.float64)
+        policies = policies_of(self.model, tuned, images, tuned_images, thresholds, args.confidence)
+        table = measure(policies, targets, self.costs, micro_batch=args.micro_batch)
+        return {"policy": row["policy"], **compare(table, self.model, images, thresholds, args.confidence)}
 
-def print_costs(model: MultiExitModel, arch: dict[str, Any], shape: tuple[int, int, int]) -> None:
-    """The cost of every exit under each convention, and whatever the counters disagree on or cannot count."""
-    published = model
-    if "lazy" in model_options(arch["name"]):
-        published = create_model(arch["name"], arch["num_classes"], **{**arch["options"], "lazy": False})
-    print("\n".join(cost_table(model, published, shape)))
+    def write(self, test: ExitTables, calib: ExitTables | None, origin: str) -> None:
+        """Prints and writes the tables, the curve and the report."""
+        out = Path(self.args.output_dir or Path(self.args.checkpoint).parent)
+        out.mkdir(parents=True, exist_ok=True)
+        figures = summarise(test)
+        exits = [{"exit": k, "macs": macs} for k, macs in enumerate(self.costs)]
+        for row in exits:
+            row |= {name: figures[f"{name}/exit{row['exit']}"] for name in ("loss", "acc1", "acc5")}
+        print("\n".join(anytime_lines(exits)))
+        write_json(out / "anytime.json", exits)
+        if calib is None:
+            return
+        rows, runtime = self.operating_points(calib, test), None
+        print("\n".join(dynamic_lines(rows)))
+        write_json(out / "dynamic.json", rows)
+        (out / "dynamic.txt").write_text("".join(f"{100 * r['accuracy']:.6f}\t{r['macs']:.1f}\n" for r in rows))
+        if self.args.mode in ("runtime", "all"):
+            chosen = self.choose(rows, calib)
+            runtime = self.run_exits(rows[chosen])
+            print("\n".join(runtime_lines(runtime, chosen)))
+            write_json(out / "runtime.json", runtime)
+        title = f"{self.arch['name']} on {self.args.data_set}"
+        plot_curve(out / "curve.png", exits, rows, title=title, runtime=runtime)
+        page = {"title": title, "subtitle": f"{len(exits)} exits, {len(test)} test images", "facts": self.facts(origin)}
+        write_report(out / "report.html", exits=exits, rows=rows, runtime=runtime, **page)
+        print(f"wrote the tables, curve.png and report.html to {out}")
 
-
-def held_out_rows(content: dict, args: Namespace) -> list[int] | None:
-    """The calibration images of a checkpoint, unless it is evaluated on other data than it was trained on."""
-    stored = content["args"] if isinstance(content.get("args"), dict) else {}
-    same = all(getattr(args, name) == stored.get(name) for name in ("data_set", "data_path", "num_calib", "seed"))
-    return content.get("calib_indices") if same else None
-
-
-def run(given: dict[str, Any], options: dict[str, Any]) -> None:
-    """Evaluates as the given flags and model options say; the data are those of the checkpoint unless given."""
-    if not given.get("checkpoint"):
-        raise ValueError("name the file to evaluate: --checkpoint FILE")
-    content = load(given["checkpoint"])
-    stored = content["args"] if isinstance(content.get("args"), dict) else {}
-    args = with_defaults(FLAGS, {flag.name: stored[flag.name] for flag in DATA_FLAGS if flag.name in stored}, given)
-    compute = start_compute(args.device, amp_type(args), args.channels_last)
-    calib_rows = held_out_rows(content, args)
-    splits = open_splits(args, calib_rows, **{name: stored[name] for name in AUGMENT_FLAGS if name in stored})
-    model, arch, which = load_network(content, args, options, splits.source.num_classes)
-    model = model.to(compute.device)
-    shape = (3, splits.augment.input_size, splits.augment.input_size)
-    costs = count(model, shape).macs
-    if compute.rank == 0:
-        print(f"{arch['name']}: {which} in {args.checkpoint}, {model.num_exits} exits, {len(splits.test)} test images")
-        if calib_rows is None and args.calib == "held_out" and args.mode != "anytime":
-            print("note: the checkpoint stores no held-out images of this data; calib's were probably trained on")
-        if args.flops:
-            print_costs(model, arch, shape)
-    test = evaluate(model, test_loader(splits.test, args, compute), compute, confidence=args.confidence, title="test")
-    calib, origin = None, "none"
-    if args.mode != "anytime":
-        calib, test, origin = calibrate(args, splits, model, compute, test)
-    if compute.rank == 0:
-        facts = {
-            "Network": f"{arch['name']} {arch['options'] or ''}, {which} in {args.checkpoint}",
-            "Test images": f"{test.loss.shape[1]} of {args.data_set} {args.eval_data_path or args.data_path or ''}",
-            "Thresholds": f"chosen on {origin}; confidence {args.confidence}; quotas {args.quota_sweep} {args.quota_scales or ''}",
-            "MACs": "multiply-adds that the stages execute for one image, counted operator by operator on the meta device, "
-            "heads of earlier exits included",
-            "Speed": f"{describe_machine(compute.device)}; every policy at its fastest micro-batch, medians of interleaved rounds",
-        }
-        write_results(args, model, splits, compute, costs, test, calib, f"{arch['name']} on {args.data_set}", facts)
-
-
-def write_results(
-    args: Namespace,
-    model: MultiExitModel,
-    splits: Splits,
-    compute: Compute,
-    costs: list[int],
-    test: ExitTables,
-    calib: ExitTables | None,
-    title: str,
-    facts: dict[str, str],
-) -> None:
-    """Prints the tables that the mode asks for and writes them to the output folder."""
-    out = Path(args.output_dir or Path(args.checkpoint).parent)
-    out.mkdir(parents=True, exist_ok=True)
-    figures = summarise(test)
-    names = ("loss", "acc1", "acc5")
-    exits = [{"exit": k, **{n: figures[f"{n}/exit{k}"] for n in names}, "macs": macs} for k, macs in enumerate(costs)]
-    print("\n".join(anytime_lines(exits)))
-    write_json(out / "anytime.json", exits)
-    if calib is None:
-        return
-    rows, runtime = operating_points(args, calib, test, costs), None
-    print("\n".join(dynamic_lines(rows)))
-    write_json(out / "dynamic.json", rows)
-    (out / "dynamic.txt").write_text("".join(f"{100 * r['accuracy']:.6f}\t{r['macs']:.1f}\n" for r in rows))
-    if args.mode != "dynamic":
-        chosen = choose_row(args, rows, calib)
-        runtime = run_exits(args, model, splits, compute, rows[chosen], costs)
-        print("\n".join(runtime_lines(runtime, chosen)))
-        write_json(out / "runtime.json", runtime)
-    plot_curve(out / "curve.png", exits, rows, title=title, runtime=runtime)
-    subtitle = f"{len(exits)} exits, {test.loss.shape[1]} test images"
-    write_report(
-        out / "report.html",
-        title=title,
-        subtitle=subtitle,
-        exits=exits,
-        rows=rows,
-        runtime=runtime,
-        facts=facts.items(),
-    )
-    print(f"wrote curve.png, report.html and the tables to {out}")
+    def facts(self, origin: str) -> list[tuple[str, str]]:
+        """How each number was obtained."""
+        args = self.args
+        return [
+            ("Network", f"{self.arch['name']} {self.arch['options'] or ''}: {self.which} in {args.checkpoint}"),
+            ("Test images", f"{args.data_set} {args.eval_data_path or args.data_path or ''}, {self.shape[1]} pixels"),
+            ("Thresholds", f"chosen on {origin}; confidence {args.confidence}; quotas of {args.quota_sweep}"),
+            (
+                "MACs",
+                "multiply-adds that the stages execute for one image, earlier heads included, counted by operator",
+            ),
+            (
+                "Speed",
+                f"{describe_machine(self.compute.device)}; medians of interleaved rounds, each policy at its best batch",
+            ),
+        ]
 
 
 def main(argv: list[str]) -> None:
     """The command line."""
-    run(*parse_flags(FLAGS, argv, model_options, nearest))
+    Evaluation(*parse_flags(FLAGS, argv, model_options, nearest)).run()
 
 
 if __name__ == "__main__":

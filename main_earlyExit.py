@@ -12,120 +12,47 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-import eval_dynamic
 from datasets import set_epoch, train_loader
 from engine import evaluate, summarise, train_one_epoch
-from eval_dynamic import AUGMENT_FLAGS, DATA_FLAGS, EXIT_FLAGS, RUN_FLAGS, Splits, amp_type, open_splits, test_loader
+from eval_dynamic import (
+    AUGMENT_FLAGS,
+    DATA_FLAGS,
+    EXIT_FLAGS,
+    RUN_FLAGS,
+    Evaluation,
+    Splits,
+    amp_type,
+    open_splits,
+    test_loader,
+)
 from models import MultiExitModel, create_model, model_options, nearest
 from training.augment import mixup_collate
 from training.checkpoint import check_arch, latest, load, load_weights, save_epoch
+from training.flags import (
+    AUGMENTATION_FLAGS,
+    MODEL_FLAGS,
+    OBJECTIVE_FLAGS,
+    OPTIMIZATION_FLAGS,
+    REFUSED,
+    TRAIN_RUN_FLAGS,
+    Flag,
+    parse_flags,
+    with_defaults,
+)
 from training.foreign import fit_to, read_weights, weights_of
 from training.losses import exit_weights, joint_objective
 from training.optim import Update, lr_at, make_optimizer, weight_decay_at
-from utils import (
-    Board,
-    Compute,
-    Flag,
-    append_json,
-    parse_flags,
-    run_main,
-    seed_everything,
-    start_compute,
-    with_defaults,
-)
+from utils import Board, Compute, append_json, run_main, seed_everything, start_compute
 
-# Names and defaults are those of Dyn-Perceiver's script.
 FLAGS = {
-    "model": [
-        Flag("model", str, "", "registered network or timm/NAME; with --help, lists its options"),
-        Flag("finetune", str, "", "checkpoint whose weights to start from, other heads than ours left out"),
-        Flag("model_key", str, "model|module|state_dict_ema", "where --finetune looks for weights"),
-        Flag("model_prefix", str, "", "put before the weights' names by --finetune"),
-    ],
+    "model": MODEL_FLAGS,
     "data": DATA_FLAGS,
-    "augmentation": [
-        Flag("color_jitter", float, 0.4, "strength of colour jitter where --aa is off", low=0),
-        Flag("aa", str, "rand-m9-mstd0.5-inc1", "timm's auto augmentation policy, or none"),
-        Flag("train_interpolation", str, "bicubic", "bicubic, bilinear, random ..."),
-        Flag("reprob", float, 0.25, "probability of random erasing", low=0),
-        Flag("remode", str, "pixel", "what is erased with: const, rand or pixel"),
-        Flag("recount", int, 1, "boxes erased per image", low=1),
-        Flag("smoothing", float, 0.1, "label smoothing", low=0),
-        Flag("mixup", float, 0.8, "mixup alpha, 0 = off", low=0),
-        Flag("cutmix", float, 1.0, "cutmix alpha, 0 = off", low=0),
-        Flag("cutmix_minmax", float, None, "least and largest cutmix box instead of an alpha", many=True),
-        Flag("mixup_prob", float, 1.0, "probability of mixing a batch", low=0),
-        Flag("mixup_switch_prob", float, 0.5, "probability of cutmix where both are on", low=0),
-        Flag("mixup_mode", str, "batch", "batch, pair or elem"),
-    ],
-    "optimization": [
-        Flag("epochs", int, 300, "", low=1),
-        Flag("update_freq", int, 1, "micro-batches per optimizer step", low=1),
-        Flag("opt", str, "adamw", "any optimizer of timm; sgd is plain SGD with momentum"),
-        Flag("opt_eps", float, 1e-8, "", low=0),
-        Flag("opt_betas", float, None, "", many=True),
-        Flag("momentum", float, 0.9, "", low=0),
-        Flag("weight_decay", float, 0.05, "", low=0),
-        Flag("weight_decay_end", float, None, "final weight decay of a cosine; default: constant", low=0),
-        Flag("filter_bias_and_bn", bool, True, "no weight decay for biases and other 1-D parameters"),
-        Flag("clip_grad", float, None, "largest gradient norm", low=0),
-        Flag("lr", float, 4e-3, "peak learning rate, never scaled by the batch", low=0),
-        Flag("min_lr", float, 1e-6, "final learning rate of the cosine", low=0),
-        Flag("schedule", str, "cosine", "", choices=("cosine", "multistep", "constant")),
-        Flag("decay_epochs", int, (), "epochs at which multistep decays", many=True, low=0),
-        Flag("decay_rate", float, 0.1, "what multistep multiplies by", low=0),
-        Flag("warmup_epochs", int, 20, "", low=0),
-        Flag("warmup_steps", int, -1, "optimizer steps of warm-up, instead of epochs where above 0"),
-        Flag("model_ema", bool, False, "keep a moving average of the weights"),
-        Flag("model_ema_decay", float, 0.9999, "", low=0),
-        Flag("model_ema_force_cpu", bool, False, "keep the average in main memory"),
-        Flag("model_ema_eval", bool, False, "evaluate the average too, and choose the best checkpoint by it"),
-    ],
-    "exits": [
-        Flag("exit_weights", float, None, "weight of each exit's loss; default: all 1", many=True, low=0),
-        Flag("loss_att_factor", float, None, "four exits: weight of exits 0 and 1", low=0),
-        Flag("loss_cnn_factor", float, None, "four exits: weight of exit 2", low=0),
-        Flag("loss_merge_factor", float, None, "four exits: weight of exit 3", low=0),
-        Flag("with_kd", bool, False, "the last exit teaches the others"),
-        Flag("T_kd", float, 4.0, "distillation temperature", low=1e-6),
-        Flag("alpha_kd", float, 0.5, "distillation weight", low=0),
-        *EXIT_FLAGS,
-    ],
-    "running": [
-        *RUN_FLAGS,
-        Flag("log_dir", str, None, "folder for TensorBoard"),
-        Flag("print_freq", int, 50, "batches between two reports", low=1),
-        Flag("compile", bool, False, "torch.compile the forward pass"),
-        Flag("resume", str, "", "checkpoint to go on from, a file or an https URL"),
-        Flag("auto_resume", bool, True, "go on from the last checkpoint in --output_dir"),
-        Flag("start_epoch", int, 0, "", low=0),
-        Flag("save_ckpt", bool, True, "write checkpoints"),
-        Flag("save_ckpt_freq", int, 1, "epochs between numbered checkpoints", low=1),
-        Flag("save_ckpt_num", int, 3, "numbered checkpoints kept; last and best are kept besides", low=0),
-        Flag("eval", bool, False, "evaluate --resume, or the last checkpoint in --output_dir, instead of training"),
-        Flag("weights", str, "auto", "with --eval: which weights", choices=("auto", "model", "ema")),
-        Flag("disable_eval", bool, False, "no evaluation between epochs"),
-        Flag("enable_wandb", bool, False, "mirror TensorBoard to Weights & Biases (pip install wandb)"),
-        Flag("project", str, "dynexit", "project name there"),
-        Flag("local_rank", int, -1, "set by launchers, read from the environment"),
-        Flag("world_size", int, 1, "read from the environment"),
-    ],
+    "augmentation": AUGMENTATION_FLAGS,
+    "optimization": OPTIMIZATION_FLAGS,
+    "exits": [*OBJECTIVE_FLAGS, *EXIT_FLAGS],
+    "running": [*RUN_FLAGS, *TRAIN_RUN_FLAGS],
+    "accepted with their default only": [Flag(name, type(v), v, why) for name, (v, why) in REFUSED.items()],
 }
-# Flags of that script which cannot do anything here: the one value accepted, and why no other is.
-REFUSED = {
-    "layer_decay": (1.0, "defined for ConvNeXt only, which is not a model here"),
-    "layer_scale_init_value": (1e-6, "defined for ConvNeXt only, which is not a model here"),
-    "head_init_scale": (1.0, "defined for ConvNeXt only, which is not a model here"),
-    "classifier_type": ("cnn", "all exits are always trained; weigh them with --exit_weights"),
-    "resplit": (False, "splits are made by --num_calib and --seed"),
-    "dist_on_itp": (False, "start processes with torchrun or SLURM"),
-    "dist_url": ("env://", "start processes with torchrun or SLURM"),
-    "dist_eval": (True, "evaluation is always shared by the processes and exact"),
-    "wandb_ckpt": (False, "checkpoints stay in --output_dir"),
-    "cka": (False, "there is no such analysis here"),
-    "visualize": (False, "there is no such picture here; see report.html of an evaluation"),
-}
-FLAGS["accepted with their default only"] = [Flag(n, type(v), v, reason) for n, (v, reason) in REFUSED.items()]
 
 
 def check(args: Namespace) -> None:
@@ -343,7 +270,7 @@ def main(argv: list[str]) -> None:
     args = with_defaults(FLAGS, given)
     if args.eval:
         path = args.resume or (args.output_dir and latest(args.output_dir)) or ""
-        eval_dynamic.run({**given, "checkpoint": str(path)}, options)
+        Evaluation({**given, "checkpoint": str(path)}, options).run()
         return
     check(args)
     Training(args, options, start_compute(args.device, amp_type(args), args.channels_last)).run()

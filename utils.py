@@ -1,139 +1,20 @@
-"""What every entry script needs: flags, processes and devices, seeds, meters, progress and logs."""
+"""What every entry script needs: processes and devices, seeds, meters, progress and logs."""
 
-import argparse
 import json
 import os
 import platform
 import random
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from inspect import Parameter
-from types import NoneType
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
-
-
-class Flag(NamedTuple):
-    """One command-line flag. `kind` is int, float, str or bool; `many` takes a list; `low` is the least value accepted."""
-
-    name: str
-    kind: type
-    default: Any
-    help: str = ""
-    many: bool = False
-    low: float | None = None
-    choices: tuple[str, ...] = ()
-
-    def convert(self, word: str) -> Any:
-        """The value that `word` stands for; a list if `many`, of numbers joined by dashes or commas or of one."""
-        if self.many:
-            one = self._replace(many=False)
-            return [one.convert(part) for part in re.split(r"[-,]" if self.kind is int else ",", word)]
-        if self.kind is bool:
-            if word.lower() not in TRUE + FALSE:
-                raise argparse.ArgumentTypeError(f"{word!r} is not true or false")
-            return word.lower() in TRUE
-        try:
-            value = self.kind(word)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{word!r} is not of type {self.kind.__name__}") from None
-        if self.low is not None and not value >= self.low:
-            raise argparse.ArgumentTypeError(f"{word} is below the least value accepted, {self.low}")
-        if self.choices and value not in self.choices:
-            raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(self.choices)}")
-        return value
-
-    def add_to(self, group: Any) -> None:
-        """Declares the flag in an argparse group."""
-        text = "; ".join(filter(None, [self.help, ", ".join(self.choices), f"default: {_words(self.default)}"]))
-        group.add_argument(
-            f"--{self.name}",
-            type=self.convert,
-            nargs="+" if self.many else None,
-            action=_Flatten if self.many else "store",
-            metavar="LIST" if self.many else self.kind.__name__.upper(),
-            help=text.replace("%", "%%"),
-        )
-
-
-def flags_of_signature(parameters: dict[str, Parameter]) -> list[Flag]:
-    """The flags that a constructor's keyword parameters make, by their annotations and defaults."""
-    flags = []
-    for name, parameter in parameters.items():
-        kinds = [k for k in get_args(parameter.annotation) or [parameter.annotation] if k is not NoneType]
-        many = hasattr(parameter.annotation, "__origin__")
-        flags.append(Flag(name, kinds[0], parameter.default, many=many))
-    return flags
-
-
-def parse_flags(
-    groups: dict[str, list[Flag]],
-    argv: list[str],
-    options_of: Callable[[str], dict[str, Parameter]],
-    nearest: Callable[[str, Iterable[str]], str],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parses a command line by a table of flags and the options of the model that `--model` names.
-
-    `options_of(name)` gives a model's options, `nearest(word, words)` the end of a message about a misspelt word. Returns
-    what was given of the table's flags and of the model's options. "-" equals "_" in flag names. Raises ValueError.
-    """
-    argv = [_underscored(word) for word in argv]
-    finder = _Parser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--model", default="")
-    model = finder.parse_known_args(argv)[0].model
-    table = {flag.name for flags in groups.values() for flag in flags}
-    options = [flag for flag in flags_of_signature(options_of(model) if model else {}) if flag.name not in table]
-    title = f"options of {model}" if model else "options of the model (name one with --model to list them)"
-    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, flags in {**groups, title: options}.items():
-        group = parser.add_argument_group(name)
-        for flag in flags:
-            flag.add_to(group)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        names = [f"--{name}" for name in (*table, *(flag.name for flag in options))]
-        raise ValueError(f"unknown flag {unknown[0]}; {nearest(unknown[0], names)[:300]}")
-    chosen = {flag.name for flag in options}
-    return tuple({k: v for k, v in vars(given).items() if (k in chosen) == wanted} for wanted in (False, True))
-
-
-def with_defaults(groups: dict[str, list[Flag]], *given: dict[str, Any]) -> argparse.Namespace:
-    """The table's flags: defaults, replaced by what each of `given` has of them, the later ones first."""
-    flags = {flag.name: flag.default for flags in groups.values() for flag in flags}
-    for values in given:
-        flags.update({name: value for name, value in values.items() if name in flags})
-    return argparse.Namespace(**flags)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(message.removeprefix("argument "))
-
-
-class _Flatten(argparse.Action):
-    """Joins the lists that the words of a list flag stand for."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, [value for part in values for value in part])
-
-
-def _underscored(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
-
-
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
@@ -153,7 +34,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how a network runs. `amp` is None, torch.bfloat16 or torch.float16; `rank` of `world_size` processes."""
+    """Where and how a network runs: `amp` is None or a half-precision type, `rank` one of `world_size` processes."""
 
     device: torch.device
     amp: torch.dtype | None = None
@@ -203,7 +84,7 @@ def describe_machine(device: torch.device) -> str:
 def seed_everything(seed: int, epoch: int, rank: int) -> None:
     """Seeds Python, NumPy and torch for one epoch of one process.
 
-    Every epoch starts from its own seed, so a run that stops and resumes needs no saved generator states to be the same.
+    Every epoch starts from its own seed, so that a resumed run needs no saved generator states to be the same.
     """
     mixed = int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
     random.seed(mixed)

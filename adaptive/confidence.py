@@ -26,7 +26,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def energy_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Negated free energy T log sum exp(f / T) of the logits (EBJR, the paper's formula), in float64: [..., C] to [...]."""
+    """Negated free energy T log sum exp(f / T) of the logits (EBJR's formula), float64: [..., C] to [...]."""
     return temperature * (logits.double() / temperature).logsumexp(-1)
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import re
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 

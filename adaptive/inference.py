@@ -1,4 +1,4 @@
-"""Using the exits: the tables that simulation reads, and real early exit in an order for latency and one for throughput."""
+"""Using the exits: the tables that simulation reads, and real early exit, for latency or for throughput."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -73,8 +73,8 @@ def run_adaptive(
 ) -> tuple[Tensor, Tensor]:
     """Really exits early: images [N, 3, H, W] and thresholds [K] to logits [N, C] and the exit [N] each sample left at.
 
-    A sample leaves at the first exit whose confidence is at least its threshold and costs nothing from there on; the last
-    exit takes the rest. Order "latency" takes the images as one batch and compacts it after every exit. Order
+    A sample leaves at the first exit whose confidence is at least its threshold and costs nothing from there on; the
+    last exit takes the rest. Order "latency" takes the images as one batch and compacts it after every exit. Order
     "throughput" gives every stage full micro-batches of `micro_batch` images, pooling the survivors of several.
     """
     if order not in ORDERS:
@@ -98,10 +98,10 @@ def stream_adaptive(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Streams batches of images [B, 3, H, W] through the stages and yields samples in the order in which they leave.
 
-    Yields (position in the stream [M], logits [M, C], exit [M]) for a few samples at a time. With `micro_batch`, a stage
-    runs only once that many samples wait for it, and on exactly that many: nearly all calls then have one shape, where
-    every other number of survivors would make CPU libraries prepare each convolution anew and leave a GPU half empty. At
-    most K * 2 * micro_batch samples are in memory. Without it, every batch goes on as soon as it can.
+    Yields (position in the stream [M], logits [M, C], exit [M]) for a few samples at a time. With `micro_batch`, a
+    stage runs only once that many samples wait for it, and on exactly that many: nearly all calls then have one shape,
+    where every new number of survivors would make CPU libraries prepare each convolution anew and leave a GPU half
+    empty. At most K * 2 * micro_batch samples are in memory. Without it, every batch goes on as soon as it can.
     """
     surety, limits, last = confidence_function(confidence), thresholds.tolist(), model.num_exits - 1
     waiting: list[list[State]] = [[] for _ in range(model.num_exits)]

@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from adaptive.confidence import confidence_function
 from adaptive.flops import exit_costs, single_costs
 from adaptive.inference import run_adaptive, run_single
+from adaptive.thresholds import exit_of
 from models import MultiExitModel
 
 MICRO_BATCHES = (16, 32, 64, 128, 256)
@@ -115,33 +118,66 @@ def measure(
     Without `micro_batch`, every policy gets the fastest of `MICRO_BATCHES` on a quarter of the images. Latencies are
     those of batch 1 over `singles` images, None where waiting for a full micro-batch makes them meaningless.
     """
-    device, sizes = targets.device, {}
-    for name, (run, images, *_) in policies.items():
-        part = images[: max(len(images) // 4, 1)]
-        candidates = {size: lambda size=size, run=run, part=part: run(part, size) for size in MICRO_BATCHES}
-        times = {} if micro_batch else interleaved(candidates, rounds=1, device=device)
-        sizes[name] = micro_batch or min(times, key=times.get)
-    calls = {name: lambda p=p, size=sizes[name]: p.run(p.images, size) for name, p in policies.items()}
+    device = targets.device
+    sizes = {name: micro_batch or _fastest_size(policy, device) for name, policy in policies.items()}
+    calls = {name: partial(policy.run, policy.images, sizes[name]) for name, policy in policies.items()}
     times = interleaved(calls, rounds=rounds, device=device)
     rows = []
-    for name, (run, images, macs, one_by_one) in policies.items():
-        logits, exits = run(images, sizes[name])
-        waits = []
-        if one_by_one:
-            ones = images[:singles].split(1)
-            for one in ones[:10]:
-                run(one, 1)
-            waits = [_seconds(lambda one=one, run=run: run(one, 1), device) * 1e3 for one in ones]
-        mean_macs = torch.tensor(costs, dtype=torch.float64)[exits.cpu()].mean().item() if macs is None else macs
-        row = {"policy": name, "micro_batch": sizes[name], "images_per_s": len(images) / times[name]}
-        row |= {
-            "p50_ms": percentile(waits, 0.5) if waits else None,
-            "p95_ms": percentile(waits, 0.95) if waits else None,
-        }
-        row |= {
-            "macs": mean_macs,
-            "accuracy": (logits.argmax(1) == targets).double().mean().item(),
-            "exits": exits.cpu(),
-        }
+    for name, policy in policies.items():
+        logits, exits = calls[name]()
+        macs = policy.macs
+        if macs is None:
+            macs = torch.tensor(costs, dtype=torch.float64)[exits.cpu()].mean().item()
+        p50, p95 = _single_latencies(policy, singles, device) if policy.one_by_one else (None, None)
+        row = {"policy": name, "micro_batch": sizes[name], "images_per_s": len(targets) / times[name]}
+        row |= {"p50_ms": p50, "p95_ms": p95, "macs": macs}
+        row |= {"accuracy": (logits.argmax(1) == targets).double().mean().item(), "exits": exits.cpu()}
         rows.append(row)
     return rows
+
+
+def compare(
+    table: list[dict[str, Any]], model: MultiExitModel, images: Tensor, thresholds: Tensor, confidence: str
+) -> dict[str, Any]:
+    """Puts the rows of `measure` beside the simulation of `model` on the same images, and early exit beside the rest.
+
+    `mismatches` are samples that left elsewhere than simulated, `speedup` and `macs_ratio` those of throughput order
+    over the static network that ends at the last exit, `speedup_over_plain` over all exits of the network as trained.
+    """
+    with torch.inference_mode():
+        logits = torch.cat([torch.stack(model(part)) for part in images.split(64)], dim=1)
+    simulated = exit_of(confidence_function(confidence)(logits), thresholds.to(images.device)).cpu()
+    rows = [{k: v for k, v in row.items() if k != "exits"} for row in table]
+    for row, measured in zip(rows, table, strict=True):
+        early = row["policy"].startswith("early")
+        row["mismatches"] = int((measured["exits"] != simulated).sum()) if early else None
+    by_name = {row["policy"]: row for row in rows}
+    pooled, static = by_name["early exit, throughput order"], by_name[f"exit {model.num_exits - 1} alone"]
+    plain = by_name["all exits, as trained"]
+    shares = torch.bincount(simulated, minlength=model.num_exits).double() / len(images)
+    return {
+        "order": "throughput",
+        "thresholds": thresholds.tolist(),
+        "shares": shares.tolist(),
+        "num_images": len(images),
+        **{name: pooled[name] for name in ("accuracy", "macs", "mismatches")},
+        "speedup": pooled["images_per_s"] / static["images_per_s"],
+        "macs_ratio": static["macs"] / pooled["macs"],
+        "speedup_over_plain": pooled["images_per_s"] / plain["images_per_s"],
+        "table": rows,
+    }
+
+
+def _fastest_size(policy: Policy, device: torch.device) -> int:
+    part = policy.images[: max(len(policy.images) // 4, 1)]
+    times = interleaved({n: partial(policy.run, part, n) for n in MICRO_BATCHES}, rounds=1, device=device)
+    return min(times, key=times.get)
+
+
+def _single_latencies(policy: Policy, singles: int, device: torch.device) -> tuple[float, float]:
+    """Median and 95th percentile of batch 1, in milliseconds."""
+    images = policy.images[:singles].split(1)
+    for image in images[:10]:
+        policy.run(image, 1)
+    times = [1e3 * _seconds(partial(policy.run, image, 1), device) for image in images]
+    return percentile(times, 0.5), percentile(times, 0.95)

@@ -1,11 +1,12 @@
 """When a sample may leave: exit quotas, the thresholds that meet them, and what these do to a set of samples.
 
-Pure functions of tables: K exits x N samples. A sample leaves at the first exit whose confidence is at least that exit's
-threshold; the last exit takes whoever is left.
+Pure functions of tables: K exits x N samples. A sample leaves at the first exit whose confidence is at least that
+exit's threshold; the last exit takes whoever is left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ NOBODY, EVERYBODY = 1e8, -1e8
 MSDNET_RATIOS = [p / 20 for p in range(1, 40)]
 DYN_PERCEIVER_RATIOS = [(i + 4) / 20 for i in range(17)] + [20 / (i + 4) for i in range(16, 0, -1)]
 SWEEPS = {"msdnet": MSDNET_RATIOS, "dyn_perceiver": DYN_PERCEIVER_RATIOS}
+
+
+class Tables(Protocol):
+    """What every exit says about every sample: `confidence` and `correct` (bool), [K, N] each."""
+
+    confidence: Tensor
+    correct: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,9 @@ class Simulation:
 def geometric_quotas(ratio: float, num_exits: int, scales: Sequence[float] = ()) -> Tensor:
     """Share of the samples meant to leave at each exit, [K] float32 summing to 1: q_k = p^k / sum_j p^j.
 
-    `ratio` p below 1 favours early exits. `scales` (K - 1 numbers, or none) then multiply the quotas of exits 0..K-2 one
-    after the other, each time rescaling the later quotas to the total of 1 (Dyn-Perceiver: 0.85, 1, 0.5). Computed in
-    float32 as exp(k log p), as published (MSDNet, "budgeted batch classification").
+    `ratio` p below 1 favours early exits. `scales` (K - 1 numbers, or none) then multiply the quotas of exits 0..K-2
+    one after the other, each time rescaling the later quotas to the total of 1 (Dyn-Perceiver: 0.85, 1, 0.5). Computed
+    in float32 as exp(k log p), as published (MSDNet, "budgeted batch classification").
     """
     if scales and len(scales) != num_exits - 1:
         raise ValueError(
@@ -57,8 +65,8 @@ def geometric_quotas(ratio: float, num_exits: int, scales: Sequence[float] = ())
 def quota_thresholds(confidence: Tensor, quotas: Tensor) -> Tensor:
     """Thresholds [K] at which floor(N * quota_k) of the samples still there leave at exit k; the papers' rule.
 
-    `confidence` [K, N], `quotas` [K]. Nobody leaves at an exit whose quota is zero or larger than what is left; ties leave
-    together; the last threshold always passes. The product N * quota is taken in float32, as published.
+    `confidence` [K, N], `quotas` [K]. Nobody leaves at an exit whose quota is zero or larger than what is left; ties
+    leave together; the last threshold always passes. The product N * quota is taken in float32, as published.
     """
     num_exits, num_samples = confidence.shape
     wanted = (torch.tensor(num_samples, dtype=torch.float32) * quotas.float()).long().tolist()
@@ -81,12 +89,28 @@ def exit_of(confidence: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def simulate(confidence: Tensor, correct: Tensor, thresholds: Tensor, costs: Sequence[float]) -> Simulation:
-    """What `thresholds` [K] do to samples with `confidence` [K, N] and `correct` [K, N] (bool) at `costs` [K] per exit."""
+    """What `thresholds` [K] do to samples with `confidence` and `correct` (bool) [K, N], at `costs` [K] per exit."""
     exits = exit_of(confidence, thresholds)
     shares = torch.bincount(exits, minlength=len(thresholds)).double() / exits.numel()
     accuracy = correct.gather(0, exits[None]).double().mean().item()
     cost = (shares * torch.as_tensor(costs, dtype=torch.float64, device=shares.device)).sum().item()
     return Simulation(accuracy, cost, shares.tolist(), exits)
+
+
+def sweep(quotas: Iterable[Tensor], calib: Tables, test: Tables, costs: Sequence[float]) -> list[dict[str, Any]]:
+    """The quota rule for each of `quotas` [K]: thresholds chosen on calib, and what they do to it and to test.
+
+    Rows of {thresholds, accuracy, macs, shares (on test), calib_accuracy, calib_macs}; `costs` [K] are multiply-adds.
+    """
+    rows = []
+    for quota in quotas:
+        thresholds = quota_thresholds(calib.confidence, quota)
+        on_calib = simulate(calib.confidence, calib.correct, thresholds, costs)
+        on_test = simulate(test.confidence, test.correct, thresholds, costs)
+        row = {"thresholds": thresholds.tolist(), "accuracy": on_test.accuracy, "macs": on_test.cost}
+        row |= {"shares": on_test.shares, "calib_accuracy": on_calib.accuracy, "calib_macs": on_calib.cost}
+        rows.append(row)
+    return rows
 
 
 def within_budget(accuracies: Sequence[float], costs: Sequence[float], budget: float) -> int:

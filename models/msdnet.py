@@ -1,8 +1,8 @@
 """MSDNet: Multi-Scale Dense Networks for Resource Efficient Image Classification (https://arxiv.org/abs/1703.09844).
 
-Feature maps of several scales advance together through dense layers; every exit reads the coarsest one. The last layers
-before an exit therefore make fine maps that this exit never reads. A stage here computes what its exit reads and nothing
-more; what it left out is made by the first later stage that reads it, for the samples that are still there.
+Feature maps of several scales advance together through dense layers; every exit reads the coarsest one. The last
+layers before an exit therefore make fine maps that this exit never reads. A stage here computes what its exit reads and
+nothing more; what it left out is made by the first later stage that reads it, for the samples that are still there.
 """
 
 import math
@@ -170,11 +170,11 @@ class MSDNet(MultiExitModel):
 
         bn = bnFactor if bottleneck else [0] * self.num_scales
         blocks = [[Stem(stem, [nChannels * g for g in grFactor])]] + [[] for _ in range(nBlocks - 1)]
-        heads, channels, depth = [], nChannels, 0
+        heads, channels, done = [], nChannels, 0
         layers_per_block = [base] + [step if stepmode == "even" else step * i + 1 for i in range(1, nBlocks)]
         total = sum(layers_per_block)
         for block, count in zip(blocks, layers_per_block, strict=True):
-            for depth in range(depth + 1, depth + count + 1):
+            for depth in range(done + 1, done + count + 1):
                 arriving, first = _finest_scales(depth, total, self.num_scales, prune)
                 units = _dense_units(channels, growthRate, grFactor, bn, arriving, first)
                 block.append(Layer(units, first, arriving))
@@ -184,6 +184,7 @@ class MSDNet(MultiExitModel):
                     kept = math.floor(reduction * channels)
                     block.append(Transition(*([c * g for g in grFactor[first:]] for c in (channels, kept)), first))
                     channels = kept
+            done += count
             n_in = channels * grFactor[-1]
             heads.append(MapClassifier(n_in, 128 if stem == "cifar" else n_in, num_classes))
         self.blocks = nn.ModuleList(nn.ModuleList(block) for block in blocks)

@@ -32,7 +32,7 @@ class MultiExitModel(nn.Module):
         raise NotImplementedError
 
     def carry(self, k: int, state: State, logits: Tensor) -> State:
-        """The state for stage k + 1 once exit k has answered; only families whose later stages read logits change it."""
+        """The state for stage k + 1 once exit k has answered; only where later stages read logits is it another."""
         return state
 
     def step(self, k: int, state: State) -> tuple[Tensor, State]:

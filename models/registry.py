@@ -51,7 +51,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def model_options(name: str) -> dict[str, inspect.Parameter]:
-    """The options of a registered network: name to parameter, whose default is the preset's and whose annotation its type.
+    """The options of a registered network: name to parameter, with the preset's default and the type as annotation.
 
     Raises ValueError for an unknown name.
     """

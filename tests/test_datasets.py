@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -368,17 +369,16 @@ def test_folder_errors_name_the_folder(tmp_path):
             open_data("image_folder", str(tmp_path / name))
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("damage", ["cut", "text", "gone"])
-def test_a_corrupt_image_is_named_also_from_a_worker(tmp_path, num_workers, damage):
+@pytest.mark.parametrize("damage, num_workers", [("cut", 0), ("cut", 1), ("text", 0), ("gone", 0)])
+def test_a_corrupt_image_is_named_also_from_a_worker(tmp_path, damage, num_workers):
     source = open_data("image_folder", str(write_tree(tmp_path / "a")), str(write_tree(tmp_path / "b")))
     bad = tmp_path / "a" / "dog" / "0.png"
     contents = bad.read_bytes()
     bad.unlink() if damage == "gone" else bad.write_bytes(contents[:50] if damage == "cut" else b"no image")
     split = Split(source.train, None, as_tensor)
-    with pytest.raises(ValueError) as caught:
+    last_line = rf"cannot read image {re.escape(str(bad))}: [^\n]+\s*$"
+    with pytest.raises(ValueError, match=last_line):
         list(eval_loader(split, batch_size=2, num_workers=num_workers, pin_memory=False))
-    assert f"cannot read image {bad}: " in str(caught.value).strip().splitlines()[-1]
 
 
 # Real data

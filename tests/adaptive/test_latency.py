@@ -1,0 +1,209 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from adaptive import latency
+from adaptive.confidence import max_prob
+from adaptive.flops import exit_costs, single_costs
+from adaptive.latency import MICRO_BATCHES, Policy, compare, interleaved, measure, percentile, policies_of
+from adaptive.thresholds import EVERYBODY, exit_of, quota_thresholds
+from models import MultiExitModel
+
+CPU = torch.device("cpu")
+STATIC = ["all exits, as trained", "all exits", "exit 0 alone", "exit 1 alone"]
+EARLY = ["early exit, throughput order", "early exit, latency order"]
+KEYS = ["policy", "micro_batch", "images_per_s", "p50_ms", "p95_ms", "macs", "accuracy", "exits"]
+
+
+class Tiny(MultiExitModel):
+    """Two exits of linear layers."""
+
+    num_exits = 2
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Linear(12, 8), nn.Linear(8, 8)])
+        self.heads = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
+
+    def begin(self, images):
+        return images.flatten(1)
+
+    def trunk(self, k, state):
+        x = self.stages[k](state).tanh()
+        return x, x
+
+    def head(self, k, features):
+        return 3 * self.heads[k](features)
+
+
+@pytest.fixture
+def subject():
+    """A network, 20 images, thresholds at which half leave early, and the exits by simulation."""
+    torch.manual_seed(0)
+    model, images = Tiny().double().eval(), torch.randn(20, 3, 2, 2, dtype=torch.float64)
+    with torch.no_grad():
+        surety = max_prob(torch.stack(model(images)))
+    thresholds = quota_thresholds(surety, torch.tensor([0.5, 0.5])) - 1e-9
+    exits = exit_of(surety, thresholds)
+    assert exits.sum() == 10
+    return model, images, thresholds, exits
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves only when told: `clock.now += seconds`."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def answers_of(model, images):
+    with torch.no_grad():
+        return model(images)
+
+
+def test_percentile():
+    assert percentile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert percentile([4.0, 1.0, 3.0, 2.0], 1) == 4
+    assert percentile([0.0, 10.0], 0.95) == pytest.approx(9.5)
+    assert percentile([7.0], 0.95) == 7
+
+
+def test_calls_take_turns_after_a_warm_up(clock):
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "AB"}
+    interleaved(calls, rounds=3, device=CPU)
+    assert "".join(order) == "AB" + "ABABAB"
+
+
+def test_times_are_medians_without_the_warm_up(clock):
+    durations = {"A": [50, 1, 2, 9], "B": [50, 30, 10, 20]}
+
+    def call(name):
+        clock.now += durations[name].pop(0)
+
+    calls = {name: lambda name=name: call(name) for name in "AB"}
+    assert interleaved(calls, rounds=3, device=CPU) == {"A": 2, "B": 20}
+
+
+def test_policies_are_early_exit_and_its_static_rivals(subject):
+    model, images, thresholds, _ = subject
+    policies = policies_of(model, model, images, images, thresholds, "max_prob")
+    whole, alone = exit_costs(model, (3, 2, 2))[-1], single_costs(model, (3, 2, 2))
+    assert {name: policy.macs for name, policy in policies.items()} == dict(
+        zip([*STATIC, *EARLY], [whole, whole, *alone, None, None], strict=True)
+    )
+    assert [name for name, policy in policies.items() if not policy.one_by_one] == EARLY[:1]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_policies_answer_as_the_network(subject, size):
+    model, images, thresholds, simulated = subject
+    exits = answers_of(model, images)
+    policies = policies_of(model, model, images, images, thresholds, "max_prob")
+    expected = dict(zip(STATIC, [1, 1, 0, 1], strict=True)) | dict.fromkeys(EARLY, simulated)
+    for name, policy in policies.items():
+        logits, left_at = policy.run(policy.images, size)
+        wanted = torch.as_tensor(expected[name]).expand(20)
+        assert torch.equal(left_at, wanted)
+        torch.testing.assert_close(logits, torch.stack(exits)[wanted, torch.arange(20)])
+
+
+def test_only_the_first_policy_uses_the_network_as_trained(subject):
+    model, images, thresholds, _ = subject
+    torch.manual_seed(1)
+    tuned, other_images = Tiny().double().eval(), images + 1
+    policies = policies_of(model, tuned, images, other_images, thresholds, "max_prob")
+    assert policies["all exits, as trained"].images is images
+    plain = policies["all exits, as trained"].run(images, 64)[0]
+    torch.testing.assert_close(plain, answers_of(model, images)[1])
+    for name in (*STATIC[1:], *EARLY):
+        assert policies[name].images is other_images
+        logits, exits = policies[name].run(other_images, 64)
+        answers = torch.stack(answers_of(tuned, other_images))
+        torch.testing.assert_close(logits, answers[exits, torch.arange(20)])
+
+
+def test_rows_hold_what_was_measured(subject):
+    model, images, thresholds, simulated = subject
+    targets = answers_of(model, images)[1].argmax(1)
+    targets[:5] = (targets[:5] + 1) % 4
+    policies = policies_of(model, model, images, images, thresholds, "max_prob")
+    rows = measure(policies, targets, [100, 300], micro_batch=8, rounds=1, singles=3)
+    assert [row["policy"] for row in rows] == [*STATIC, *EARLY]
+    for row in rows:
+        assert list(row) == KEYS
+        assert row["micro_batch"] == 8 and row["images_per_s"] > 0
+        if row["policy"] == "early exit, throughput order":
+            assert row["p50_ms"] is None and row["p95_ms"] is None
+        else:
+            assert 0 < row["p50_ms"] <= row["p95_ms"]
+    by_name = {row["policy"]: row for row in rows}
+    assert by_name["all exits"]["accuracy"] == by_name["exit 1 alone"]["accuracy"] == 0.75
+    for name in EARLY:
+        assert torch.equal(by_name[name]["exits"], simulated)
+        assert by_name[name]["macs"] == 200  # half leave at either exit
+    assert by_name["exit 0 alone"]["macs"] == single_costs(model, (3, 2, 2))[0]
+
+
+def scripted(clock, seconds_of, count=40):
+    """A policy that takes `seconds_of(images, size)` and is always right about class 0."""
+
+    def run(images, size):
+        clock.now += seconds_of(images, size)
+        return torch.eye(3)[:1].expand(len(images), 3), torch.zeros(len(images), dtype=torch.long)
+
+    return Policy(run, torch.zeros(count, 3, 2, 2), 123.0)
+
+
+def test_speed_and_latency_are_by_the_clock(clock):
+    waits = iter([*[5.0] * 10, 0.001, 0.002, 0.006, 0.003, 0.004, *[0.009] * 35])
+    policy = scripted(clock, lambda images, size: 0.5 if len(images) > 1 else next(waits))
+    (row,) = measure({"a": policy}, torch.zeros(40), [], micro_batch=16, rounds=3, singles=15)
+    assert row["images_per_s"] == pytest.approx(80)
+    # ten calls warm up; of the fifteen timed ones the median is 9 ms
+    assert row["p50_ms"] == pytest.approx(9) and row["p95_ms"] == pytest.approx(9)
+    assert row["macs"] == 123.0 and row["accuracy"] == 1
+
+
+def test_latency_is_over_few_images(clock):
+    waits = iter([*[5.0] * 4, 0.001, 0.002, 0.006, 0.003])
+    policy = scripted(clock, lambda images, size: 0.5 if len(images) > 1 else next(waits))
+    (row,) = measure({"a": policy}, torch.zeros(40), [], micro_batch=16, rounds=1, singles=4)
+    assert row["p50_ms"] == pytest.approx(2.5)
+    assert row["p95_ms"] == pytest.approx(3 + 0.85 * 3)
+
+
+def test_every_policy_gets_its_fastest_micro_batch(clock):
+    sizes = {"a": 32, "b": 256}
+    policies = {
+        name: scripted(clock, lambda images, size, best=best: 1.0 if size == best else 2.0)
+        for name, best in sizes.items()
+    }
+    rows = measure(policies, torch.zeros(40), [], rounds=1, singles=1)
+    assert {row["policy"]: row["micro_batch"] for row in rows} == sizes
+    assert set(sizes.values()) <= set(MICRO_BATCHES)
+    assert [row["images_per_s"] for row in rows] == [40, 40]
+
+
+def test_comparison_counts_what_left_elsewhere(subject):
+    model, images, thresholds, simulated = subject
+    early = {"accuracy": 0.7, "macs": 20.0, "images_per_s": 90.0, "exits": simulated}
+    static = {"accuracy": 0.8, "macs": 50.0, "images_per_s": 30.0, "exits": torch.ones(20, dtype=torch.long)}
+    moved = simulated.clone()
+    moved[:3] = 1 - moved[:3]
+    table = [
+        {"policy": "all exits, as trained", **static, "images_per_s": 15.0},
+        {"policy": "exit 1 alone", **static},
+        {"policy": "early exit, throughput order", **early},
+        {"policy": "early exit, latency order", **early, "exits": moved},
+    ]
+    result = compare(table, model, images, thresholds, "max_prob")
+    assert [row["mismatches"] for row in result["table"]] == [None, None, 0, 3]
+    assert all("exits" not in row for row in result["table"]) and "exits" in table[0]
+    assert (result["accuracy"], result["macs"], result["mismatches"]) == (0.7, 20.0, 0)
+    assert (result["speedup"], result["macs_ratio"], result["speedup_over_plain"]) == (3, 2.5, 6)
+    assert result["shares"] == [0.5, 0.5] and result["num_images"] == 20 and result["order"] == "throughput"
+    assert result["thresholds"] == thresholds.tolist() and result["thresholds"][1] == EVERYBODY - 1e-9

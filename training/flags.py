@@ -1,0 +1,212 @@
+"""The command line as tables: what a flag is, how a table is parsed, and the table of the training flags."""
+
+import argparse
+import re
+from collections.abc import Callable, Iterable
+from inspect import Parameter
+from types import NoneType
+from typing import Any, NamedTuple, get_args
+
+TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
+
+
+class Flag(NamedTuple):
+    """One command-line flag: `kind` is int, float, str or bool; `many` takes a list; `low` is the least accepted."""
+
+    name: str
+    kind: type
+    default: Any
+    help: str = ""
+    many: bool = False
+    low: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def convert(self, word: str) -> Any:
+        """The value that `word` stands for; a list if `many`, of numbers joined by dashes or commas or of one."""
+        if self.many:
+            one = self._replace(many=False)
+            return [one.convert(part) for part in re.split(r"[-,]" if self.kind is int else ",", word)]
+        if self.kind is bool:
+            if word.lower() not in TRUE + FALSE:
+                raise argparse.ArgumentTypeError(f"{word!r} is not true or false")
+            return word.lower() in TRUE
+        try:
+            value = self.kind(word)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{word!r} is not of type {self.kind.__name__}") from None
+        if self.low is not None and not value >= self.low:
+            raise argparse.ArgumentTypeError(f"{word} is below the least value accepted, {self.low}")
+        if self.choices and value not in self.choices:
+            raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(self.choices)}")
+        return value
+
+    def add_to(self, group: Any) -> None:
+        """Declares the flag in an argparse group."""
+        text = "; ".join(filter(None, [self.help, ", ".join(self.choices), f"default: {_words(self.default)}"]))
+        group.add_argument(
+            f"--{self.name}",
+            type=self.convert,
+            nargs="+" if self.many else None,
+            action=_Flatten if self.many else "store",
+            metavar="LIST" if self.many else self.kind.__name__.upper(),
+            help=text.replace("%", "%%"),
+        )
+
+
+def flags_of_signature(parameters: dict[str, Parameter]) -> list[Flag]:
+    """The flags that a constructor's keyword parameters make, by their annotations and defaults."""
+    flags = []
+    for name, parameter in parameters.items():
+        kinds = [k for k in get_args(parameter.annotation) or [parameter.annotation] if k is not NoneType]
+        many = hasattr(parameter.annotation, "__origin__")
+        flags.append(Flag(name, kinds[0], parameter.default, many=many))
+    return flags
+
+
+def parse_flags(
+    groups: dict[str, list[Flag]],
+    argv: list[str],
+    options_of: Callable[[str], dict[str, Parameter]],
+    nearest: Callable[[str, Iterable[str]], str],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parses a command line by a table of flags and the options of the model that `--model` names.
+
+    `options_of(name)` gives a model's options, `nearest(word, words)` the end of a message about a misspelt word.
+    Returns what was given of the table's flags and of the model's options. "-" equals "_" in flag names. Raises
+    ValueError.
+    """
+    argv = [_underscored(word) for word in argv]
+    finder = _Parser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--model", default="")
+    model = finder.parse_known_args(argv)[0].model
+    table = {flag.name for flags in groups.values() for flag in flags}
+    options = [flag for flag in flags_of_signature(options_of(model) if model else {}) if flag.name not in table]
+    title = f"options of {model}" if model else "options of the model (name one with --model to list them)"
+    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, flags in {**groups, title: options}.items():
+        group = parser.add_argument_group(name)
+        for flag in flags:
+            flag.add_to(group)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [f"--{name}" for name in (*table, *(flag.name for flag in options))]
+        raise ValueError(f"unknown flag {unknown[0]}; {nearest(unknown[0], names)[:300]}")
+    chosen = {flag.name for flag in options}
+    return tuple({k: v for k, v in vars(given).items() if (k in chosen) == wanted} for wanted in (False, True))
+
+
+def with_defaults(groups: dict[str, list[Flag]], *given: dict[str, Any]) -> argparse.Namespace:
+    """The table's flags: defaults, replaced by what each of `given` has of them, the later ones first."""
+    flags = {flag.name: flag.default for flags in groups.values() for flag in flags}
+    for values in given:
+        flags.update({name: value for name, value in values.items() if name in flags})
+    return argparse.Namespace(**flags)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ValueError(message.removeprefix("argument "))
+
+
+class _Flatten(argparse.Action):
+    """Joins the lists that the words of a list flag stand for."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, [value for part in values for value in part])
+
+
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+# Names and defaults are those of Dyn-Perceiver's script.
+MODEL_FLAGS = [
+    Flag("model", str, "", "registered network or timm/NAME; with --help, lists its options"),
+    Flag("finetune", str, "", "checkpoint whose weights to start from, other heads than ours left out"),
+    Flag("model_key", str, "model|module|state_dict_ema", "where --finetune looks for weights"),
+    Flag("model_prefix", str, "", "put before the weights' names by --finetune"),
+]
+AUGMENTATION_FLAGS = [
+    Flag("color_jitter", float, 0.4, "strength of colour jitter where --aa is off", low=0),
+    Flag("aa", str, "rand-m9-mstd0.5-inc1", "timm's auto augmentation policy, or none"),
+    Flag("train_interpolation", str, "bicubic", "bicubic, bilinear, random ..."),
+    Flag("reprob", float, 0.25, "probability of random erasing", low=0),
+    Flag("remode", str, "pixel", "what is erased with: const, rand or pixel"),
+    Flag("recount", int, 1, "boxes erased per image", low=1),
+    Flag("smoothing", float, 0.1, "label smoothing", low=0),
+    Flag("mixup", float, 0.8, "mixup alpha, 0 = off", low=0),
+    Flag("cutmix", float, 1.0, "cutmix alpha, 0 = off", low=0),
+    Flag("cutmix_minmax", float, None, "least and largest cutmix box instead of an alpha", many=True),
+    Flag("mixup_prob", float, 1.0, "probability of mixing a batch", low=0),
+    Flag("mixup_switch_prob", float, 0.5, "probability of cutmix where both are on", low=0),
+    Flag("mixup_mode", str, "batch", "batch, pair or elem"),
+]
+OPTIMIZATION_FLAGS = [
+    Flag("epochs", int, 300, "", low=1),
+    Flag("update_freq", int, 1, "micro-batches per optimizer step", low=1),
+    Flag("opt", str, "adamw", "any optimizer of timm; sgd is plain SGD with momentum"),
+    Flag("opt_eps", float, 1e-8, "", low=0),
+    Flag("opt_betas", float, None, "", many=True),
+    Flag("momentum", float, 0.9, "", low=0),
+    Flag("weight_decay", float, 0.05, "", low=0),
+    Flag("weight_decay_end", float, None, "final weight decay of a cosine; default: constant", low=0),
+    Flag("filter_bias_and_bn", bool, True, "no weight decay for biases and other 1-D parameters"),
+    Flag("clip_grad", float, None, "largest gradient norm", low=0),
+    Flag("lr", float, 4e-3, "peak learning rate, never scaled by the batch", low=0),
+    Flag("min_lr", float, 1e-6, "final learning rate of the cosine", low=0),
+    Flag("schedule", str, "cosine", "", choices=("cosine", "multistep", "constant")),
+    Flag("decay_epochs", int, (), "epochs at which multistep decays", many=True, low=0),
+    Flag("decay_rate", float, 0.1, "what multistep multiplies by", low=0),
+    Flag("warmup_epochs", int, 20, "", low=0),
+    Flag("warmup_steps", int, -1, "optimizer steps of warm-up, instead of epochs where above 0"),
+    Flag("model_ema", bool, False, "keep a moving average of the weights"),
+    Flag("model_ema_decay", float, 0.9999, "", low=0),
+    Flag("model_ema_force_cpu", bool, False, "keep the average in main memory"),
+    Flag("model_ema_eval", bool, False, "evaluate the average too, and choose the best checkpoint by it"),
+]
+OBJECTIVE_FLAGS = [
+    Flag("exit_weights", float, None, "weight of each exit's loss; default: all 1", many=True, low=0),
+    Flag("loss_att_factor", float, None, "four exits: weight of exits 0 and 1", low=0),
+    Flag("loss_cnn_factor", float, None, "four exits: weight of exit 2", low=0),
+    Flag("loss_merge_factor", float, None, "four exits: weight of exit 3", low=0),
+    Flag("with_kd", bool, False, "the last exit teaches the others"),
+    Flag("T_kd", float, 4.0, "distillation temperature", low=1e-6),
+    Flag("alpha_kd", float, 0.5, "distillation weight", low=0),
+]
+TRAIN_RUN_FLAGS = [
+    Flag("log_dir", str, None, "folder for TensorBoard"),
+    Flag("print_freq", int, 50, "batches between two reports", low=1),
+    Flag("compile", bool, False, "torch.compile the forward pass"),
+    Flag("resume", str, "", "checkpoint to go on from, a file or an https URL"),
+    Flag("auto_resume", bool, True, "go on from the last checkpoint in --output_dir"),
+    Flag("start_epoch", int, 0, "", low=0),
+    Flag("save_ckpt", bool, True, "write checkpoints"),
+    Flag("save_ckpt_freq", int, 1, "epochs between numbered checkpoints", low=1),
+    Flag("save_ckpt_num", int, 3, "numbered checkpoints kept; last and best are kept besides", low=0),
+    Flag("eval", bool, False, "evaluate --resume, or the last checkpoint in --output_dir, instead of training"),
+    Flag("weights", str, "auto", "with --eval: which weights", choices=("auto", "model", "ema")),
+    Flag("disable_eval", bool, False, "no evaluation between epochs"),
+    Flag("enable_wandb", bool, False, "mirror TensorBoard to Weights & Biases (pip install wandb)"),
+    Flag("project", str, "dynexit", "project name there"),
+    Flag("local_rank", int, -1, "set by launchers, read from the environment"),
+    Flag("world_size", int, 1, "read from the environment"),
+]
+# Flags of that script which cannot do anything here: the one value accepted, and why no other is.
+REFUSED = {
+    "layer_decay": (1.0, "defined for ConvNeXt only, which is not a model here"),
+    "layer_scale_init_value": (1e-6, "defined for ConvNeXt only, which is not a model here"),
+    "head_init_scale": (1.0, "defined for ConvNeXt only, which is not a model here"),
+    "classifier_type": ("cnn", "all exits are always trained; weigh them with --exit_weights"),
+    "resplit": (False, "splits are made by --num_calib and --seed"),
+    "dist_on_itp": (False, "start processes with torchrun or SLURM"),
+    "dist_url": ("env://", "start processes with torchrun or SLURM"),
+    "dist_eval": (True, "evaluation is always shared by the processes and exact"),
+    "wandb_ckpt": (False, "checkpoints stay in --output_dir"),
+    "cka": (False, "there is no such analysis here"),
+    "visualize": (False, "there is no such picture here; see report.html of an evaluation"),
+}

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from adaptive.confidence import CONFIDENCES
 from adaptive.flops import cost_table, count
 from adaptive.inference import ExitTables, fold_batch_norm
-from adaptive.latency import compare, measure, policies_of
+from adaptive.latency import compare_orders
 from adaptive.report import plot_curve, write_report
 from adaptive.tables import anytime_lines, dynamic_lines, runtime_lines
 from adaptive.thresholds import SWEEPS, cheapest, geometric_quotas, sweep, within_budget
@@ -59,7 +59,7 @@ EXIT_FLAGS = [
     Flag("quota_sweep", str, "msdnet", "published list of exit distributions", choices=tuple(SWEEPS)),
     Flag("quota_scales", float, (), "factor on the quota of each exit but the last, e.g. 0.85 1 0.5", many=True),
     Flag("budget", float, None, "runtime: multiply-adds allowed; default: as good as the last exit", low=0),
-    Flag("row", int, None, "runtime: row of dynamic.json to run instead, from 0", low=0),
+    Flag("row", int, (), "runtime: rows of dynamic.json to run instead, from 0", many=True, low=0),
     Flag("runtime_images", int, 2000, "runtime: how many of the test images to time", low=1),
     Flag("micro_batch", int, None, "runtime: images per call; default: the fastest of 16 to 256, measured", low=1),
     Flag("fold_bn", bool, True, "runtime: fold batch norm into the convolutions"),
@@ -233,19 +233,20 @@ class Evaluation:
         names = [{"policy": f"{args.quota_sweep} p={p:.4g}", "confidence": args.confidence} for p in ratios]
         return [name | row for name, row in zip(names, rows, strict=True)]
 
-    def choose(self, rows: list[dict[str, Any]], calib: ExitTables) -> int:
-        """The row to run: the one asked for or, judged on calib, the best within budget or as good as the last exit."""
-        if self.args.row is not None:
-            if self.args.row >= len(rows):
-                raise ValueError(f"--row {self.args.row}, but there are rows 0 to {len(rows) - 1}")
+    def choose(self, rows: list[dict[str, Any]], calib: ExitTables) -> list[int]:
+        """The rows to run: those asked for or, judged on calib, the best within budget or as good as the last exit."""
+        wrong = [row for row in self.args.row if row >= len(rows)]
+        if wrong:
+            raise ValueError(f"--row {wrong[0]}, but there are rows 0 to {len(rows) - 1}")
+        if self.args.row:
             return self.args.row
         accuracies, costs = [row["calib_accuracy"] for row in rows], [row["calib_macs"] for row in rows]
         if self.args.budget is not None:
-            return within_budget(accuracies, costs, self.args.budget)
-        return cheapest(accuracies, costs, calib.correct[-1].double().mean().item())
+            return [within_budget(accuracies, costs, self.args.budget)]
+        return [cheapest(accuracies, costs, calib.correct[-1].double().mean().item())]
 
-    def run_exits(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Really exits early with the thresholds of `row` and times it beside the static networks."""
+    def run_exits(self, rows: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        """Really exits early with the thresholds of `rows` and times it beside the static networks."""
         args, compute = self.args, self.compute
         test = Subset(self.splits.test, range(min(args.runtime_images, len(self.splits.test))))
         loader = test_loader(test, args, Compute(compute.device))
@@ -254,10 +255,10 @@ class Evaluation:
         tuned = fold_batch_norm(self.model) if args.fold_bn else copy.deepcopy(self.model)
         tuned = tuned.to(dtype=compute.amp, memory_format=layout)
         tuned_images = images.to(dtype=compute.amp or images.dtype, memory_format=layout)
-        thresholds = torch.tensor(row["thresholds"], dtype=torch.float64)
-        policies = policies_of(self.model, tuned, images, tuned_images, thresholds, args.confidence)
-        table = measure(policies, targets, self.costs, micro_batch=args.micro_batch)
-        return {"policy": row["policy"], **compare(table, self.model, images, thresholds, args.confidence)}
+        points = {f"row {i}": torch.tensor(row["thresholds"], dtype=torch.float64) for i, row in rows.items()}
+        return compare_orders(
+            points, self.model, tuned, images, tuned_images, targets, args.confidence, args.micro_batch
+        )
 
     def write(self, test: ExitTables, calib: ExitTables | None, origin: str) -> None:
         """Prints and writes the tables, the curve and the report."""
@@ -277,8 +278,8 @@ class Evaluation:
         (out / "dynamic.txt").write_text("".join(f"{100 * r['accuracy']:.6f}\t{r['macs']:.1f}\n" for r in rows))
         if self.args.mode in ("runtime", "all"):
             chosen = self.choose(rows, calib)
-            runtime = self.run_exits(rows[chosen])
-            print("\n".join(runtime_lines(runtime, chosen)))
+            runtime = self.run_exits({i: rows[i] for i in chosen})
+            print("\n".join(runtime_lines(runtime)))
             write_json(out / "runtime.json", runtime)
         title = f"{self.arch['name']} on {self.args.data_set}"
         plot_curve(out / "curve.png", exits, rows, title=title, runtime=runtime)
@@ -299,7 +300,7 @@ class Evaluation:
             ),
             (
                 "Speed",
-                f"{describe_machine(self.compute.device)}; medians of interleaved rounds, each policy at its best batch",
+                f"{describe_machine(self.compute.device)}; medians of interleaved rounds, best micro-batch each",
             ),
         ]
 

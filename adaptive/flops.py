@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,9 @@ def fvcore_counts(model: MultiExitModel, input_shape: tuple[int, int, int]) -> l
     for k in range(model.num_exits):
         analysis = FlopCountAnalysis(_CutAfter(twin, k), images)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        counts.append({op: int(n) for op, n in analysis.by_operator().items()})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # fvcore's tracing is deprecated in torch, and still exact
+            counts.append({op: int(n) for op, n in analysis.by_operator().items()})
     return counts
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptive.confidence import confidence_function
 from adaptive.flops import exit_costs, single_costs
-from adaptive.inference import run_adaptive, run_single
+from adaptive.inference import ORDERS, run_adaptive, run_single
 from adaptive.thresholds import exit_of
 from models import MultiExitModel
 
@@ -20,19 +20,18 @@ MICRO_BATCHES = (16, 32, 64, 128, 256)
 class Policy(NamedTuple):
     """A way to answer for images: `run(images, size)`, `size` of them per call, gives logits [N, C] and exits [N].
 
-    `macs` are its mean multiply-adds per image; `None` stands for early exit's, which depend on who leaves.
+    `macs` are its mean multiply-adds per image; None stands for early exit's, which depend on who leaves. Policies of
+    one `kind` share a micro-batch.
     """
 
+    kind: str
     run: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     images: Tensor
-    macs: float | None
-    one_by_one: bool = True
+    macs: float | None = None
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], *, rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds per call, run in turn (A B C A B C ...) for `rounds` rounds after one uncounted call of each."""
-    for call in calls.values():
-        call()
+    """Median seconds per call, run in turn (A B C A B C ...) for `rounds` rounds; warm up before."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -58,21 +57,15 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def policies_of(
-    plain: MultiExitModel,
-    tuned: MultiExitModel,
-    images: Tensor,
-    tuned_images: Tensor,
-    thresholds: Tensor,
-    confidence: str,
+def static_policies(
+    plain: MultiExitModel, tuned: MultiExitModel, images: Tensor, tuned_images: Tensor
 ) -> dict[str, Policy]:
-    """Early exit in both orders and the static networks it competes with.
+    """What early exit competes with: all exits for everybody, and each exit alone.
 
     `plain` is the network as trained and `images` [N, 3, H, W] what it reads; `tuned` is the one to deploy (folded,
-    channels-last, half precision ...), which all other policies use, and `tuned_images` the same images for it.
+    channels-last, half precision ...), which all policies but the first use, and `tuned_images` the same images for it.
     """
     shape, last = tuple(images.shape[1:]), plain.num_exits - 1
-    alone, whole = single_costs(plain, shape), exit_costs(plain, shape)[-1]
 
     def static(answer: Callable[[Tensor], Tensor], k: int) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
         def run(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -81,22 +74,30 @@ def policies_of(
 
         return run
 
-    def pooled(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    whole = exit_costs(plain, shape)[-1]
+    policies = {
+        "all exits, as trained": Policy("plain", static(partial(_last_answer, plain), last), images, whole),
+        "all exits": Policy("static", static(partial(_last_answer, tuned), last), tuned_images, whole),
+    }
+    for k, macs in enumerate(single_costs(plain, shape)):
+        run = static(lambda x, k=k: run_single(tuned, x, k), k)
+        policies[f"exit {k} alone"] = Policy("static", run, tuned_images, macs)
+    return policies
+
+
+def early_policies(
+    tuned: MultiExitModel, tuned_images: Tensor, thresholds: Tensor, confidence: str
+) -> dict[str, Policy]:
+    """Early exit with `thresholds` [K] in both orders, by the name of the order."""
+
+    def throughput(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
         return run_adaptive(tuned, x, thresholds, confidence, order="throughput", micro_batch=size)
 
-    def compacted(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    def latency(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
         parts = [run_adaptive(tuned, part, thresholds, confidence) for part in x.split(size)]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
-    policies = {
-        "all exits, as trained": Policy(static(lambda x: _last_answer(plain, x), last), images, whole),
-        "all exits": Policy(static(lambda x: _last_answer(tuned, x), last), tuned_images, whole),
-    }
-    for k, macs in enumerate(alone):
-        policies[f"exit {k} alone"] = Policy(static(lambda x, k=k: run_single(tuned, x, k), k), tuned_images, macs)
-    policies["early exit, throughput order"] = Policy(pooled, tuned_images, None, one_by_one=False)
-    policies["early exit, latency order"] = Policy(compacted, tuned_images, None)
-    return policies
+    return {run.__name__: Policy(run.__name__, run, tuned_images) for run in (throughput, latency)}
 
 
 @torch.inference_mode()
@@ -115,62 +116,76 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row per policy: {policy, micro_batch, images_per_s, p50_ms, p95_ms, macs, accuracy, exits [N]}.
 
-    Without `micro_batch`, every policy gets the fastest of `MICRO_BATCHES` on a quarter of the images. Latencies are
-    those of batch 1 over `singles` images, None where waiting for a full micro-batch makes them meaningless.
+    Without `micro_batch`, every kind of policy gets the fastest of `MICRO_BATCHES` on a quarter of the images.
+    Latencies are those of batch 1 over `singles` images, None in throughput order, where images wait for others.
     """
-    device = targets.device
-    sizes = {name: micro_batch or _fastest_size(policy, device) for name, policy in policies.items()}
-    calls = {name: partial(policy.run, policy.images, sizes[name]) for name, policy in policies.items()}
+    device, sizes = targets.device, {}
+    for policy in policies.values():
+        sizes[policy.kind] = micro_batch or sizes.get(policy.kind) or _fastest_size(policy, device)
+    calls = {name: partial(policy.run, policy.images, sizes[policy.kind]) for name, policy in policies.items()}
+    answers = {name: call() for name, call in calls.items()}
     times = interleaved(calls, rounds=rounds, device=device)
     rows = []
     for name, policy in policies.items():
-        logits, exits = calls[name]()
+        logits, exits = answers[name]
         macs = policy.macs
         if macs is None:
             macs = torch.tensor(costs, dtype=torch.float64)[exits.cpu()].mean().item()
-        p50, p95 = _single_latencies(policy, singles, device) if policy.one_by_one else (None, None)
-        row = {"policy": name, "micro_batch": sizes[name], "images_per_s": len(targets) / times[name]}
+        p50, p95 = (None, None) if policy.kind == "throughput" else _single_latencies(policy, singles, device)
+        row = {"policy": name, "micro_batch": sizes[policy.kind], "images_per_s": len(targets) / times[name]}
         row |= {"p50_ms": p50, "p95_ms": p95, "macs": macs}
         row |= {"accuracy": (logits.argmax(1) == targets).double().mean().item(), "exits": exits.cpu()}
         rows.append(row)
     return rows
 
 
-def compare(
-    table: list[dict[str, Any]], model: MultiExitModel, images: Tensor, thresholds: Tensor, confidence: str
+def compare_orders(
+    points: dict[str, Tensor],
+    plain: MultiExitModel,
+    tuned: MultiExitModel,
+    images: Tensor,
+    tuned_images: Tensor,
+    targets: Tensor,
+    confidence: str,
+    micro_batch: int | None = None,
 ) -> dict[str, Any]:
-    """Puts the rows of `measure` beside the simulation of `model` on the same images, and early exit beside the rest.
+    """Times early exit at some operating points, `points` (name to thresholds [K]), beside the static networks.
 
-    `mismatches` are samples that left elsewhere than simulated, `speedup` and `macs_ratio` those of throughput order
-    over the static network that ends at the last exit, `speedup_over_plain` over all exits of the network as trained.
+    Returns {num_images, table, points}: rows of `measure`, and for every point {point, thresholds, accuracy, macs,
+    shares, mismatches (samples per order that left elsewhere than simulated with `plain`), speedup and macs_ratio (of
+    throughput order over the network that ends at the last exit), speedup_over_plain (over all exits of `plain`)}.
     """
+    costs = exit_costs(plain, tuple(images.shape[1:]))
+    policies = static_policies(plain, tuned, images, tuned_images)
+    for name, thresholds in points.items():
+        for order, policy in early_policies(tuned, tuned_images, thresholds, confidence).items():
+            policies[f"{name}, {order} order"] = policy
+    rows = {row["policy"]: row for row in measure(policies, targets, costs, micro_batch=micro_batch)}
     with torch.inference_mode():
-        logits = torch.cat([torch.stack(model(part)) for part in images.split(64)], dim=1)
-    simulated = exit_of(confidence_function(confidence)(logits), thresholds.to(images.device)).cpu()
-    rows = [{k: v for k, v in row.items() if k != "exits"} for row in table]
-    for row, measured in zip(rows, table, strict=True):
-        early = row["policy"].startswith("early")
-        row["mismatches"] = int((measured["exits"] != simulated).sum()) if early else None
-    by_name = {row["policy"]: row for row in rows}
-    pooled, static = by_name["early exit, throughput order"], by_name[f"exit {model.num_exits - 1} alone"]
-    plain = by_name["all exits, as trained"]
-    shares = torch.bincount(simulated, minlength=model.num_exits).double() / len(images)
-    return {
-        "order": "throughput",
-        "thresholds": thresholds.tolist(),
-        "shares": shares.tolist(),
-        "num_images": len(images),
-        **{name: pooled[name] for name in ("accuracy", "macs", "mismatches")},
-        "speedup": pooled["images_per_s"] / static["images_per_s"],
-        "macs_ratio": static["macs"] / pooled["macs"],
-        "speedup_over_plain": pooled["images_per_s"] / plain["images_per_s"],
-        "table": rows,
-    }
+        logits = torch.cat([torch.stack(plain(part)) for part in images.split(64)], dim=1)
+    sure = confidence_function(confidence)(logits).cpu()
+    static, as_trained, results = rows[f"exit {plain.num_exits - 1} alone"], rows["all exits, as trained"], []
+    for name, thresholds in points.items():
+        pooled = rows[f"{name}, throughput order"]
+        simulated = exit_of(sure, thresholds)
+        differ = {order: int((rows[f"{name}, {order} order"]["exits"] != simulated).sum()) for order in ORDERS}
+        point = {"point": name, "thresholds": thresholds.tolist(), "mismatches": differ}
+        point |= {"accuracy": pooled["accuracy"], "macs": pooled["macs"]}
+        point |= {"shares": (torch.bincount(simulated, minlength=plain.num_exits).double() / len(images)).tolist()}
+        point |= {"speedup": pooled["images_per_s"] / static["images_per_s"]}
+        point |= {"macs_ratio": static["macs"] / pooled["macs"]}
+        point |= {"speedup_over_plain": pooled["images_per_s"] / as_trained["images_per_s"]}
+        results.append(point)
+    table = [{key: value for key, value in row.items() if key != "exits"} for row in rows.values()]
+    return {"num_images": len(images), "table": table, "points": results}
 
 
 def _fastest_size(policy: Policy, device: torch.device) -> int:
     part = policy.images[: max(len(policy.images) // 4, 1)]
-    times = interleaved({n: partial(policy.run, part, n) for n in MICRO_BATCHES}, rounds=1, device=device)
+    calls = {size: partial(policy.run, part, size) for size in MICRO_BATCHES}
+    for call in calls.values():
+        call()
+    times = interleaved(calls, rounds=1, device=device)
     return min(times, key=times.get)
 
 

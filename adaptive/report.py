@@ -2,7 +2,7 @@
 
 exits:    [{"exit": k, "loss": float, "acc1": fraction, "acc5": fraction, "macs": int}], k from 0, most expensive last
 rows:     [{"policy": str, "thresholds": [...], "accuracy": fraction, "macs": float, "shares": [K fractions]}]
-runtime:  {"order", "thresholds", "accuracy", "macs", "shares", "mismatches", "num_images", "speedup", "macs_ratio",
+runtime:  as `adaptive.latency.compare_orders` returns it: {"num_images", "points": [...],
           "table": [{"policy", "images_per_s", "p50_ms", "p95_ms", "macs", "accuracy"}]}; a latency may be None
 """
 
@@ -164,8 +164,8 @@ def _save_curve(target, file_format, exits, rows, *, title="", runtime=None, tra
         marker = {"edgecolors": PAPER, "linewidths": 0.8, "zorder": 3}
         axes.scatter(*points.T, s=45, color=EXIT, label="one exit for all images", **marker)
         if runtime:
-            chosen = runtime["macs"] / unit, 100 * runtime["accuracy"]
-            axes.scatter(*chosen, s=150, marker="*", color=CHOSEN, label="measured", **marker)
+            chosen = np.array([(point["macs"] / unit, 100 * point["accuracy"]) for point in runtime["points"]])
+            axes.scatter(*chosen.T, s=150, marker="*", color=CHOSEN, label="measured", **marker)
         axes.set(xlabel=f"multiply-adds per image ({name})", ylabel="top-1 accuracy (%)")
         axes.margins(0.1)
         axes.grid(color=INK, alpha=0.12)
@@ -226,9 +226,10 @@ def _cards(exits, rows, runtime):
         figure, detail = "not reached", f"no operating point is as accurate as {target} for fewer MACs"
     yield _card("Same accuracy for fewer MACs", figure, detail)
     if runtime:
-        detail = f"over the network that stops at exit {last['exit']}; {runtime['macs_ratio']:.2f}× fewer MACs, "
-        detail += f"{_percent(runtime['accuracy'])} accuracy, {runtime['order']} order"
-        yield _card("Measured speed-up", f"{runtime['speedup']:.2f}×", detail)
+        point = runtime["points"][0]
+        detail = f"over the network that stops at exit {last['exit']}; {point['macs_ratio']:.2f}× fewer MACs, "
+        detail += f"{_percent(point['accuracy'])} accuracy, throughput order, {point['point']}"
+        yield _card("Measured speed-up", f"{point['speedup']:.2f}×", detail)
 
 
 def _card(label, figure, detail):
@@ -294,13 +295,16 @@ def _runtime_section(runtime):
         speed = f"{row['images_per_s']:.1f}"
         body.append([row["policy"], speed, *latencies, _percent(row["accuracy"]), _macs(row["macs"])])
     table = _table(["", "images/s", "p50 ms", "p95 ms", "top-1", "MACs"], body)
-    thresholds = " ".join(f"{value:.4g}" for value in runtime["thresholds"])
-    note = (
-        f"{runtime['mismatches']:,} of {runtime['num_images']:,} images differ from the simulation. "
-        f"Thresholds, exit by exit: {thresholds}."
-    )
-    bars = _share_bars([{**runtime, "policy": f"early exit, {runtime['order']}"}])
-    return f"<section><h2>Measured speed</h2>{table}<br>{bars}<p class='soft'>{escape(note)}</p></section>"
+    notes = ""
+    for point in runtime["points"]:
+        differ = " and ".join(f"{n:,} ({order} order)" for order, n in point["mismatches"].items())
+        thresholds = " ".join(f"{value:.4g}" for value in point["thresholds"])
+        note = (
+            f"{point['point']}: thresholds {thresholds}; of {runtime['num_images']:,} images, {differ} left elsewhere "
+        )
+        notes += f"<p class='soft'>{escape(note + 'than simulated.')}</p>"
+    bars = _share_bars([{**point, "policy": point["point"]} for point in runtime["points"]])
+    return f"<section><h2>Measured speed</h2>{table}<br>{bars}{notes}</section>"
 
 
 def _facts_section(facts):

@@ -282,7 +282,7 @@ class HalvedConv2d(nn.Conv2d):
 @pytest.mark.parametrize(
     "layers",
     [
-        (nn.Conv2d(3, 4, 3), BatchNormAct2d(4)),  # activates as well, as in timm's densenet121
+        (nn.Conv2d(3, 4, 3), BatchNormAct2d(4)),  # activates as well, as in timm's resnetv2_50d
         (HalvedConv2d(3, 4, 3), nn.BatchNorm2d(4)),
         (nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)),
         (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)),

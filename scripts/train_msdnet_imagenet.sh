@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# MSDNet on ImageNet, as its authors train it (https://arxiv.org/abs/1703.09844, section 5).
+#
+#   DATA=/path/to/imagenet bash scripts/train_msdnet_imagenet.sh msdnet_imagenet_step4 runs/msdnet_step4
+#
+# Command of the MSDNet repository: --nBlocks 5 --stepmode even --step 4 --base 4 --nChannels 32 --growthRate 16
+#   --grFactor 1-2-4-4 --bnFactor 1-2-4-4 --epochs 90 --batch-size 256 --lr 0.1 (decayed every 30 epochs)
+#   --momentum 0.9 --weight-decay 1e-4 (biases and batch norm too).
+# Hardware: 8 GPUs, 32 images each. Published top-1 of the five exits (step 7, base 7, measured by a user of the released
+# model): 62.90 70.32 73.00 73.59 74.59; not yet reproduced here. DATA holds train/ and val/ (https://image-net.org).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+model=$1 out=$2
+torchrun --nproc_per_node="${GPUS:-8}" main_earlyExit.py --model "$model" --data_set IMNET --data_path "$DATA" \
+    --output_dir "$out" --epochs 90 --batch_size $((256 / ${GPUS:-8})) \
+    --opt sgd --lr 0.1 --momentum 0.9 --weight_decay 1e-4 --filter_bias_and_bn false \
+    --schedule multistep --decay_epochs 30 60 --decay_rate 0.1 --warmup_epochs 0 --train_interpolation bilinear \
+    --smoothing 0 --mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 "${@:3}"

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from adaptive.flops import count, exit_costs
 from models import MultiExitModel, create_model, join, list_models, model_options, registry, take
+from models.msdnet import Stem, Transition
 
 # One variant per registered class that is small enough to really run.
 SMALL = {
@@ -202,6 +203,27 @@ def test_msdnet_states_hold_only_what_later_stages_read(options):
     net, images, _ = small_msdnet(**options)
     check_that_states_hold_only_what_is_read(net, images)
     assert net.kept == sorted(net.kept, reverse=True)
+
+
+def shorthand(element):
+    """A layer is its units, plain or fused, fine to coarse; a transition the number of scales that it compresses."""
+    if isinstance(element, Transition):
+        return f"T{len(element.m)}"
+    return "".join("F" if hasattr(unit, "conv_down") else "P" for unit in element.layers)
+
+
+@pytest.mark.parametrize(
+    ("prune", "elements"),
+    [
+        ("max", ["PFF", "PFF", "FF", "T2", "PF", "F", "T1", "P"]),
+        ("min", ["PFF", "PFF", "T3", "PFF", "PFF", "T3", "FF", "F"]),
+    ],
+)
+def test_msdnet_drops_scales_with_depth(prune, elements):
+    net = create_model("msdnet", nBlocks=3, base=2, step=2, stepmode="even", prune=prune)
+    assert [
+        shorthand(element) for block in net.blocks for element in block if not isinstance(element, Stem)
+    ] == elements
 
 
 @msdnets

@@ -7,13 +7,22 @@ from torch import nn
 from adaptive import latency
 from adaptive.confidence import max_prob
 from adaptive.flops import exit_costs, single_costs
-from adaptive.latency import MICRO_BATCHES, Policy, compare, interleaved, measure, percentile, policies_of
+from adaptive.latency import (
+    MICRO_BATCHES,
+    Policy,
+    compare_orders,
+    early_policies,
+    interleaved,
+    measure,
+    percentile,
+    static_policies,
+)
 from adaptive.thresholds import EVERYBODY, exit_of, quota_thresholds
 from models import MultiExitModel
 
 CPU = torch.device("cpu")
 STATIC = ["all exits, as trained", "all exits", "exit 0 alone", "exit 1 alone"]
-EARLY = ["early exit, throughput order", "early exit, latency order"]
+EARLY = ["throughput", "latency"]
 KEYS = ["policy", "micro_batch", "images_per_s", "p50_ms", "p95_ms", "macs", "accuracy", "exits"]
 
 
@@ -59,6 +68,11 @@ def clock(monkeypatch):
     return clock
 
 
+def policies_of(plain, tuned, images, tuned_images, thresholds):
+    static = static_policies(plain, tuned, images, tuned_images)
+    return static | early_policies(tuned, tuned_images, thresholds, "max_prob")
+
+
 def answers_of(model, images):
     with torch.no_grad():
         return model(images)
@@ -71,15 +85,15 @@ def test_percentile():
     assert percentile([7.0], 0.95) == 7
 
 
-def test_calls_take_turns_after_a_warm_up(clock):
+def test_calls_take_turns(clock):
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "AB"}
     interleaved(calls, rounds=3, device=CPU)
-    assert "".join(order) == "AB" + "ABABAB"
+    assert "".join(order) == "ABABAB"
 
 
-def test_times_are_medians_without_the_warm_up(clock):
-    durations = {"A": [50, 1, 2, 9], "B": [50, 30, 10, 20]}
+def test_times_are_medians(clock):
+    durations = {"A": [1, 2, 9], "B": [30, 10, 20]}
 
     def call(name):
         clock.now += durations[name].pop(0)
@@ -90,19 +104,19 @@ def test_times_are_medians_without_the_warm_up(clock):
 
 def test_policies_are_early_exit_and_its_static_rivals(subject):
     model, images, thresholds, _ = subject
-    policies = policies_of(model, model, images, images, thresholds, "max_prob")
+    policies = policies_of(model, model, images, images, thresholds)
     whole, alone = exit_costs(model, (3, 2, 2))[-1], single_costs(model, (3, 2, 2))
     assert {name: policy.macs for name, policy in policies.items()} == dict(
         zip([*STATIC, *EARLY], [whole, whole, *alone, None, None], strict=True)
     )
-    assert [name for name, policy in policies.items() if not policy.one_by_one] == EARLY[:1]
+    assert [policy.kind for policy in policies.values()] == ["plain", "static", "static", "static", *EARLY]
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_policies_answer_as_the_network(subject, size):
     model, images, thresholds, simulated = subject
     exits = answers_of(model, images)
-    policies = policies_of(model, model, images, images, thresholds, "max_prob")
+    policies = policies_of(model, model, images, images, thresholds)
     expected = dict(zip(STATIC, [1, 1, 0, 1], strict=True)) | dict.fromkeys(EARLY, simulated)
     for name, policy in policies.items():
         logits, left_at = policy.run(policy.images, size)
@@ -115,7 +129,7 @@ def test_only_the_first_policy_uses_the_network_as_trained(subject):
     model, images, thresholds, _ = subject
     torch.manual_seed(1)
     tuned, other_images = Tiny().double().eval(), images + 1
-    policies = policies_of(model, tuned, images, other_images, thresholds, "max_prob")
+    policies = policies_of(model, tuned, images, other_images, thresholds)
     assert policies["all exits, as trained"].images is images
     plain = policies["all exits, as trained"].run(images, 64)[0]
     torch.testing.assert_close(plain, answers_of(model, images)[1])
@@ -130,13 +144,13 @@ def test_rows_hold_what_was_measured(subject):
     model, images, thresholds, simulated = subject
     targets = answers_of(model, images)[1].argmax(1)
     targets[:5] = (targets[:5] + 1) % 4
-    policies = policies_of(model, model, images, images, thresholds, "max_prob")
+    policies = policies_of(model, model, images, images, thresholds)
     rows = measure(policies, targets, [100, 300], micro_batch=8, rounds=1, singles=3)
     assert [row["policy"] for row in rows] == [*STATIC, *EARLY]
     for row in rows:
         assert list(row) == KEYS
         assert row["micro_batch"] == 8 and row["images_per_s"] > 0
-        if row["policy"] == "early exit, throughput order":
+        if row["policy"] == "throughput":
             assert row["p50_ms"] is None and row["p95_ms"] is None
         else:
             assert 0 < row["p50_ms"] <= row["p95_ms"]
@@ -148,14 +162,14 @@ def test_rows_hold_what_was_measured(subject):
     assert by_name["exit 0 alone"]["macs"] == single_costs(model, (3, 2, 2))[0]
 
 
-def scripted(clock, seconds_of, count=40):
+def scripted(clock, seconds_of, kind="static", count=40):
     """A policy that takes `seconds_of(images, size)` and is always right about class 0."""
 
     def run(images, size):
         clock.now += seconds_of(images, size)
         return torch.eye(3)[:1].expand(len(images), 3), torch.zeros(len(images), dtype=torch.long)
 
-    return Policy(run, torch.zeros(count, 3, 2, 2), 123.0)
+    return Policy(kind, run, torch.zeros(count, 3, 2, 2), 123.0)
 
 
 def test_speed_and_latency_are_by_the_clock(clock):
@@ -176,10 +190,10 @@ def test_latency_is_over_few_images(clock):
     assert row["p95_ms"] == pytest.approx(3 + 0.85 * 3)
 
 
-def test_every_policy_gets_its_fastest_micro_batch(clock):
+def test_every_kind_of_policy_gets_its_fastest_micro_batch(clock):
     sizes = {"a": 32, "b": 256}
     policies = {
-        name: scripted(clock, lambda images, size, best=best: 1.0 if size == best else 2.0)
+        name: scripted(clock, lambda images, size, best=best: 1.0 if size == best else 2.0, kind=name)
         for name, best in sizes.items()
     }
     rows = measure(policies, torch.zeros(40), [], rounds=1, singles=1)
@@ -188,22 +202,31 @@ def test_every_policy_gets_its_fastest_micro_batch(clock):
     assert [row["images_per_s"] for row in rows] == [40, 40]
 
 
+def test_comparison_of_operating_points(subject):
+    model, images, thresholds, simulated = subject
+    points = {"half": thresholds, "nobody": torch.tensor([2.0, EVERYBODY])}
+    targets = answers_of(model, images)[1].argmax(1)
+    result = compare_orders(points, model, model, images, images, targets, "max_prob", micro_batch=8)
+    orders = [f"{name}, {order} order" for name in points for order in EARLY]
+    assert [row["policy"] for row in result["table"]] == [*STATIC, *orders]
+    assert result["num_images"] == 20 and all("exits" not in row for row in result["table"])
+    rate = {row["policy"]: row["images_per_s"] for row in result["table"]}
+    half, nobody = result["points"]
+    assert half["point"] == "half" and half["thresholds"] == thresholds.tolist()
+    assert half["mismatches"] == {"latency": 0, "throughput": 0} == nobody["mismatches"]
+    assert half["shares"] == [0.5, 0.5] and nobody["shares"] == [0, 1]
+    costs, alone = exit_costs(model, (3, 2, 2)), single_costs(model, (3, 2, 2))
+    assert half["macs"] == sum(costs) / 2 and nobody["macs"] == costs[1]
+    assert half["macs_ratio"] == alone[1] / half["macs"]
+    assert half["speedup"] == rate["half, throughput order"] / rate["exit 1 alone"]
+    assert half["speedup_over_plain"] == rate["half, throughput order"] / rate["all exits, as trained"]
+    assert nobody["accuracy"] == 1
+
+
 def test_comparison_counts_what_left_elsewhere(subject):
     model, images, thresholds, simulated = subject
-    early = {"accuracy": 0.7, "macs": 20.0, "images_per_s": 90.0, "exits": simulated}
-    static = {"accuracy": 0.8, "macs": 50.0, "images_per_s": 30.0, "exits": torch.ones(20, dtype=torch.long)}
-    moved = simulated.clone()
-    moved[:3] = 1 - moved[:3]
-    table = [
-        {"policy": "all exits, as trained", **static, "images_per_s": 15.0},
-        {"policy": "exit 1 alone", **static},
-        {"policy": "early exit, throughput order", **early},
-        {"policy": "early exit, latency order", **early, "exits": moved},
+    other = torch.ones_like(images)  # the tuned network sees other images: all leave at one exit
+    (point,) = compare_orders({"half": thresholds}, model, model, images, other, simulated, "max_prob", micro_batch=8)[
+        "points"
     ]
-    result = compare(table, model, images, thresholds, "max_prob")
-    assert [row["mismatches"] for row in result["table"]] == [None, None, 0, 3]
-    assert all("exits" not in row for row in result["table"]) and "exits" in table[0]
-    assert (result["accuracy"], result["macs"], result["mismatches"]) == (0.7, 20.0, 0)
-    assert (result["speedup"], result["macs_ratio"], result["speedup_over_plain"]) == (3, 2.5, 6)
-    assert result["shares"] == [0.5, 0.5] and result["num_images"] == 20 and result["order"] == "throughput"
-    assert result["thresholds"] == thresholds.tolist() and result["thresholds"][1] == EVERYBODY - 1e-9
+    assert point["mismatches"] == {"latency": 10, "throughput": 10}

@@ -24,15 +24,19 @@ def row(policy, accuracy, macs):
 
 ROWS = [row("dear", 0.73, 900e6), row("match", 0.70, 400e6), row("close", 0.699, 200e6), row("last", 0.70, 1200e6)]
 RUNTIME = {
-    "order": "latency",
-    "thresholds": [0.75, 0.5, -1e8],
-    "accuracy": 0.701,
-    "macs": 400e6,
-    "shares": [0.25, 0.25, 0.5],
-    "mismatches": 3,
     "num_images": 1797,
-    "speedup": 2.345,
-    "macs_ratio": 3.0,
+    "points": [
+        {
+            "point": "row 4",
+            "thresholds": [0.75, 0.5, -1e8],
+            "accuracy": 0.701,
+            "macs": 400e6,
+            "shares": [0.25, 0.25, 0.5],
+            "mismatches": {"latency": 2, "throughput": 3},
+            "speedup": 2.345,
+            "macs_ratio": 3.0,
+        },
+    ],
     "table": [
         {"policy": "exit 2 alone", "images_per_s": 100.04, "p50_ms": 9.5, "p95_ms": 11, "macs": 1.2e9, "accuracy": 0.7},
         {
@@ -104,7 +108,7 @@ def test_runtime_is_shown(tmp_path):
     page = page_of(tmp_path, runtime=RUNTIME)
     assert cards_of(page)[2][1] == "2.35×" and "3.00× fewer MACs, 70.10 % accuracy" in cards_of(page)[2][2]
     assert "<td>early &amp; fast</td><td>234.6</td><td>–</td><td>–</td><td>70.10 %</td><td>400.00 M</td>" in page
-    assert "3 of 1,797 images differ" in page and "0.75 0.5 -1e+08" in page
+    assert "row 4: thresholds 0.75 0.5 -1e+08; of 1,797 images, 2 (latency order) and 3 (throughput order)" in page
     assert "Measured speed" not in page_of(tmp_path)
 
 

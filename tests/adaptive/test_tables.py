@@ -35,23 +35,21 @@ def test_dynamic_lines_of_a_long_sweep_are_a_few_spread_over_it():
 def test_runtime_lines_hold_the_measured_policies():
     waiting = {"micro_batch": 64, "p50_ms": None, "p95_ms": None, "macs": 20.5e6, "accuracy": 0.715}
     single = {"micro_batch": 128, "p50_ms": 3.25, "p95_ms": 4.5, "macs": 58e6, "accuracy": 0.72}
+    point = {"point": "row 7", "speedup": 2.346, "macs_ratio": 2.829, "speedup_over_plain": 3.5}
     runtime = {
-        "policy": "p = 0.5",
         "num_images": 2000,
-        "speedup": 2.346,
-        "macs_ratio": 2.829,
-        "speedup_over_plain": 3.5,
+        "points": [{**point, "mismatches": {"latency": 1, "throughput": 3}}],
         "table": [
-            {"policy": "exit 4 alone", "images_per_s": 812.4, "mismatches": None, **single},
-            {"policy": "early exit, throughput order", "images_per_s": 1905.6, "mismatches": 3, **waiting},
+            {"policy": "exit 4 alone", "images_per_s": 812.4, **single},
+            {"policy": "row 7, throughput order", "images_per_s": 1905.6, **waiting},
         ],
     }
-    lines = runtime_lines(runtime, 7)
-    assert lines[0] == "real early exit with row 7 (p = 0.5) on 2000 test images"
+    lines = runtime_lines(runtime)
+    assert lines[0] == "measured on 2000 test images"
     assert lines[2].split()[3:] == ["812", "128", "3.25", "4.50", "58.00", "72.00"]
     assert lines[2].startswith("exit 4 alone")
     assert lines[3].split()[4:] == ["1906", "64", "-", "-", "20.50", "71.50"]
-    assert lines[4] == "early exit, throughput order: 3 exits differ from the simulation"
-    assert all(number in lines[5] for number in ("2.35x", "2.83x", "3.50x"))
-    assert len(lines) == 6
+    assert lines[4].startswith("row 7: ") and lines[4].endswith("1 (latency), 3 (throughput)")
+    assert all(number in lines[4] for number in ("2.35x", "2.83x", "3.50x"))
+    assert len(lines) == 5
     assert len({len(line) for line in lines[1:4]}) == 1  # columns line up

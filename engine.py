@@ -69,8 +69,9 @@ def evaluate(
         with compute.autocast():
             exits = model(compute.put(images))
         parts.append(ExitTables.of(exits, compute.put(targets), confidence).cpu())
-    # Process r holds samples r, r + world size, ...
-    return ExitTables.interleave(gather(ExitTables.cat(parts), compute))
+    # Process r holds samples r, r + world size, ...; the last processes hold none if there are fewer samples.
+    shards = gather(ExitTables.cat(parts) if parts else None, compute)
+    return ExitTables.interleave([shard for shard in shards if shard is not None])
 
 
 def summarise(tables: ExitTables) -> dict[str, float]:

@@ -22,7 +22,7 @@ from training.augment import Augment, eval_transform, train_transform
 from training.checkpoint import load, load_weights
 from training.flags import Flag, parse_flags, with_defaults
 from training.foreign import weights_of
-from utils import Compute, describe_machine, run_main, start_compute, write_json
+from utils import Compute, describe_machine, one_process_first, run_main, start_compute, write_json
 
 DATA_FLAGS = [
     Flag("data_set", str, "DIGITS", f"{', '.join(OPENERS)} or a timm name (hfds/..., wds/..., tfds/..., torch/...)"),
@@ -89,16 +89,17 @@ class Splits(NamedTuple):
 
 def open_splits(args: Namespace, calib_indices: list[int] | None = None, **augment: Any) -> Splits:
     """Opens the data that the data flags name and cuts it; `augment` are options of the training transform."""
-    source = open_data(
-        args.data_set,
-        args.data_path,
-        args.eval_data_path,
-        splits=(args.train_split, args.val_split),
-        calib_split=args.calib_split,
-        num_classes=args.nb_classes,
-        download=args.download,
-        seed=args.seed,
-    )
+    with one_process_first(args.download):
+        source = open_data(
+            args.data_set,
+            args.data_path,
+            args.eval_data_path,
+            splits=(args.train_split, args.val_split),
+            calib_split=args.calib_split,
+            num_classes=args.nb_classes,
+            download=args.download,
+            seed=args.seed,
+        )
     if args.nb_classes not in (None, source.num_classes):
         raise ValueError(f"--nb_classes {args.nb_classes}, but {args.data_set} has {source.num_classes} classes")
     mean, std = (source.mean, source.std) if args.imagenet_default_mean_and_std else ((0.5,) * 3, (0.5,) * 3)
@@ -113,9 +114,8 @@ def open_splits(args: Namespace, calib_indices: list[int] | None = None, **augme
             wanted = default_num_calib(args.data_set, total) if args.num_calib is None else args.num_calib
             _, calib_indices = split_train(total, wanted, args.seed)
         if max(calib_indices, default=0) >= total:
-            raise ValueError(
-                f"the checkpoint's held-out images are not among the {total} of {args.data_path}: give --seed"
-            )
+            held = f"image {max(calib_indices)} of its training set"
+            raise ValueError(f"the checkpoint held out {held}; {args.data_path} has {total} images: give --num_calib")
         held = set(calib_indices)
         train_rows = [i for i in range(total) if i not in held]
     clean = eval_transform(options)
@@ -161,6 +161,14 @@ def load_network(
     return model.eval(), arch, "moving average of the weights" if average else "weights"
 
 
+def print_costs(model: MultiExitModel, arch: dict[str, Any], input_size: int) -> None:
+    """The cost of every exit under each convention; a network that can run as published is also built to do so."""
+    published = model
+    if "lazy" in model_options(arch["name"]):
+        published = create_model(arch["name"], arch["num_classes"], **{**arch["options"], "lazy": False})
+    print("\n".join(cost_table(model, published, (3, input_size, input_size))))
+
+
 class Evaluation:
     """A checkpoint's network on its data: what is given on the command line, the rest as it was trained."""
 
@@ -187,19 +195,12 @@ class Evaluation:
         if main_process:
             print(f"{self.arch['name']}: {self.which} in {args.checkpoint}, {len(self.splits.test)} test images")
             if args.flops:
-                self.print_costs()
+                print_costs(self.model, self.arch, self.shape[1])
         calib, origin, test = None, "none", self.tables(self.splits.test, "test")
         if args.mode != "anytime":
             calib, test, origin = self.calibrate(test)
         if main_process:
             self.write(test, calib, origin)
-
-    def print_costs(self) -> None:
-        """The cost of every exit under each convention."""
-        published, (name, options) = self.model, (self.arch["name"], self.arch["options"])
-        if "lazy" in model_options(name):
-            published = create_model(name, self.arch["num_classes"], **{**options, "lazy": False})
-        print("\n".join(cost_table(self.model, published, self.shape)))
 
     def tables(self, images: Dataset, title: str) -> ExitTables:
         """What every exit says about every image."""

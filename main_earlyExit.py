@@ -23,6 +23,7 @@ from eval_dynamic import (
     Splits,
     amp_type,
     open_splits,
+    print_costs,
     test_loader,
 )
 from models import MultiExitModel, create_model, model_options, nearest
@@ -185,6 +186,8 @@ class Training:
             print(f"{args.model}: {self.network.num_exits} exits, {size / 1e6:.3f} M parameters")
             print(", ".join(f"{len(getattr(self.splits, part))} {part} images" for part in parts))
             print(f"{compute.world_size} x {compute.device}" + (f", going on from {path}" if path else ""))
+            if args.flops:
+                print_costs(self.network, self.arch, self.splits.augment.input_size)
 
     def state(self, epoch: int) -> dict[str, Any]:
         """What a checkpoint holds after `epoch`; every epoch seeds its own generators, so none need saving."""
@@ -269,7 +272,9 @@ def main(argv: list[str]) -> None:
     given, options = parse_flags(FLAGS, argv, model_options, nearest)
     args = with_defaults(FLAGS, given)
     if args.eval:
-        path = args.resume or (args.output_dir and latest(args.output_dir)) or ""
+        path = args.resume or (args.output_dir and latest(args.output_dir))
+        if not path:
+            raise ValueError("nothing to evaluate: give --resume FILE, or an --output_dir that holds a checkpoint")
         Evaluation({**given, "checkpoint": str(path)}, options).run()
         return
     check(args)

@@ -4,10 +4,11 @@ import json
 import os
 import platform
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,8 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             raise
         # An error from a data loader's worker carries the worker's traceback before its own last line.
         line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        sys.exit(f"error: {line}")
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -54,7 +56,12 @@ class Compute:
 
 
 def start_compute(device: str, amp: str, channels_last: bool) -> Compute:
-    """Joins the processes of torchrun or SLURM, if there are any, and picks the device; `amp`: none, bf16 or fp16."""
+    """Joins the processes of torchrun or SLURM, if there are any, and picks the device.
+
+    `amp` is none, bf16, fp16, or auto: fp16 on a GPU and bf16 on a CPU. Raises ValueError for another or absent device.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device}: accepted: auto, cpu, cuda, cuda:N")
     ranks = [("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")]
     names = next((names for names in ranks if all(name in os.environ for name in names)), None)
     rank, world_size, local_rank = (int(os.environ[name]) for name in names) if names else (0, 1, 0)
@@ -66,6 +73,8 @@ def start_compute(device: str, amp: str, channels_last: bool) -> Compute:
         torch.cuda.set_device(local_rank)
     if world_size > 1:
         dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo", rank=rank, world_size=world_size)
+    if amp == "auto":
+        amp = "fp16" if kind.startswith("cuda") else "bf16"
     dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     return Compute(torch.device(kind), dtype, channels_last, rank, world_size)
 
@@ -90,6 +99,19 @@ def seed_everything(seed: int, epoch: int, rank: int) -> None:
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
+
+
+@contextmanager
+def one_process_first(wanted: bool) -> Iterator[None]:
+    """If `wanted`, the first process runs the block before all others, for instance to download what they then find."""
+    wanted = wanted and dist.is_initialized()
+    if wanted and dist.get_rank() > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if wanted and dist.get_rank() == 0:
+            dist.barrier()
 
 
 def gather(part: Any, compute: Compute) -> list[Any]:

@@ -146,6 +146,7 @@ def fold_batch_norm(model: MultiExitModel) -> MultiExitModel:
     for sequence in [m for m in folded.modules() if isinstance(m, nn.Sequential)]:
         for i in range(len(sequence) - 1):
             conv, norm = sequence[i], sequence[i + 1]
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            # Not their subclasses, which may do more: timm's batch norm with an activation, standardised weights.
+            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
                 sequence[i], sequence[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return folded

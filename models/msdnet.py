@@ -60,6 +60,11 @@ class Layer(nn.Module):
         self.layers = nn.ModuleList(units)
         self.first, self.arriving = first, arriving
 
+    @property
+    def units(self) -> nn.ModuleList:
+        """One unit per scale that leaves, finest first."""
+        return self.layers
+
     def finest_read(self, scale: int) -> int:
         """The finest scale that this layer's map of `scale` is made from."""
         return max(scale - 1, self.arriving)
@@ -77,6 +82,11 @@ class Transition(nn.Module):
         super().__init__()
         self.m = nn.ModuleList(ConvUnit(a, b, kernel=1) for a, b in zip(widths_in, widths_out, strict=True))
         self.first = first
+
+    @property
+    def units(self) -> nn.ModuleList:
+        """One unit per scale that leaves, finest first."""
+        return self.m
 
     def finest_read(self, scale: int) -> int:
         """The finest scale that this transition's map of `scale` is made from: itself."""
@@ -181,9 +191,10 @@ class MSDNet(MultiExitModel):
                 channels += growthRate
                 at_transition = first > arriving if prune == "max" else depth in (total // 3, 2 * total // 3)
                 if at_transition and reduction > 0:
-                    kept = math.floor(reduction * channels)
-                    block.append(Transition(*([c * g for g in grFactor[first:]] for c in (channels, kept)), first))
-                    channels = kept
+                    reduced = math.floor(reduction * channels)
+                    widths = [[c * g for g in grFactor[first:]] for c in (channels, reduced)]
+                    block.append(Transition(*widths, first))
+                    channels = reduced
             done += count
             n_in = channels * grFactor[-1]
             heads.append(MapClassifier(n_in, 128 if stem == "cifar" else n_in, num_classes))
@@ -224,8 +235,7 @@ class MSDNet(MultiExitModel):
         """Units whose output no exit reads keep their keys, but get no gradient (where more than one scale leaves)."""
         for (b, j), finest in self._finest_needed(self.num_exits).items():
             element = self.blocks[b][j]
-            units = element.layers if isinstance(element, Layer) else element.m
-            units[: finest - element.first].requires_grad_(False)
+            element.units[: finest - element.first].requires_grad_(False)
 
     def begin(self, images: Tensor) -> State:
         """The state is one map per scale, fine to coarse, each advanced just as far as an exit so far could see."""

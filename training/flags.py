@@ -4,8 +4,8 @@ import argparse
 import re
 from collections.abc import Callable, Iterable
 from inspect import Parameter
-from types import NoneType
-from typing import Any, NamedTuple, get_args
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args, get_origin
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 
@@ -25,7 +25,7 @@ class Flag(NamedTuple):
         """The value that `word` stands for; a list if `many`, of numbers joined by dashes or commas or of one."""
         if self.many:
             one = self._replace(many=False)
-            return [one.convert(part) for part in re.split(r"[-,]" if self.kind is int else ",", word)]
+            return [one.convert(part) for part in re.split(r"(?<=\d)[-,]" if self.kind is int else ",", word)]
         if self.kind is bool:
             if word.lower() not in TRUE + FALSE:
                 raise argparse.ArgumentTypeError(f"{word!r} is not true or false")
@@ -57,10 +57,16 @@ def flags_of_signature(parameters: dict[str, Parameter]) -> list[Flag]:
     """The flags that a constructor's keyword parameters make, by their annotations and defaults."""
     flags = []
     for name, parameter in parameters.items():
-        kinds = [k for k in get_args(parameter.annotation) or [parameter.annotation] if k is not NoneType]
-        many = hasattr(parameter.annotation, "__origin__")
-        flags.append(Flag(name, kinds[0], parameter.default, many=many))
+        kind, many = _kind(parameter.annotation)
+        flags.append(Flag(name, kind, parameter.default, many=many))
     return flags
+
+
+def _kind(annotation: Any) -> tuple[type, bool]:
+    """The type of a value, or of a list's elements, and whether it is a list; `X | None` counts as X."""
+    if isinstance(annotation, UnionType):
+        return _kind(next(kind for kind in get_args(annotation) if kind is not NoneType))
+    return (get_args(annotation)[0], True) if get_origin(annotation) else (annotation, False)
 
 
 def parse_flags(
@@ -81,9 +87,9 @@ def parse_flags(
     model = finder.parse_known_args(argv)[0].model
     table = {flag.name for flags in groups.values() for flag in flags}
     options = [flag for flag in flags_of_signature(options_of(model) if model else {}) if flag.name not in table]
-    title = f"options of {model}" if model else "options of the model (name one with --model to list them)"
-    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name, flags in {**groups, title: options}.items():
+    hint = None if model else "With --model NAME, the options of that network are listed too."
+    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=hint)
+    for name, flags in {**groups, f"options of {model}": options}.items():
         group = parser.add_argument_group(name)
         for flag in flags:
             flag.add_to(group)

@@ -76,6 +76,13 @@ def test_a_quota_below_one_sample_is_none():
     assert quota_thresholds(confidence, torch.tensor([0.33, 0.67])).tolist() == [NOBODY, EVERYBODY]
 
 
+def test_quotas_are_counted_in_float32():
+    # 10 times the float32 nearest to 0.7 is 6.9999999 exactly, and 7 when rounded to float32.
+    confidence = torch.stack([torch.arange(10) / 10, torch.zeros(10)])
+    thresholds = quota_thresholds(confidence, torch.tensor([0.7, 0.3]))
+    assert exit_of(confidence, thresholds).tolist() == [1] * 3 + [0] * 7
+
+
 def test_nobody_leaves_where_the_quota_exceeds_what_is_left():
     # All four tie at exit 0 and leave together, although half of them were meant to stay.
     confidence = torch.tensor([[0.5] * 4, [0.9, 0.8, 0.7, 0.6], [0.0] * 4])

@@ -1,0 +1,234 @@
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from utils import (
+    Compute,
+    Meters,
+    Progress,
+    append_json,
+    describe_machine,
+    gather,
+    run_main,
+    seed_everything,
+    start_compute,
+    write_json,
+)
+
+CPU = Compute(torch.device("cpu"))
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No launcher's variables, and process groups are noted down instead of joined."""
+    joined = []
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **where: joined.append((backend, where)))
+    return joined
+
+
+# Meters
+
+
+def test_meters_divide_sums_by_counts_once():
+    meters = Meters()
+    meters.add("loss", torch.tensor(6.0), 3)  # three samples of mean 2
+    meters.add("loss", torch.tensor(10.0), 1)
+    meters.add("acc", 1, 2)
+    assert meters.means() == meters.means(CPU) == {"loss": 4.0, "acc": 0.5}
+
+
+def test_empty_meters_have_no_means():
+    assert Meters().means(CPU) == {}
+
+
+# Progress
+
+
+def lines_of(capsys, items, total, note=None, **options):
+    progress = Progress(items, "epoch 3", total, **options)
+    seen = []
+    for item in progress:
+        seen.append(item)
+        if note:
+            progress.note(note)
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return seen, captured.out.splitlines()
+
+
+def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys):
+    seen, lines = lines_of(capsys, [7, 8], 2, {"loss": 0.123456, "acc": 1.0}, shown=True, every=0.0)
+    assert seen == [7, 8]
+    assert lines == [f"epoch 3: {done}/2, 0 s, 0 s left loss 0.1235 acc 1" for done in (1, 2)]
+
+
+def test_progress_without_a_total_says_so(capsys):
+    seen, lines = lines_of(capsys, iter("ab"), None, shown=True, every=0.0)
+    assert seen == ["a", "b"] and [line.split(",")[0] for line in lines] == ["epoch 3: 1/?", "epoch 3: 2/?"]
+
+
+@pytest.mark.parametrize("options", [{"shown": False, "every": 0.0}, {"shown": True}])
+def test_progress_is_silent_when_hidden_or_soon_done(capsys, options):
+    assert lines_of(capsys, range(3), 3, {"loss": 1.0}, **options) == ([0, 1, 2], [])
+
+
+def test_progress_shows_a_bar_with_notes_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = Progress([1, 2], "epoch 3", 2, shown=True)
+    for _ in progress:
+        progress.note({"loss": 0.5})
+    captured = capsys.readouterr()
+    assert "epoch 3" in captured.err and "loss 0.5" in captured.err and captured.out == ""
+
+
+# Seeds
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_seeds_repeat_and_differ_by_seed_epoch_and_process():
+    seen = []
+    for place in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        seed_everything(*place)
+        seen.append(draws())
+        seed_everything(*place)
+        assert draws() == seen[-1]
+    for generator in zip(*seen, strict=True):
+        assert len(set(generator)) == 4
+
+
+# Files
+
+
+def test_append_json_adds_lines(tmp_path):
+    for epoch in range(2):
+        append_json(tmp_path / "log.txt", {"epoch": epoch, "name": "é"})
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"epoch": 0, "name": "é"}, {"epoch": 1, "name": "é"}]
+
+
+def test_write_json_replaces_the_file_in_one_piece(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, [1])
+    with pytest.raises(TypeError):
+        write_json(path, [2, object()])  # fails after a part is written
+    assert json.loads(path.read_text()) == [1]
+    write_json(path, {"b": 3})
+    assert json.loads(path.read_text()) == {"b": 3}
+
+
+# Processes and devices
+
+
+def test_one_process_picks_a_device(alone):
+    compute = start_compute("auto", "none", True)
+    assert compute.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert start_compute("cpu", "none", True) == Compute(torch.device("cpu"), None, True, 0, 1)
+    assert alone == []
+    assert gather({"a": 1}, CPU) == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("amp", "kind"),
+    [("none", None), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("auto", torch.bfloat16)],
+)
+def test_mixed_precision_types_on_cpu(alone, amp, kind):
+    compute = start_compute("cpu", amp, False)
+    assert compute.amp is kind
+    with compute.autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (kind or torch.float32)
+
+
+def test_absent_and_unknown_devices_are_refused(alone):
+    with pytest.raises(ValueError, match="^--device gpu: accepted: auto, cpu, cuda, cuda:N$"):
+        start_compute("gpu", "none", False)
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(ValueError, match=f"^--device {device}: no CUDA device here; accepted: auto, cpu$"):
+            start_compute(device, "none", False)
+
+
+@pytest.mark.parametrize("names", [LAUNCHERS[:3], LAUNCHERS[3:]])
+def test_launchers_variables_are_read(alone, monkeypatch, names):
+    for name, value in zip(names, ("1", "2", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    compute = start_compute("cpu", "none", False)
+    assert (compute.rank, compute.world_size) == (1, 2)
+    assert alone == [("gloo", {"rank": 1, "world_size": 2})]
+
+
+def test_a_launcher_of_one_process_joins_nothing(alone, monkeypatch):
+    for name, value in zip(LAUNCHERS[3:], ("0", "1", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert start_compute("cpu", "none", False) == CPU and alone == []
+
+
+def test_only_maps_become_channels_last():
+    compute = Compute(torch.device("cpu"), channels_last=True)
+    assert compute.put(torch.zeros(2, 3, 4, 4)).is_contiguous(memory_format=torch.channels_last)
+    assert compute.put(torch.zeros(2, 3)).is_contiguous()
+
+
+def test_the_machine_is_described():
+    text = describe_machine(torch.device("cpu"))
+    assert f"{torch.get_num_threads()} threads, torch {torch.__version__}" in text and not text.startswith(",")
+
+
+# Errors of a user
+
+
+def run_with(monkeypatch, capsys, main):
+    monkeypatch.delenv("DYNEXIT_TRACEBACK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--lr", "x"])
+    with pytest.raises(SystemExit) as end:
+        run_main(main)
+    captured = capsys.readouterr()
+    assert end.value.code == 2 and captured.out == ""
+    return captured.err
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, FileNotFoundError])
+def test_an_error_of_the_user_is_one_line(monkeypatch, capsys, kind):
+    def main(argv):
+        raise kind(f"bad words: {argv}")
+
+    assert run_with(monkeypatch, capsys, main) == "error: bad words: ['--lr', 'x']\n"
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise ValueError(f"cannot read image cat/{index}.png: truncated")
+
+
+def test_an_error_from_a_loader_worker_is_its_last_line(monkeypatch, capsys):
+    line = run_with(monkeypatch, capsys, lambda argv: list(DataLoader(Broken(), num_workers=1)))
+    assert line == "error: cannot read image cat/0.png: truncated\n"
+
+
+def test_other_errors_and_wanted_tracebacks_pass(monkeypatch):
+    def fail(kind):
+        raise kind("ours")
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.delenv("DYNEXIT_TRACEBACK", raising=False)
+    with pytest.raises(KeyError):
+        run_main(lambda argv: fail(KeyError))
+    monkeypatch.setenv("DYNEXIT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="ours"):
+        run_main(lambda argv: fail(ValueError))

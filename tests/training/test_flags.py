@@ -1,0 +1,177 @@
+import argparse
+import inspect
+from collections.abc import Sequence
+
+import pytest
+
+from models import model_options, nearest
+from training.flags import Flag, flags_of_signature, parse_flags, with_defaults
+
+GROUPS = {
+    "model": [Flag("model", str, "", "the network")],
+    "other": [
+        Flag("lr", float, 0.1, "rate", low=0),
+        Flag("batch_size", int, 64, "", low=1),
+        Flag("use_amp", bool, False),
+        Flag("row", int, (), "rows of 100 % interest", many=True, low=0),
+        Flag("opt_betas", float, None, many=True),
+        Flag("mode", str, "all", choices=("some", "all")),
+        Flag("warmup_steps", int, -1),
+    ],
+}
+
+
+def parse(*argv):
+    return parse_flags(GROUPS, list(argv), model_options, nearest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "value"),
+    [
+        (int, "12", 12),
+        (int, "-3", -3),
+        (float, "1e-3", 0.001),
+        (float, "-.5", -0.5),
+        (str, "rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1"),
+        (str, "", ""),
+        *((bool, word, True) for word in ("true", "True", "yes", "t", "y", "1")),
+        *((bool, word, False) for word in ("false", "FALSE", "no", "f", "n", "0")),
+    ],
+)
+def test_words_become_values(kind, word, value):
+    converted = Flag("x", kind, None).convert(word)
+    assert converted == value and type(converted) is kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "values"),
+    [
+        (int, "4", [4]),
+        (int, "1-2-4-4", [1, 2, 4, 4]),
+        (int, "1,2", [1, 2]),
+        (int, "-1", [-1]),
+        (float, "1e-3", [0.001]),
+        (float, "1e-3,-2,0.5", [0.001, -2.0, 0.5]),
+        (bool, "true,no", [True, False]),
+    ],
+)
+def test_a_word_of_a_list_is_one_value_or_several_joined(kind, word, values):
+    assert Flag("x", kind, None, many=True).convert(word) == values
+
+
+@pytest.mark.parametrize(
+    ("flag", "word", "complaint"),
+    [
+        (Flag("x", int, 0), "1.5", "'1.5' is not of type int"),
+        (Flag("x", float, 0), "fast", "'fast' is not of type float"),
+        (Flag("x", bool, False), "maybe", "'maybe' is not true or false"),
+        (Flag("x", int, 0, low=1), "0", "0 is below the least value accepted, 1"),
+        (Flag("x", float, 0, low=0), "nan", "nan is below"),
+        (Flag("x", int, 0, low=0, many=True), "3--1", "-1 is below"),
+        (Flag("x", int, 0, many=True), "1-b", "'b' is not of type int"),
+        (Flag("x", str, "a", choices=("a", "b")), "c", "'c' is not one of a, b"),
+    ],
+)
+def test_unacceptable_words_are_named(flag, word, complaint):
+    with pytest.raises(argparse.ArgumentTypeError, match=complaint):
+        flag.convert(word)
+
+
+def test_only_what_is_given_is_returned_and_a_repeated_flag_counts_last():
+    assert parse() == ({}, {})
+    given, options = parse("--lr", "1", "--batch_size", "2", "--lr", "3e-2", "--warmup_steps", "-1")
+    assert given == {"lr": 0.03, "batch_size": 2, "warmup_steps": -1} and options == {}
+
+
+def test_spellings_of_a_flag():
+    for argv in (["--batch-size", "8"], ["--batch_size=8"], ["--batch-size=8"]):
+        assert parse(*argv)[0] == {"batch_size": 8}
+    assert parse("--row", "6", "12-14", "--opt-betas", "0.9", "0.999")[0] == {
+        "row": [6, 12, 14],
+        "opt_betas": [0.9, 0.999],
+    }
+    assert parse("--opt_betas=0.9,0.99", "--use-amp", "yes")[0] == {"opt_betas": [0.9, 0.99], "use_amp": True}
+
+
+def test_a_dash_in_a_value_stays():
+    assert parse("--model=timm/efficientnet_lite0")[0] == {"model": "timm/efficientnet_lite0"}
+    groups = {"": [*GROUPS["model"], Flag("out", str, "")]}
+    assert parse_flags(groups, ["--out", "runs/a-b"], model_options, nearest)[0] == {"out": "runs/a-b"}
+
+
+def test_options_of_the_model_come_from_its_signature():
+    words = "--nBlocks 7 --grFactor 1-2-4-4 --bnFactor 1 2 4 4 --bottleneck false --prune=min --reduction 0.25"
+    given, options = parse("--model", "msdnet", *words.split(), "--lr", "2")
+    assert given == {"model": "msdnet", "lr": 2.0}
+    assert options == {
+        "nBlocks": 7,
+        "grFactor": [1, 2, 4, 4],
+        "bnFactor": [1, 2, 4, 4],
+        "bottleneck": False,
+        "prune": "min",
+        "reduction": 0.25,
+    }
+
+
+def test_annotations_become_kinds():
+    def build(
+        *, a: int = 1, b: float | None = None, c: Sequence[int] = (1,), d: Sequence[float] | None = None, e: bool = True
+    ):
+        """Nothing."""
+
+    flags = flags_of_signature(dict(inspect.signature(build).parameters))
+    assert [(f.name, f.kind, f.many, f.default) for f in flags] == [
+        ("a", int, False, 1),
+        ("b", float, False, None),
+        ("c", int, True, (1,)),
+        ("d", float, True, None),
+        ("e", bool, False, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--model", "msdnett"], "^unknown model 'msdnett'; did you mean msdnet"),
+        (["--model", "msdnet", "--nBlock", "5"], "^unknown flag --nBlock; did you mean --nBlocks"),
+        (["--nBlocks", "5"], "^unknown flag --nBlocks; "),
+        (["--bath-size=3"], "^unknown flag --bath_size=3; did you mean --batch_size"),
+        (["--batch", "3"], "^unknown flag --batch; "),  # no abbreviations
+        (["stray"], "^unknown flag stray; "),
+        (["--lr", "-1"], "^--lr: -1 is below the least value accepted, 0$"),
+        (["--row", "-1"], "^--row: -1 is below the least value accepted, 0$"),
+        (["--mode", "none"], "^--mode: 'none' is not one of some, all$"),
+        (["--use_amp", "maybe"], "^--use_amp: 'maybe' is not true or false$"),
+        (["--lr"], "^--lr: expected one argument$"),
+        (["--model"], "^--model: expected one argument$"),
+    ],
+)
+def test_mistakes_are_one_line(argv, complaint):
+    with pytest.raises(ValueError, match=complaint) as error:
+        parse(*argv)
+    assert "\n" not in str(error.value)
+
+
+def test_help_lists_the_options_of_the_model_with_their_defaults(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help", "--model", "msdnet_cifar_even7")
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert "options of msdnet_cifar_even7" in text
+    assert "--nBlocks INT default: 7" in text and "--grFactor LIST [LIST ...] default: 1 2 4" in text
+    assert "some, all; default: all" in text and "100 % interest" in text
+
+
+def test_help_without_a_model_says_how_to_list_options(capsys):
+    with pytest.raises(SystemExit):
+        parse("-h")
+    text = capsys.readouterr().out
+    assert "With --model NAME, the options" in text and "--nBlocks" not in text
+
+
+def test_defaults_give_way_to_stored_values_and_these_to_given_ones():
+    stored, given = {"lr": 1.0, "mode": "some", "unknown": 3}, {"lr": 2.0}
+    args = with_defaults(GROUPS, stored, given)
+    assert (args.lr, args.mode, args.batch_size, args.row) == (2.0, "some", 64, ())
+    assert not hasattr(args, "unknown")
+    assert vars(with_defaults(GROUPS)).keys() == {flag.name for flags in GROUPS.values() for flag in flags}

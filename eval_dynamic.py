@@ -249,7 +249,9 @@ class Evaluation:
     def run_exits(self, rows: dict[int, dict[str, Any]]) -> dict[str, Any]:
         """Really exits early with the thresholds of `rows` and times it beside the static networks."""
         args, compute = self.args, self.compute
-        test = Subset(self.splits.test, range(min(args.runtime_images, len(self.splits.test))))
+        total = len(self.splits.test)
+        spread = torch.linspace(0, total - 1, min(args.runtime_images, total)).long().tolist()  # files may be sorted
+        test = Subset(self.splits.test, spread)
         loader = test_loader(test, args, Compute(compute.device))
         images, targets = (torch.cat(column).to(compute.device) for column in zip(*loader, strict=True))
         layout = torch.channels_last if args.channels_last else torch.contiguous_format

@@ -69,16 +69,16 @@ def fvcore_counts(model: MultiExitModel, input_shape: tuple[int, int, int]) -> l
     fvcore traces, so it drops what no exit up to k reads; it adds 2 per batch norm element and does not see fused
     attention. "conv", "linear", "matmul" and "bmm" are plain multiply-adds.
     """
-    from fvcore.nn import FlopCountAnalysis
-
     # Tracing turns shapes into tensors, which meta convolutions refuse: the network really runs, once per exit.
     twin, images = copy.deepcopy(model).cpu().eval().float(), torch.zeros(1, *input_shape)
     counts = []
-    for k in range(model.num_exits):
-        analysis = FlopCountAnalysis(_CutAfter(twin, k), images)
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # fvcore's tracing is deprecated in torch, and still exact
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # fvcore's tracing is deprecated in torch, and still exact
+        from fvcore.nn import FlopCountAnalysis
+
+        for k in range(model.num_exits):
+            analysis = FlopCountAnalysis(_CutAfter(twin, k), images)
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             counts.append({op: int(n) for op, n in analysis.by_operator().items()})
     return counts
 

@@ -440,7 +440,6 @@ def error_of(monkeypatch, capsys):
     ("words", "complaint"),
     [
         ("--model msdnett", r"unknown model 'msdnett'; did you mean msdnet"),
-        ("--model=", r"name a network: --model NAME"),
         ("--nBlock 3", r"unknown flag --nBlock; did you mean --nBlocks"),
         ("--bath-size 3", r"unknown flag --bath_size; did you mean --batch_size"),
         ("--nBlocks 0", r"nBlocks is 0; it must be at least 1"),
@@ -460,7 +459,7 @@ def error_of(monkeypatch, capsys):
         ("--mean 0.5", r"--mean \(0.5,\).*give three numbers each"),
         ("--data_set IMAGENET", r"unknown data set 'IMAGENET': not DIGITS"),
         ("--data_path nowhere", r"image folder nowhere: .*No such file"),
-        ("--opt adamv", r"unknown optimizer 'adamv'; close names: adamw"),
+        ("--opt adamv", r"unknown optimizer 'adamv'; close names: adam"),
         ("--device gpu", r"--device gpu: accepted: auto, cpu, cuda"),
         ("--resume nowhere.pth", r"cannot read checkpoint nowhere.pth: No such file or directory"),
         ("--eval true", r"nothing to evaluate: give --resume FILE, or an --output_dir that holds a checkpoint"),
@@ -468,6 +467,11 @@ def error_of(monkeypatch, capsys):
 )
 def test_mistakes_in_training_flags(images, error_of, words, complaint):
     assert re.match(complaint, error_of(train, *on(images), *words.split()))
+
+
+def test_a_network_must_be_named(error_of):
+    assert error_of(train, "--lr", 1) == "name a network: --model NAME"
+    assert error_of(train, "--nBlocks", 2).endswith("; a network's options need --model NAME")
 
 
 def test_unusable_image_folders(images, tmp_path, error_of):
@@ -494,12 +498,12 @@ class NotTensors:
 def test_files_that_are_no_checkpoints(trained, tmp_path, error_of):
     whole = (trained / "checkpoint-last.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(print))
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(print, protocol=2))
     torch.save({"model": NotTensors()}, tmp_path / "object.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     complaints = {
         "cut": r".*cut.pth is truncated or not a checkpoint",
-        "pickle": r"(checkpoint )?\S*pickle.pth is (refused|truncated or not a checkpoint)",
+        "pickle": r"checkpoint \S*pickle.pth is refused: it holds \S*print",
         "object": r"checkpoint \S*object.pth is refused: it holds \S*NotTensors",
         "empty": r"checkpoint \S*empty.pth has no weights under .*; it holds epoch",
         "absent": r"cannot read checkpoint \S*absent.pth: No such file",
@@ -550,7 +554,7 @@ def script(*words, **options):
 def test_a_script_ends_with_one_line_for_its_user():
     end = script("main_earlyExit.py", "--model", "msdnet", "--epoch", 3)
     assert (end.returncode, end.stdout) == (2, "")
-    assert end.stderr == "error: unknown flag --epoch; did you mean --epochs, --start_epoch, --decay_epochs?\n"
+    assert re.fullmatch(r"error: unknown flag --epoch; did you mean --epochs, .*\?\n", end.stderr)
 
 
 def test_torchrun_trains_in_two_processes(images, tmp_path):

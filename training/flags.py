@@ -87,8 +87,8 @@ def parse_flags(
     model = finder.parse_known_args(argv)[0].model
     table = {flag.name for flags in groups.values() for flag in flags}
     options = [flag for flag in flags_of_signature(options_of(model) if model else {}) if flag.name not in table]
-    hint = None if model else "With --model NAME, the options of that network are listed too."
-    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=hint)
+    epilog = None if model else "With --model NAME, the options of that network are listed too."
+    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=epilog)
     for name, flags in {**groups, f"options of {model}": options}.items():
         group = parser.add_argument_group(name)
         for flag in flags:
@@ -96,7 +96,8 @@ def parse_flags(
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [f"--{name}" for name in (*table, *(flag.name for flag in options))]
-        raise ValueError(f"unknown flag {unknown[0]}; {nearest(unknown[0], names)[:300]}")
+        hint = "" if model else "; a network's options need --model NAME"
+        raise ValueError(f"unknown flag {unknown[0]}; {nearest(unknown[0], names)[:300]}{hint}")
     chosen = {flag.name for flag in options}
     return tuple({k: v for k, v in vars(given).items() if (k in chosen) == wanted} for wanted in (False, True))
 

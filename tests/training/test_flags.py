@@ -134,7 +134,7 @@ def test_annotations_become_kinds():
     [
         (["--model", "msdnett"], "^unknown model 'msdnett'; did you mean msdnet"),
         (["--model", "msdnet", "--nBlock", "5"], "^unknown flag --nBlock; did you mean --nBlocks"),
-        (["--nBlocks", "5"], "^unknown flag --nBlocks; "),
+        (["--nBlocks", "5"], "^unknown flag --nBlocks; .*; a network's options need --model NAME$"),
         (["--bath-size=3"], "^unknown flag --bath_size=3; did you mean --batch_size"),
         (["--batch", "3"], "^unknown flag --batch; "),  # no abbreviations
         (["stray"], "^unknown flag stray; "),

@@ -1,6 +1,6 @@
 """One epoch of training and one pass of evaluation, for any network and any objective."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from adaptive.inference import ExitTables
 from datasets import batch_names
 from models import MultiExitModel
+from training.losses import Objective
 from utils import Compute, Meters, Progress, gather
-
-Objective = Callable[[nn.Module, Tensor, Tensor], Iterator[tuple[Tensor, list[Tensor]]]]
 
 
 def train_one_epoch(
@@ -26,8 +25,9 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Trains once through the loader; means over all processes of `loss` and, for hard targets, `acc1/exit{k}`.
 
-    `objective(model, images, targets)` yields (loss, logits per exit) for every loss that `update` is to apply. Raises
-    ValueError on every process once a loss of any is not finite, at the next report (every `print_freq` batches).
+    `objective(model, images, targets)` yields (loss, every exit's logits for `targets`) whenever `update` is to act.
+    Raises ValueError on every process once a loss of any is not finite, at the next report (every `print_freq`
+    batches).
     """
     model.train()
     meters, watch = Meters(), FiniteWatch(loader, epoch, compute)
@@ -41,7 +41,7 @@ def train_one_epoch(
                 meters.add("loss", loss.detach() * len(images), len(images))
                 if not targets.is_floating_point():
                     for k, logits in enumerate(exits):
-                        meters.add(f"acc1/exit{k}", (logits.argmax(1) == targets[: len(logits)]).sum(), len(logits))
+                        meters.add(f"acc1/exit{k}", (logits.argmax(1) == targets).sum(), len(logits))
         if (step + 1) % print_freq == 0:
             watch.check()
             progress.note(means := meters.means())

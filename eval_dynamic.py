@@ -124,7 +124,7 @@ def open_splits(args: Namespace, calib_indices: list[int] | None = None, **augme
     return Splits(source, options, train, calib, make_split(source.test, None, clean), calib_indices or [])
 
 
-def test_loader(split: Dataset, args: Namespace, compute: Compute) -> DataLoader:
+def ordered_loader(split: Dataset, args: Namespace, compute: Compute) -> DataLoader:
     """A loader in order, every image once over all processes."""
     return eval_loader(
         split,
@@ -188,6 +188,11 @@ class Evaluation:
         self.model = model.to(self.compute.device)
         self.shape = (3, self.splits.augment.input_size, self.splits.augment.input_size)
         self.costs = count(model, self.shape).macs
+        self.ratios = SWEEPS[args.quota_sweep]
+        self.quotas = [geometric_quotas(ratio, len(self.costs), args.quota_scales) for ratio in self.ratios]
+        wrong = [row for row in args.row if row >= len(self.ratios)]
+        if wrong:
+            raise ValueError(f"--row {wrong[0]}, but {args.quota_sweep} has rows 0 to {len(self.ratios) - 1}")
 
     def run(self) -> None:
         """Prints and writes what the mode asks for."""
@@ -204,7 +209,7 @@ class Evaluation:
 
     def tables(self, images: Dataset, title: str) -> ExitTables:
         """What every exit says about every image."""
-        loader = test_loader(images, self.args, self.compute)
+        loader = ordered_loader(images, self.args, self.compute)
         return evaluate(self.model, loader, self.compute, confidence=self.args.confidence, title=title)
 
     def calibrate(self, test: ExitTables) -> tuple[ExitTables, ExitTables, str]:
@@ -229,16 +234,12 @@ class Evaluation:
 
     def operating_points(self, calib: ExitTables, test: ExitTables) -> list[dict[str, Any]]:
         """The quota rule at every ratio of the published sweep."""
-        args, ratios = self.args, SWEEPS[self.args.quota_sweep]
-        rows = sweep([geometric_quotas(p, len(self.costs), args.quota_scales) for p in ratios], calib, test, self.costs)
-        names = [{"policy": f"{args.quota_sweep} p={p:.4g}", "confidence": args.confidence} for p in ratios]
+        args, rows = self.args, sweep(self.quotas, calib, test, self.costs)
+        names = [{"policy": f"{args.quota_sweep} p={p:.4g}", "confidence": args.confidence} for p in self.ratios]
         return [name | row for name, row in zip(names, rows, strict=True)]
 
     def choose(self, rows: list[dict[str, Any]], calib: ExitTables) -> list[int]:
         """The rows to run: those asked for or, judged on calib, the best within budget or as good as the last exit."""
-        wrong = [row for row in self.args.row if row >= len(rows)]
-        if wrong:
-            raise ValueError(f"--row {wrong[0]}, but there are rows 0 to {len(rows) - 1}")
         if self.args.row:
             return self.args.row
         accuracies, costs = [row["calib_accuracy"] for row in rows], [row["calib_macs"] for row in rows]
@@ -252,7 +253,7 @@ class Evaluation:
         total = len(self.splits.test)
         spread = torch.linspace(0, total - 1, min(args.runtime_images, total)).long().tolist()  # files may be sorted
         test = Subset(self.splits.test, spread)
-        loader = test_loader(test, args, Compute(compute.device))
+        loader = ordered_loader(test, args, Compute(compute.device))
         images, targets = (torch.cat(column).to(compute.device) for column in zip(*loader, strict=True))
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         tuned = fold_batch_norm(self.model) if args.fold_bn else copy.deepcopy(self.model)

@@ -23,8 +23,8 @@ from eval_dynamic import (
     Splits,
     amp_type,
     open_splits,
+    ordered_loader,
     print_costs,
-    test_loader,
 )
 from models import MultiExitModel, create_model, model_options, nearest
 from training.augment import mixup_collate
@@ -129,12 +129,18 @@ def make_update(args: Namespace, model: nn.Module, network: MultiExitModel, step
     )
 
 
+def spelled_out(arch: dict[str, Any]) -> dict[str, Any]:
+    """The architecture with every option, those at their defaults too, lists for tuples."""
+    options = {name: parameter.default for name, parameter in model_options(arch["name"]).items()} | arch["options"]
+    return {**arch, "options": {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}}
+
+
 def start_weights(args: Namespace, network: MultiExitModel, content: dict | None, arch: dict, path: str) -> None:
     """Loads the weights of the checkpoint to go on from or, before a first epoch, of the one to fine-tune."""
     if content is not None:
         weights, stored = weights_of(content, path)
         if stored is not None:
-            check_arch(stored, arch, path)
+            check_arch(spelled_out(stored), spelled_out(arch), path)
         load_weights(network, weights, f"checkpoint {path}")
     elif args.finetune:
         weights, _ = read_weights(args.finetune, model_key=args.model_key)
@@ -148,6 +154,8 @@ class Training:
 
     def __init__(self, args: Namespace, options: dict[str, Any], compute: Compute) -> None:
         self.args, self.compute, self.out = args, compute, Path(args.output_dir) if args.output_dir else None
+        if self.out and compute.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
         path = args.resume or (self.out and args.auto_resume and latest(self.out)) or None
         content = load(path) if path else None
         augment = {name: getattr(args, name) for name in AUGMENT_FLAGS}
@@ -244,7 +252,7 @@ class Training:
         for part in ("calib", "test") if last else ("calib",):
             images = getattr(self.splits, part)
             for suffix, network in networks.items() if len(images) else ():
-                loader = test_loader(images, self.args, self.compute)
+                loader = ordered_loader(images, self.args, self.compute)
                 tables = evaluate(network, loader, self.compute, title=part + suffix)
                 figures |= {f"{part}{suffix}/{key}": value for key, value in summarise(tables).items()}
         return figures
@@ -253,7 +261,6 @@ class Training:
         """Adds the epoch to the log and writes its checkpoints."""
         if self.out is None:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
         if self.args.save_ckpt:
             freq, keep = self.args.save_ckpt_freq, self.args.save_ckpt_num
             save_epoch(self.out, self.state(record["epoch"]), epoch=record["epoch"], best=best, freq=freq, keep=keep)

@@ -22,7 +22,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     """Runs an entry script; what its user did wrong is one line and exit code 2, not a traceback."""
     try:
         main(sys.argv[1:])
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         if os.environ.get("DYNEXIT_TRACEBACK"):
             raise
         # An error from a data loader's worker carries the worker's traceback before its own last line.

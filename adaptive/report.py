@@ -70,7 +70,7 @@ dd { margin: 0 0 .75rem; overflow-wrap: anywhere; }
 <p class="soft">$subtitle</p>
 <div class="cards">$cards</div>
 <section><h2>Accuracy against cost</h2><figure>$curve</figure></section>
-<section><h2>Each exit alone</h2>$exits</section>
+<section><h2>Each exit for all images, earlier heads included</h2>$exits</section>
 <section><h2>Where images leave</h2>$shares</section>
 $runtime
 $facts

@@ -529,7 +529,7 @@ def test_a_checkpoint_that_names_no_network_needs_one(trained, images, tmp_path,
     ("words", "complaint"),
     [
         ("--data_set DIGITS", r"checkpoint .* has 2 classes, the data set 10"),
-        ("--row 39", r"--row 39, but there are rows 0 to 38"),
+        ("--row 39", r"--row 39, but msdnet has rows 0 to 38"),
         ("--row -1", r"--row: -1 is below the least value accepted, 0"),
         ("--budget 1", r"a budget of 1 multiply-adds is below the cheapest setting's"),
         ("--quota_scales 1 2", r"2 quota scales .* for 2 exits; give one per exit but the last"),

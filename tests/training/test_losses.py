@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.losses import joint_objective, kd_loss, soft_cross_entropy
+from training.losses import exit_weights, joint_objective, kd_loss, soft_cross_entropy
 
 LOGITS = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])  # probabilities 3/4, 1/4 and 1/2, 1/2
 
@@ -65,14 +65,14 @@ def test_kd_teacher_gets_no_gradient():
     assert student.grad[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 2.0]])
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [1.0, 0.5, 2.0]])
 def test_joint_objective_weighs_exits_but_not_their_distillation(weights):
     images, targets = torch.randn(4, 5), torch.arange(4)
     objective = joint_objective(exit_weights=weights, smoothing=0.1, kd_alpha=0.3, kd_temperature=2.0)
     loss, logits = run(objective, images, targets)
     task = sum(
         weight * F.cross_entropy(factor * images, targets, label_smoothing=0.1)
-        for weight, factor in zip(weights or [1, 1, 1], [1, 2, 3], strict=True)
+        for weight, factor in zip(weights, [1, 2, 3], strict=True)
     )
     taught = kd_loss(images, 3 * images, 2.0) + kd_loss(2 * images, 3 * images, 2.0)
     torch.testing.assert_close(loss, task + 0.3 * taught)
@@ -80,11 +80,26 @@ def test_joint_objective_weighs_exits_but_not_their_distillation(weights):
 
 
 def test_joint_objective_has_nothing_to_distil_at_one_exit():
-    objective = joint_objective(exit_weights=None, smoothing=0.0, kd_alpha=0.5)
+    objective = joint_objective(exit_weights=[1.0], smoothing=0.0, kd_alpha=0.5)
     ((loss, _),) = objective(lambda images: [images], LOGITS, torch.tensor([0, 1]))
     assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
 
 
-def test_joint_objective_wants_one_weight_per_exit():
-    with pytest.raises(AssertionError, match="2 exit weights for 3 exits"):
-        run(joint_objective(exit_weights=[1.0, 1.0], smoothing=0.0), LOGITS, torch.tensor([0, 1]))
+def test_exit_weights_are_ones_or_as_given():
+    assert exit_weights(3) == [1.0, 1.0, 1.0]
+    assert exit_weights(3, [1.0, 0.5, 2.0]) == [1.0, 0.5, 2.0]
+
+
+def test_exit_weights_of_the_published_factors():
+    assert exit_weights(4, att=0.5, cnn=1.0, merge=2.0) == [0.5, 0.5, 1.0, 2.0]
+    assert exit_weights(4, merge=1.0) == [0.25, 0.25, 0.25, 1.0]
+    assert exit_weights(4, cnn=0.0) == [0.25, 0.25, 0.0, 0.5]
+
+
+def test_there_is_one_exit_weight_per_exit():
+    with pytest.raises(ValueError, match="2 exit weights given, the network has 3 exits"):
+        exit_weights(3, [1.0, 1.0])
+    with pytest.raises(ValueError, match="the network has 5 exits"):
+        exit_weights(5, att=1.0)
+    with pytest.raises(ValueError, match="without other weights"):
+        exit_weights(4, [1.0] * 4, att=1.0)

@@ -115,7 +115,7 @@ def open_splits(args: Namespace, calib_indices: list[int] | None = None, **augme
             _, calib_indices = split_train(total, wanted, args.seed)
         if max(calib_indices, default=0) >= total:
             held = f"image {max(calib_indices)} of its training set"
-            raise ValueError(f"the checkpoint held out {held}; {args.data_path} has {total} images: give --num_calib")
+            raise ValueError(f"the checkpoint held out {held}, but {args.data_path} has {total} images")
         held = set(calib_indices)
         train_rows = [i for i in range(total) if i not in held]
     clean = eval_transform(options)

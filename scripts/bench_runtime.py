@@ -61,9 +61,9 @@ def report(title, model, tuned, images, tuned_images, thresholds, rounds):
     with torch.inference_mode():
         confidence = torch.cat([max_prob(torch.stack(tuned(part))) for part in tuned_images.split(64)], dim=1)
     simulated = exit_of(confidence, thresholds)
-    ideal = costs[-1] / torch.tensor(costs, dtype=torch.float64)[simulated].mean().item()
     for size in SIZES:
-        count = min(len(images), 32 * size)
+        count = min(len(images), max(256, 32 * size))
+        ideal = costs[-1] / torch.tensor(costs, dtype=torch.float64)[simulated[:count]].mean().item()
         calls = {name: partial(p.run, p.images[:count], size) for name, p in policies.items()}
         answers = {name: call() for name, call in calls.items()}
         rates = {name: count / t for name, t in interleaved(calls, rounds=rounds, device=images.device).items()}

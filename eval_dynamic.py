@@ -2,11 +2,12 @@
 
 import copy
 from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from adaptive.confidence import CONFIDENCES
 from adaptive.flops import cost_table, count
@@ -17,7 +18,7 @@ from adaptive.tables import anytime_lines, dynamic_lines, runtime_lines
 from adaptive.thresholds import SWEEPS, cheapest, geometric_quotas, sweep, within_budget
 from datasets import OPENERS, Source, default_num_calib, eval_loader, make_split, open_data, split_train
 from engine import evaluate, summarise
-from models import MultiExitModel, create_model, model_options, nearest
+from models import MultiExitModel, create_model, model_options, nearest, spelled_out
 from training.augment import Augment, eval_transform, train_transform
 from training.checkpoint import load, load_weights
 from training.flags import Flag, parse_flags, with_defaults
@@ -64,6 +65,7 @@ EXIT_FLAGS = [
     Flag("micro_batch", int, None, "runtime: images per call; default: the fastest of 16 to 256, measured", low=1),
     Flag("fold_bn", bool, True, "runtime: fold batch norm into the convolutions"),
 ]
+AUGMENT_FLAGS = ("color_jitter", "aa", "train_interpolation", "reprob", "remode", "recount")
 FLAGS = {
     "checkpoint": [
         Flag("checkpoint", str, None, "file to evaluate, ours or a published one"),
@@ -120,7 +122,8 @@ def open_splits(args: Namespace, calib_indices: list[int] | None = None, **augme
         train_rows = [i for i in range(total) if i not in held]
     clean = eval_transform(options)
     train = make_split(source.train, train_rows, train_transform(options))
-    calib = make_split(source.train if source.calib is None else source.calib, calib_indices, clean)
+    held_out = (source.train, calib_indices) if source.calib is None else (source.calib, None)
+    calib = make_split(*held_out, clean)
     return Splits(source, options, train, calib, make_split(source.test, None, clean), calib_indices or [])
 
 
@@ -136,14 +139,6 @@ def ordered_loader(split: Dataset, args: Namespace, compute: Compute) -> DataLoa
     )
 
 
-def amp_type(args: Namespace) -> str:
-    """none, bf16, fp16 or auto, as the flags say."""
-    return args.amp_dtype if args.use_amp else "none"
-
-
-AUGMENT_FLAGS = ("color_jitter", "aa", "train_interpolation", "reprob", "remode", "recount")
-
-
 def load_network(
     content: dict, args: Namespace, options: dict[str, Any], num_classes: int
 ) -> tuple[MultiExitModel, dict[str, Any], str]:
@@ -154,6 +149,8 @@ def load_network(
         if not args.model:
             raise ValueError(f"checkpoint {args.checkpoint} does not name its network: give --model and its options")
         arch = {"name": args.model, "options": options, "num_classes": num_classes}
+    elif args.model not in ("", arch["name"]) or not options.items() <= spelled_out(arch)["options"].items():
+        raise ValueError(f"checkpoint {args.checkpoint} holds another network than --model and its options say: {arch}")
     if arch["num_classes"] != num_classes:
         raise ValueError(f"checkpoint {args.checkpoint} has {arch['num_classes']} classes, the data set {num_classes}")
     model = create_model(arch["name"], arch["num_classes"], **arch["options"])
@@ -179,7 +176,7 @@ class Evaluation:
         stored = content["args"] if isinstance(content.get("args"), dict) else {}
         known = {flag.name: stored[flag.name] for flag in DATA_FLAGS if flag.name in stored}
         self.args = args = with_defaults(FLAGS, known, given)
-        self.compute = start_compute(args.device, amp_type(args), args.channels_last)
+        self.compute = start_compute(args.device, args.amp_dtype if args.use_amp else "none", args.channels_last)
         same_split = all(getattr(args, name) == stored.get(name) for name in ("data_set", "num_calib", "seed"))
         held_out = content.get("calib_indices") if same_split else None
         self.trained_on_calib = held_out is None
@@ -187,7 +184,8 @@ class Evaluation:
         model, self.arch, self.which = load_network(content, args, options, self.splits.source.num_classes)
         self.model = model.to(self.compute.device)
         self.shape = (3, self.splits.augment.input_size, self.splits.augment.input_size)
-        self.costs = count(model, self.shape).macs
+        counted = count(model, self.shape)
+        self.costs, self.uncounted = counted.macs, counted.uncounted
         self.ratios = SWEEPS[args.quota_sweep]
         self.quotas = [geometric_quotas(ratio, len(self.costs), args.quota_scales) for ratio in self.ratios]
         wrong = [row for row in args.row if row >= len(self.ratios)]
@@ -220,6 +218,8 @@ class Evaluation:
             order, half = torch.randperm(len(test), generator=generator), len(test) // 2
             return test.part(order[:half]), test.part(order[half:]), f"{half} random test images, not reported on"
         origin = f"{len(calib)} images held out of the training set, evaluation transform"
+        if args.calib == "train_augmented" and isinstance(train, IterableDataset):
+            raise ValueError("--calib train_augmented needs training images by index; a stream has none")
         if args.calib == "train_augmented":
             first = torch.randperm(len(train), generator=generator)[: 101 * args.batch_size]
             calib = Subset(train, first.tolist())
@@ -250,11 +250,13 @@ class Evaluation:
     def run_exits(self, rows: dict[int, dict[str, Any]]) -> dict[str, Any]:
         """Really exits early with the thresholds of `rows` and times it beside the static networks."""
         args, compute = self.args, self.compute
-        total = len(self.splits.test)
-        spread = torch.linspace(0, total - 1, min(args.runtime_images, total)).long().tolist()  # files may be sorted
-        test = Subset(self.splits.test, spread)
+        test, count = self.splits.test, args.runtime_images
+        if not isinstance(test, IterableDataset):  # files may be sorted by class
+            count = min(count, len(test))
+            test = Subset(test, torch.linspace(0, len(test) - 1, count).long().tolist())
         loader = ordered_loader(test, args, Compute(compute.device))
-        images, targets = (torch.cat(column).to(compute.device) for column in zip(*loader, strict=True))
+        parts = islice(loader, -(-count // loader.batch_size))
+        images, targets = (torch.cat(column)[:count].to(compute.device) for column in zip(*parts, strict=True))
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         tuned = fold_batch_norm(self.model) if args.fold_bn else copy.deepcopy(self.model)
         tuned = tuned.to(dtype=compute.amp, memory_format=layout)
@@ -298,14 +300,8 @@ class Evaluation:
             ("Network", f"{self.arch['name']} {self.arch['options'] or ''}: {self.which} in {args.checkpoint}"),
             ("Test images", f"{args.data_set} {args.eval_data_path or args.data_path or ''}, {self.shape[1]} pixels"),
             ("Thresholds", f"chosen on {origin}; confidence {args.confidence}; quotas of {args.quota_sweep}"),
-            (
-                "MACs",
-                "multiply-adds that the stages execute for one image, earlier heads included, counted by operator",
-            ),
-            (
-                "Speed",
-                f"{describe_machine(self.compute.device)}; medians of interleaved rounds, best micro-batch each",
-            ),
+            ("MACs", f"multiply-adds run for one image, earlier heads included; uncounted: {self.uncounted or 'none'}"),
+            ("Speed", f"{describe_machine(self.compute.device)}; medians of rounds in turn, best micro-batch per kind"),
         ]
 
 

@@ -21,12 +21,11 @@ from eval_dynamic import (
     RUN_FLAGS,
     Evaluation,
     Splits,
-    amp_type,
     open_splits,
     ordered_loader,
     print_costs,
 )
-from models import MultiExitModel, create_model, model_options, nearest
+from models import MultiExitModel, create_model, model_options, nearest, spelled_out
 from training.augment import mixup_collate
 from training.checkpoint import check_arch, latest, load, load_weights, save_epoch
 from training.flags import (
@@ -43,7 +42,7 @@ from training.flags import (
 from training.foreign import fit_to, read_weights, weights_of
 from training.losses import exit_weights, joint_objective
 from training.optim import Update, lr_at, make_optimizer, weight_decay_at
-from utils import Board, Compute, append_json, run_main, seed_everything, start_compute
+from utils import Board, Compute, append_json, run_main, seed_everything, share_buffers, start_compute
 
 FLAGS = {
     "model": MODEL_FLAGS,
@@ -63,6 +62,15 @@ def check(args: Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} is not supported: {reason}")
     if not args.model:
         raise ValueError("name a network: --model NAME")
+    for name in ("opt_betas", "cutmix_minmax"):
+        if len(getattr(args, name) or (0, 1)) != 2:
+            raise ValueError(f"--{name} {getattr(args, name)}: give two numbers")
+    if args.smoothing >= 1:
+        raise ValueError(f"--smoothing {args.smoothing}: it must be below 1")
+    if args.schedule == "multistep" and not args.decay_epochs:
+        raise ValueError("--schedule multistep needs --decay_epochs")
+    if args.enable_wandb and not args.log_dir:
+        raise ValueError("--enable_wandb mirrors TensorBoard: give --log_dir")
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixed and args.batch_size % 2:
         raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix need an even number")
@@ -112,7 +120,7 @@ def make_update(args: Namespace, model: nn.Module, network: MultiExitModel, step
         minimum=args.min_lr,
         warmup_steps=args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps,
         total_steps=args.epochs * steps,
-        milestones=[epoch * steps for epoch in args.decay_epochs],
+        milestones=sorted(epoch * steps for epoch in args.decay_epochs),
         decay_rate=args.decay_rate,
     )
     decay = partial(weight_decay_at, base=args.weight_decay, end=args.weight_decay_end, total_steps=args.epochs * steps)
@@ -122,17 +130,11 @@ def make_update(args: Namespace, model: nn.Module, network: MultiExitModel, step
         optimizer,
         lr=lr,
         weight_decay=decay,
-        clip_grad=args.clip_grad,
+        clip_grad=args.clip_grad or None,
         update_freq=args.update_freq,
         fp16=compute.amp == torch.float16,
         ema=ModelEmaV3(network, decay=args.model_ema_decay, device=average_on) if args.model_ema else None,
     )
-
-
-def spelled_out(arch: dict[str, Any]) -> dict[str, Any]:
-    """The architecture with every option, those at their defaults too, lists for tuples."""
-    options = {name: parameter.default for name, parameter in model_options(arch["name"]).items()} | arch["options"]
-    return {**arch, "options": {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}}
 
 
 def start_weights(args: Namespace, network: MultiExitModel, content: dict | None, arch: dict, path: str) -> None:
@@ -158,13 +160,19 @@ class Training:
             self.out.mkdir(parents=True, exist_ok=True)
         path = args.resume or (self.out and args.auto_resume and latest(self.out)) or None
         content = load(path) if path else None
+        stored = content["args"] if content and isinstance(content.get("args"), dict) else {}
+        for name in ("data_set", "num_calib", "seed"):
+            if stored.get(name, getattr(args, name)) != getattr(args, name):
+                raise ValueError(f"--{name} {getattr(args, name)}, but {path} was trained with {stored[name]}")
         augment = {name: getattr(args, name) for name in AUGMENT_FLAGS}
         self.splits = open_splits(args, (content or {}).get("calib_indices"), **augment)
         self.loader = training_loader(args, self.splits, compute)
 
         seed_everything(args.seed, 0, 0)
-        self.arch = {"name": args.model, "options": options, "num_classes": self.splits.source.num_classes}
-        self.network = create_model(args.model, self.arch["num_classes"], **options)
+        # Published weights to start from are no part of what the network is.
+        lasting = {name: value for name, value in options.items() if name != "pretrained"}
+        self.arch = {"name": args.model, "options": lasting, "num_classes": self.splits.source.num_classes}
+        self.network = create_model(args.model, self.arch["num_classes"], **(lasting if content else options))
         start_weights(args, self.network, content, self.arch, path)
         layout = torch.channels_last if compute.channels_last else torch.preserve_format
         model = self.network = self.network.to(compute.device, memory_format=layout)
@@ -199,14 +207,14 @@ class Training:
 
     def state(self, epoch: int) -> dict[str, Any]:
         """What a checkpoint holds after `epoch`; every epoch seeds its own generators, so none need saving."""
-        mean, std = self.splits.augment.mean, self.splits.augment.std
+        mean, std, size = self.splits.augment.mean, self.splits.augment.std, self.splits.augment.input_size
         return {
             "model": self.network.state_dict(),
             **self.update.state_dict(),
             "arch": self.arch,
             "epoch": epoch,
             "best": self.best,
-            "args": {**vars(self.args), "mean": list(mean), "std": list(std)},
+            "args": {**vars(self.args), "mean": list(mean), "std": list(std), "input_size": size},
             "calib_indices": self.splits.calib_indices,
         }
 
@@ -214,6 +222,8 @@ class Training:
         """All epochs that are left: train, evaluate on calib, log, save."""
         args, rank = self.args, self.compute.rank
         board = Board(args.log_dir if rank == 0 else None, args.project if args.enable_wandb else None, vars(args))
+        if self.first >= args.epochs and rank == 0:
+            print(f"all {args.epochs} epochs are done")
         for epoch in range(self.first, args.epochs):
             start = time.monotonic()
             seed_everything(args.seed, epoch, rank)
@@ -249,11 +259,15 @@ class Training:
         average = self.args.model_ema and self.args.model_ema_eval
         networks = {"": self.network, **({"_ema": self.update.ema.module} if average else {})}
         figures = {}
+        for network in networks.values():
+            share_buffers(network, self.compute)
         for part in ("calib", "test") if last else ("calib",):
             images = getattr(self.splits, part)
             for suffix, network in networks.items() if len(images) else ():
                 loader = ordered_loader(images, self.args, self.compute)
-                tables = evaluate(network, loader, self.compute, title=part + suffix)
+                device = next(network.parameters()).device  # the average may be kept in main memory
+                where = self.compute if device == self.compute.device else Compute(device, **self.compute.ranks)
+                tables = evaluate(network, loader, where, title=part + suffix)
                 figures |= {f"{part}{suffix}/{key}": value for key, value in summarise(tables).items()}
         return figures
 
@@ -261,10 +275,10 @@ class Training:
         """Adds the epoch to the log and writes its checkpoints."""
         if self.out is None:
             return
+        append_json(self.out / "log.txt", record)  # first: who is killed in between repeats the epoch, and this line
         if self.args.save_ckpt:
             freq, keep = self.args.save_ckpt_freq, self.args.save_ckpt_num
             save_epoch(self.out, self.state(record["epoch"]), epoch=record["epoch"], best=best, freq=freq, keep=keep)
-        append_json(self.out / "log.txt", record)
 
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:
@@ -285,7 +299,8 @@ def main(argv: list[str]) -> None:
         Evaluation({**given, "checkpoint": str(path)}, options).run()
         return
     check(args)
-    Training(args, options, start_compute(args.device, amp_type(args), args.channels_last)).run()
+    compute = start_compute(args.device, args.amp_dtype if args.use_amp else "none", args.channels_last)
+    Training(args, options, compute).run()
 
 
 if __name__ == "__main__":

@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
     """Runs an entry script; what its user did wrong is one line and exit code 2, not a traceback."""
     try:
         main(sys.argv[1:])
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("DYNEXIT_TRACEBACK"):
             raise
         # An error from a data loader's worker carries the worker's traceback before its own last line.
-        line = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        line = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -43,6 +43,11 @@ class Compute:
     channels_last: bool = False
     rank: int = 0
     world_size: int = 1
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """This process among all."""
+        return {"rank": self.rank, "world_size": self.world_size}
 
     def put(self, tensor: Tensor) -> Tensor:
         """The tensor on the device, maps in the memory format of the network."""
@@ -112,6 +117,12 @@ def one_process_first(wanted: bool) -> Iterator[None]:
     finally:
         if wanted and dist.get_rank() == 0:
             dist.barrier()
+
+
+def share_buffers(module: nn.Module, compute: Compute) -> None:
+    """Gives every process the first one's buffers: after a step each has batch-norm statistics of its own images."""
+    for buffer in module.buffers() if compute.world_size > 1 else ():
+        dist.broadcast(buffer, 0)
 
 
 def gather(part: Any, compute: Compute) -> list[Any]:

@@ -79,6 +79,8 @@ def run_adaptive(
     """
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; accepted: {', '.join(ORDERS)}")
+    if len(images) == 0:
+        raise ValueError("no images to run")
     pooled = order == "throughput"
     batches = images.split(micro_batch) if pooled else [images]
     answers = stream_adaptive(model, batches, thresholds, confidence, micro_batch=micro_batch if pooled else None)
@@ -101,8 +103,10 @@ def stream_adaptive(
     Yields (position in the stream [M], logits [M, C], exit [M]) for a few samples at a time. With `micro_batch`, a
     stage runs only once that many samples wait for it, and on exactly that many: nearly all calls then have one shape,
     where every new number of survivors would make CPU libraries prepare each convolution anew and leave a GPU half
-    empty. At most K * 2 * micro_batch samples are in memory. Without it, every batch goes on as soon as it can.
+    empty. At most K * 2 * micro_batch samples wait if batches are no larger. Without it, every batch goes on at once.
     """
+    if len(thresholds) != model.num_exits:
+        raise ValueError(f"{len(thresholds)} thresholds for a network with {model.num_exits} exits")
     surety, limits, last = confidence_function(confidence), thresholds.tolist(), model.num_exits - 1
     waiting: list[list[State]] = [[] for _ in range(model.num_exits)]
     seen = 0

@@ -76,7 +76,7 @@ def static_policies(
 
     whole = exit_costs(plain, shape)[-1]
     policies = {
-        "all exits, as trained": Policy("plain", static(partial(_last_answer, plain), last), images, whole),
+        "all exits, plain": Policy("plain", static(partial(_last_answer, plain), last), images, whole),
         "all exits": Policy("static", static(partial(_last_answer, tuned), last), tuned_images, whole),
     }
     for k, macs in enumerate(single_costs(plain, shape)):
@@ -164,7 +164,7 @@ def compare_orders(
     with torch.inference_mode():
         logits = torch.cat([torch.stack(plain(part)) for part in images.split(64)], dim=1)
     sure = confidence_function(confidence)(logits).cpu()
-    static, as_trained, results = rows[f"exit {plain.num_exits - 1} alone"], rows["all exits, as trained"], []
+    static, as_trained, results = rows[f"exit {plain.num_exits - 1} alone"], rows["all exits, plain"], []
     for name, thresholds in points.items():
         pooled = rows[f"{name}, throughput order"]
         simulated = exit_of(sure, thresholds)

@@ -36,7 +36,7 @@ def runtime_lines(runtime: dict[str, Any]) -> list[str]:
         differ = ", ".join(f"{count} ({order})" for order, count in point["mismatches"].items())
         lines.append(
             f"{point['point']}: {point['speedup']:.2f}x the images/s of the last exit alone, for "
-            f"{point['macs_ratio']:.2f}x fewer MACs; {point['speedup_over_plain']:.2f}x all exits as trained; "
+            f"{point['macs_ratio']:.2f}x fewer MACs; {point['speedup_over_plain']:.2f}x all exits, plain; "
             f"exits unlike the simulation: {differ}"
         )
     return lines

@@ -2,6 +2,16 @@
 
 from models import msdnet, timm_exits  # noqa: F401  (imported to register their names)
 from models.multi_exit import MultiExitModel, State, join, take
-from models.registry import create_model, list_models, model_options, nearest
+from models.registry import create_model, list_models, model_options, nearest, spelled_out
 
-__all__ = ["MultiExitModel", "State", "create_model", "join", "list_models", "model_options", "nearest", "take"]
+__all__ = [
+    "MultiExitModel",
+    "State",
+    "create_model",
+    "join",
+    "list_models",
+    "model_options",
+    "nearest",
+    "spelled_out",
+    "take",
+]

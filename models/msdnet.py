@@ -139,6 +139,7 @@ class MSDNet(MultiExitModel):
         reduction: channels kept by a transition; 0 = no transitions.
         init: "default" (PyTorch's, which all published MSDNets were trained from) or "he" (what their code declares).
         lazy: compute only what an exit reads; false runs whole blocks, the published order of execution.
+        bnAfter: only true: batch norm follows its convolution, as in all published networks.
     """
 
     def __init__(
@@ -159,16 +160,20 @@ class MSDNet(MultiExitModel):
         reduction: float = 0.5,
         init: str = "default",
         lazy: bool = True,
+        bnAfter: bool = True,
     ) -> None:
         super().__init__()
         _check_choice("stem", stem, ("cifar", "imagenet"))
         _check_choice("stepmode", stepmode, ("even", "lin_grow"))
         _check_choice("prune", prune, ("max", "min"))
         _check_choice("init", init, ("default", "he"))
-        for option, value in {"nBlocks": nBlocks, "base": base, "step": step, "nChannels": nChannels}.items():
+        counts = {"nBlocks": nBlocks, "base": base, "step": step, "nChannels": nChannels, "growthRate": growthRate}
+        for option, value in counts.items():
             if value < 1:
                 raise ValueError(f"{option} is {value}; it must be at least 1")
-        if len(bnFactor) != len(grFactor):
+        if not bnAfter:
+            raise ValueError("bnAfter is False; batch norm always follows its convolution")
+        if len(grFactor) == 0 or len(bnFactor) != len(grFactor):
             raise ValueError(f"bnFactor {list(bnFactor)} and grFactor {list(grFactor)} need one number per scale each")
         if any(growthRate * g % 2 for g in grFactor[1:]):
             raise ValueError(

@@ -50,8 +50,8 @@ class MultiExitModel(nn.Module):
         return exits
 
 
-def take(state: State, rows: Tensor) -> State:
-    """The state of a part of the batch: `rows` (int64 indices [M]) of every tensor leaf."""
+def take(state: State, rows: Tensor | slice) -> State:
+    """The state of a part of the batch: `rows` (indices, a bool mask or a slice) of every tensor leaf."""
     # Indexing, unlike index_select, keeps a channels-last leaf channels-last.
     return _map_leaves(lambda leaf: leaf[rows], state)
 

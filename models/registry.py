@@ -62,6 +62,12 @@ def model_options(name: str) -> dict[str, inspect.Parameter]:
     return {key: p.replace(default=entry.options.get(key, p.default)) for key, p in parameters.items()}
 
 
+def spelled_out(arch: dict[str, Any]) -> dict[str, Any]:
+    """The architecture with every option, those at their defaults too, lists for tuples."""
+    options = {name: parameter.default for name, parameter in model_options(arch["name"]).items()} | arch["options"]
+    return {**arch, "options": {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}}
+
+
 def nearest(word: str, words: Any) -> str:
     """The end of an error message: the words that come close to a misspelt one, or all of them if none does."""
     close = difflib.get_close_matches(word, words, n=5, cutoff=0.5)

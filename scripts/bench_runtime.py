@@ -35,7 +35,9 @@ def trained_subject(checkpoint, count):
     calib, test, _ = job.calibrate(job.tables(job.splits.test, "test"))
     rows = job.operating_points(calib, test)
     row = rows[job.choose(rows, calib)[0]]
-    images = torch.stack([job.splits.test[i][0] for i in range(0, len(job.splits.test), len(job.splits.test) // count)])
+    images = torch.stack(
+        [job.splits.test[i][0] for i in range(0, len(job.splits.test), max(1, len(job.splits.test) // count))]
+    )
     print(f"{checkpoint}: {row['policy']}, simulated accuracy {100 * row['accuracy']:.2f} % on all test images")
     return job.model, images[:count], torch.tensor(row["thresholds"])
 

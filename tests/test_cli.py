@@ -459,7 +459,7 @@ def error_of(monkeypatch, capsys):
         ("--mean 0.5", r"--mean \(0.5,\).*give three numbers each"),
         ("--data_set IMAGENET", r"unknown data set 'IMAGENET': not DIGITS"),
         ("--data_path nowhere", r"image folder nowhere: .*No such file"),
-        ("--opt adamv", r"unknown optimizer 'adamv'; close names: adam"),
+        ("--opt adamv", r"unknown optimizer 'adamv'; did you mean .*adam"),
         ("--device gpu", r"--device gpu: accepted: auto, cpu, cuda"),
         ("--resume nowhere.pth", r"cannot read checkpoint nowhere.pth: No such file or directory"),
         ("--eval true", r"nothing to evaluate: give --resume FILE, or an --output_dir that holds a checkpoint"),

@@ -90,16 +90,16 @@ def _read(source: str) -> object:
 def save_epoch(output_dir: str | Path, state: dict, *, epoch: int, best: bool, freq: int, keep: int) -> None:
     """Save the state after epoch `epoch` (from 0) as checkpoint-last.pth, if `best` as checkpoint-best.pth too.
 
-    After every `freq` epochs it also stays as checkpoint-{epoch}.pth, of which the newest `keep` are kept.
+    After every `freq` epochs it also stays as checkpoint-{epoch}.pth, of which the newest `keep` are kept. The last
+    one, which a run goes on from, is written last: whoever is killed before repeats the epoch and misses nothing.
     """
-    folder = Path(output_dir)
-    save(folder / LAST, state)
-    if best:
-        _link(folder / LAST, folder / BEST)
-    if keep and (epoch + 1) % freq == 0:
-        _link(folder / LAST, folder / f"checkpoint-{epoch}.pth")
-        for old in numbered(folder)[:-keep]:
-            old.unlink()
+    folder, due = Path(output_dir), keep and (epoch + 1) % freq == 0
+    first, *others = [*([f"checkpoint-{epoch}.pth"] if due else []), *([BEST] if best else []), LAST]
+    save(folder / first, state)
+    for name in others:
+        _link(folder / first, folder / name)
+    for old in numbered(folder)[:-keep] if due else ():
+        old.unlink()
 
 
 def numbered(folder: Path) -> list[Path]:

@@ -25,7 +25,7 @@ class Flag(NamedTuple):
         """The value that `word` stands for; a list if `many`, of numbers joined by dashes or commas or of one."""
         if self.many:
             one = self._replace(many=False)
-            return [one.convert(part) for part in re.split(r"(?<=\d)[-,]" if self.kind is int else ",", word)]
+            return [one.convert(part) for part in re.split(r"(?<=\d)-|,", word)]
         if self.kind is bool:
             if word.lower() not in TRUE + FALSE:
                 raise argparse.ArgumentTypeError(f"{word!r} is not true or false")

@@ -1,6 +1,5 @@
 """Parameter groups, optimizers, schedules as functions of the step, and the update that applies them."""
 
-import difflib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -10,6 +9,8 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from models import nearest
 
 
 def cosine(start: float, end: float, step: int, length: int) -> float:
@@ -88,8 +89,7 @@ def make_optimizer(
     name = opt.lower().removeprefix("lookahead_")
     prefix = opt.lower().removesuffix(name)
     if name not in list_optimizers():
-        close = difflib.get_close_matches(name, list_optimizers())
-        raise ValueError(f"unknown optimizer {opt!r}; close names: {', '.join(close) or 'none'}")
+        raise ValueError(f"unknown optimizer {opt!r}; {nearest(name, list_optimizers())}")
     if name == "sgd":
         name = "momentum"  # timm's name for it; its "sgd" is Nesterov's
     given = {key: value for key, value in {"eps": eps, "betas": betas}.items() if value is not None}
@@ -161,6 +161,7 @@ class Update:
             self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        torch.clear_autocast_cache()  # an objective may go on under the same autocast, with the new weights
         if self.ema is not None:
             self.ema.update(self.bare_model)
         self.start(self.step + 1)

@@ -453,6 +453,10 @@ def error_of(monkeypatch, capsys):
         ("--batch_size 5", r"--batch_size 5: mixup and cutmix need an even number"),
         ("--batch_size 34", r"32 training images are fewer than one global batch of batch size 34"),
         ("--num_calib 40", r"cannot hold 40 images out of 40"),
+        ("--smoothing 1", r"--smoothing 1.0: it must be below 1"),
+        ("--opt_betas 0.9", r"--opt_betas \[0.9\]: give two numbers"),
+        ("--schedule multistep", r"--schedule multistep needs --decay_epochs"),
+        ("--enable_wandb true", r"--enable_wandb mirrors TensorBoard: give --log_dir"),
         ("--exit_weights 1 2 3", r"3 exit weights given, the network has 2 exits"),
         ("--loss_cnn_factor 1", r"loss factors are for four exits .*; the network has 2 exits"),
         ("--nb_classes 3", r"--nb_classes 3, but image_folder has 2 classes"),
@@ -489,6 +493,16 @@ def test_unusable_image_folders(images, tmp_path, error_of):
 def test_a_checkpoint_of_another_network_is_not_resumed(images, trained, error_of):
     line = error_of(train, *on(images, "--resume", trained / "checkpoint-last.pth", "--nBlocks", 3))
     assert line.endswith("checkpoint-last.pth holds another architecture: nBlocks is 2, wanted 3")
+
+
+def test_a_run_is_not_resumed_with_another_split(images, trained, error_of):
+    line = error_of(train, *on(images, "--resume", trained / "checkpoint-last.pth", "--seed", 5))
+    assert re.fullmatch(r"--seed 5, but \S*checkpoint-last.pth was trained with 0", line)
+
+
+def test_evaluating_as_another_network_is_refused(trained, error_of):
+    line = error_of(evaluate, *RUN, "--checkpoint", trained / "checkpoint-last.pth", "--model", "msdnet_cifar_even7")
+    assert "holds another network than --model and its options say" in line
 
 
 class NotTensors:

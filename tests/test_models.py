@@ -390,3 +390,9 @@ def test_timm_options_are_timm_nets():
 def test_unknown_timm_name_lists_close_ones():
     with pytest.raises(ValueError, match="timm has no model 'mobilenetv3_smal_050'; .*mobilenetv3_small_050"):
         create_model("timm/mobilenetv3_smal_050")
+
+
+def test_msdnet_has_batch_norm_after_its_convolutions():
+    assert create_model("msdnet", 10, bnAfter=True).num_exits == 5
+    with pytest.raises(ValueError, match="bnAfter is False"):
+        create_model("msdnet", 10, bnAfter=False)

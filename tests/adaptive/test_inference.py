@@ -345,3 +345,11 @@ def test_tables_of_shards_interleave():
 
 def test_part_of_a_table():
     check_samples(numbered(7, 8, 9, 0).part(torch.tensor([2, 0])), 9, 7)
+
+
+def test_nothing_to_run_and_thresholds_of_another_network_are_refused():
+    model, images = small("msdnet")
+    with pytest.raises(ValueError, match="no images to run"):
+        run_adaptive(model.eval(), images[:0], torch.zeros(model.num_exits))
+    with pytest.raises(ValueError, match=f"9 thresholds for a network with {model.num_exits} exits"):
+        run_adaptive(model.eval(), images, torch.zeros(9))

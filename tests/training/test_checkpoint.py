@@ -230,3 +230,13 @@ def test_missing_and_unexpected_keys_are_counted():
         load_weights(network(), weights, "x.pth")
     assert "4 missing (head0.weight, head0.bias, isc.weight, ...); 4 unexpected (old.head0.weight" in str(error.value)
     assert one_line(error)
+
+
+def test_the_last_checkpoint_is_written_last(tmp_path, monkeypatch):
+    save_epoch(tmp_path, {"epoch": 0}, epoch=0, best=True, freq=1, keep=3)
+    replaced = []
+    monkeypatch.setattr(
+        os, "replace", lambda a, b, replace=os.replace: (replaced.append(os.path.basename(b)), replace(a, b))
+    )
+    save_epoch(tmp_path, {"epoch": 1}, epoch=1, best=True, freq=1, keep=3)
+    assert replaced == ["checkpoint-1.pth", "checkpoint-best.pth", "checkpoint-last.pth"]

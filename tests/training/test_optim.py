@@ -251,3 +251,15 @@ def test_distributed_gradients_are_reduced_once_per_optimizer_step(tmp_path):
         dist.destroy_process_group()
     assert len(reductions) == 2
     torch.testing.assert_close(model.weight, alone.weight)
+
+
+def test_a_second_forward_under_the_same_autocast_sees_the_step():
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    update = Update(model, optimizer, lr=lambda step: 1.0, weight_decay=lambda step: 0.0)
+    inputs = torch.ones(1, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(inputs)
+        update(before.sum())
+        after = model(inputs)
+    torch.testing.assert_close(after, before - 2)

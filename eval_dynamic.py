@@ -1,6 +1,7 @@
 """Evaluates a checkpoint: every exit (anytime), thresholds over budgets (dynamic), real early exit (runtime)."""
 
 import copy
+import json
 from argparse import Namespace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from training.augment import Augment, eval_transform, train_transform
 from training.checkpoint import load, load_weights
 from training.flags import Flag, parse_flags, with_defaults
 from training.foreign import weights_of
-from utils import Compute, describe_machine, one_process_first, run_main, start_compute, write_json
+from utils import Compute, describe_machine, one_process_first, run_main, start_compute, write_text
 
 DATA_FLAGS = [
     Flag("data_set", str, "DIGITS", f"{', '.join(OPENERS)} or a timm name (hfds/..., wds/..., tfds/..., torch/...)"),
@@ -275,18 +276,18 @@ class Evaluation:
         for row in exits:
             row |= {name: figures[f"{name}/exit{row['exit']}"] for name in ("loss", "acc1", "acc5")}
         print("\n".join(anytime_lines(exits)))
-        write_json(out / "anytime.json", exits)
+        write_text(out / "anytime.json", json.dumps(exits, indent=1))
         if calib is None:
             return
         rows, runtime = self.operating_points(calib, test), None
         print("\n".join(dynamic_lines(rows)))
-        write_json(out / "dynamic.json", rows)
-        (out / "dynamic.txt").write_text("".join(f"{100 * r['accuracy']:.6f}\t{r['macs']:.1f}\n" for r in rows))
+        write_text(out / "dynamic.json", json.dumps(rows, indent=1))
+        write_text(out / "dynamic.txt", "".join(f"{100 * r['accuracy']:.6f}\t{r['macs']:.1f}\n" for r in rows))
         if self.args.mode in ("runtime", "all"):
             chosen = self.choose(rows, calib)
             runtime = self.run_exits({i: rows[i] for i in chosen})
             print("\n".join(runtime_lines(runtime)))
-            write_json(out / "runtime.json", runtime)
+            write_text(out / "runtime.json", json.dumps(runtime, indent=1))
         title = f"{self.arch['name']} on {self.args.data_set}"
         plot_curve(out / "curve.png", exits, rows, title=title, runtime=runtime)
         page = {"title": title, "subtitle": f"{len(exits)} exits, {len(test)} test images", "facts": self.facts(origin)}

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,10 +213,29 @@ def append_json(path: str | os.PathLike, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a JSON file in one piece: a reader sees the old file or the new one."""
-    part = f"{path}.part"
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-    os.replace(part, path)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to. It replaces `path` when all went well and is gone when not."""
+    temp = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temp
+        _sync(temp)
+        os.replace(temp, path)
+        _sync(path.parent)  # a rename is safe from a power cut only once its folder is written
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the file or folder on the disk, not only in memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in one piece: a reader sees the old one or the new one."""
+    with replacing(path) as temp:
+        temp.write_text(text, encoding="utf-8")

@@ -7,14 +7,14 @@ runtime:  as `adaptive.latency.compare_orders` returns it: {"num_images", "point
 """
 
 import io
-import os
-from contextlib import contextmanager
 from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
 
 import numpy as np
+
+from utils import replacing
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -103,7 +103,7 @@ def plot_curve(path, exits, rows, *, title, runtime=None):
         ValueError: matplotlib cannot write files of that suffix.
     """
     path = Path(path)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         _save_curve(temporary, path.suffix[1:], exits, rows, title=title, runtime=runtime)
 
 
@@ -119,7 +119,7 @@ def write_report(path, *, title, subtitle, exits, rows, runtime=None, facts=()):
         runtime=_runtime_section(runtime) if runtime else "",
         facts=_facts_section(facts) if facts else "",
     )
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
@@ -128,17 +128,6 @@ def cheapest_match(exits, rows):
     last = exits[-1]
     matches = [row for row in rows if row["accuracy"] >= last["acc1"] and row["macs"] < last["macs"]]
     return min(matches, key=lambda row: row["macs"], default=None)
-
-
-@contextmanager
-def _replacing(path):
-    """Yield a temporary file beside ``path`` that takes its place only when the body succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _percent(fraction):

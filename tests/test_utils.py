@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import sys
 
@@ -18,7 +19,7 @@ from utils import (
     run_main,
     seed_everything,
     start_compute,
-    write_json,
+    write_text,
 )
 
 CPU = Compute(torch.device("cpu"))
@@ -118,17 +119,19 @@ def test_append_json_adds_lines(tmp_path):
     assert [json.loads(line) for line in lines] == [{"epoch": 0, "name": "é"}, {"epoch": 1, "name": "é"}]
 
 
-def test_write_json_replaces_the_file_in_one_piece(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, [1])
-    with pytest.raises(TypeError):
-        write_json(path, [2, object()])  # fails after a part is written
-    assert json.loads(path.read_text()) == [1]
-    write_json(path, {"b": 3})
-    assert json.loads(path.read_text()) == {"b": 3}
+def test_write_text_replaces_the_file_in_one_piece(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
 
+    def fail(*_):
+        raise OSError("disk full")
 
-# Processes and devices
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(os, "fsync", fail)
+        write_text(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    write_text(path, "new")
+    assert path.read_text() == "new"
 
 
 def test_one_process_picks_a_device(alone):

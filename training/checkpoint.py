@@ -6,13 +6,13 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
+
+from utils import replacing
 
 LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
 # Not OSError as a whole: torch's reader raises one of its own on some truncated files.
@@ -21,35 +21,13 @@ UNREADABLE = (FileNotFoundError, IsADirectoryError, PermissionError, URLError)
 
 def save(path: str | Path, state: dict) -> None:
     """Write `state` (plain types and tensors) to `path`, which at any time holds the old or the new file, whole."""
-    with _replacing(Path(path)) as temp:
+    with replacing(Path(path)) as temp:
         torch.save(state, temp)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to. It replaces `path` when all went well and is gone when not."""
-    temp = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temp
-        _sync(temp)
-        os.replace(temp, path)
-        _sync(path.parent)  # a rename is safe from a power cut only once its folder is written
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the file or folder on the disk, not only in memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _link(source: Path, path: Path) -> None:
     """Make `path` a second name of the file `source`, or a copy where the file system has no hard links."""
-    with _replacing(path) as temp:
+    with replacing(path) as temp:
         temp.unlink(missing_ok=True)  # left by a process that was killed
         try:
             os.link(source, temp)

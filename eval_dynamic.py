@@ -54,7 +54,9 @@ RUN_FLAGS = [
     Flag("channels_last", bool, False, "channels-last memory format"),
     Flag("flops", bool, False, "print what every exit costs, under each convention"),
 ]
+MODEL_FLAG = Flag("model", str, "", "registered network or timm/NAME; our checkpoints name theirs")
 EXIT_FLAGS = [
+    Flag("weights", str, "auto", "auto: the moving average if there is one", choices=("auto", "model", "ema")),
     Flag("mode", str, "all", "what to evaluate", choices=("anytime", "dynamic", "runtime", "all")),
     Flag("confidence", str, "max_prob", "when an exit is sure", choices=tuple(CONFIDENCES)),
     Flag("calib", str, "held_out", "images for thresholds", choices=("held_out", "train_augmented", "half_test")),
@@ -70,8 +72,7 @@ AUGMENT_FLAGS = ("color_jitter", "aa", "train_interpolation", "reprob", "remode"
 FLAGS = {
     "checkpoint": [
         Flag("checkpoint", str, None, "file to evaluate, ours or a published one"),
-        Flag("weights", str, "auto", "auto: the moving average if there is one", choices=("auto", "model", "ema")),
-        Flag("model", str, "", "network, for checkpoints that do not name theirs"),
+        MODEL_FLAG,
     ],
     "data (default: as stored in the checkpoint)": DATA_FLAGS,
     "running": RUN_FLAGS,

@@ -18,6 +18,7 @@ from eval_dynamic import (
     AUGMENT_FLAGS,
     DATA_FLAGS,
     EXIT_FLAGS,
+    MODEL_FLAG,
     RUN_FLAGS,
     Evaluation,
     Splits,
@@ -45,7 +46,7 @@ from training.optim import Update, lr_at, make_optimizer, weight_decay_at
 from utils import Board, Compute, append_json, run_main, seed_everything, share_buffers, start_compute
 
 FLAGS = {
-    "model": MODEL_FLAGS,
+    "model": [MODEL_FLAG, *MODEL_FLAGS],
     "data": DATA_FLAGS,
     "augmentation": AUGMENTATION_FLAGS,
     "optimization": OPTIMIZATION_FLAGS,

@@ -133,7 +133,6 @@ def _words(value: Any) -> str:
 
 # Names and defaults are those of Dyn-Perceiver's script.
 MODEL_FLAGS = [
-    Flag("model", str, "", "registered network or timm/NAME; with --help, lists its options"),
     Flag("finetune", str, "", "checkpoint whose weights to start from, other heads than ours left out"),
     Flag("model_key", str, "model|module|state_dict_ema", "where --finetune looks for weights"),
     Flag("model_prefix", str, "", "put before the weights' names by --finetune"),
@@ -196,7 +195,6 @@ TRAIN_RUN_FLAGS = [
     Flag("save_ckpt_freq", int, 1, "epochs between numbered checkpoints", low=1),
     Flag("save_ckpt_num", int, 3, "numbered checkpoints kept; last and best are kept besides", low=0),
     Flag("eval", bool, False, "evaluate --resume, or the last checkpoint in --output_dir, instead of training"),
-    Flag("weights", str, "auto", "with --eval: which weights", choices=("auto", "model", "ema")),
     Flag("disable_eval", bool, False, "no evaluation between epochs"),
     Flag("enable_wandb", bool, False, "mirror TensorBoard to Weights & Biases (pip install wandb)"),
     Flag("project", str, "dynexit", "project name there"),

@@ -1,5 +1,8 @@
 """Blocks that two families or more are made of."""
 
+from collections.abc import Callable
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -27,6 +30,21 @@ class ConvUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         return self.net(x)
+
+
+def conv_norm(
+    n_in: int,
+    n_out: int,
+    kernel: int = 1,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    act: Callable[..., nn.Module] | None = None,
+    norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+) -> nn.Sequential:
+    """Convolution without bias, batch norm and, if given, an activation (in place); keys `0` and `1`."""
+    conv = nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, norm(n_out), *([act(inplace=True)] if act else []))
 
 
 class ImageNetStem(nn.Sequential):
@@ -58,6 +76,29 @@ class MapClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map [B, n_in, H, W] to logits [B, C]."""
         return self.linear(self.m(features).flatten(1))
+
+
+def drop_path(rate: float) -> nn.Module:
+    """Stochastic depth: leaves a sample's branch out with probability `rate` in training (arXiv 1603.09382)."""
+    if not rate:
+        return nn.Identity()
+    from timm.layers import DropPath
+
+    return DropPath(rate)
+
+
+class SqueezeExcite(nn.Module):
+    """Scales the channels by a gate that reads their means (arXiv 1709.01507): [B, C, H, W] to the same."""
+
+    def __init__(self, width: int, squeezed: int, gate: type[nn.Module]) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(width, squeezed, 1)
+        self.fc2 = nn.Conv2d(squeezed, width, 1)
+        self.gate = gate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return x * self.gate(self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
 
 
 def init_he_out(module: nn.Module) -> None:

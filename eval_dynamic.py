@@ -68,7 +68,7 @@ EXIT_FLAGS = [
     Flag("micro_batch", int, None, "runtime: images per call; default: the fastest of 16 to 256, measured", low=1),
     Flag("fold_bn", bool, True, "runtime: fold batch norm into the convolutions"),
 ]
-AUGMENT_FLAGS = ("color_jitter", "aa", "train_interpolation", "reprob", "remode", "recount")
+AUGMENT_FLAGS = ("color_jitter", "aa", "train_interpolation", "scale", "reprob", "remode", "recount")
 FLAGS = {
     "checkpoint": [
         Flag("checkpoint", str, None, "file to evaluate, ours or a published one"),

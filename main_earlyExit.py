@@ -63,7 +63,7 @@ def check(args: Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} is not supported: {reason}")
     if not args.model:
         raise ValueError("name a network: --model NAME")
-    for name in ("opt_betas", "cutmix_minmax"):
+    for name in ("opt_betas", "cutmix_minmax", "scale"):
         if len(getattr(args, name) or (0, 1)) != 2:
             raise ValueError(f"--{name} {getattr(args, name)}: give two numbers")
     if args.smoothing >= 1:

@@ -97,6 +97,7 @@ TRAIN_DEFAULTS = {
     "aa": "rand-m9-mstd0.5-inc1",
     "smoothing": 0.1,
     "train_interpolation": "bicubic",
+    "scale": (0.08, 1.0),  # fixed there
     "reprob": 0.25,
     "remode": "pixel",
     "recount": 1,

@@ -26,6 +26,7 @@ class Augment:
     color_jitter: float = 0.4
     aa: str | None = "rand-m9-mstd0.5-inc1"
     train_interpolation: str = "bicubic"
+    scale: tuple[float, float] = (0.08, 1.0)  # share of the area that a training crop takes, least and largest
     reprob: float = 0.25
     remode: str = "pixel"
     recount: int = 1
@@ -45,7 +46,9 @@ def train_transform(a: Augment) -> Callable:
     policy = {"color_jitter": a.color_jitter or None, "auto_augment": None if a.aa == "none" else a.aa}
     try:
         with patch.dict(auto_augment.NAME_TO_OP, ops):  # timm looks its operations up while it builds the transform
-            transform = create_transform(a.input_size, is_training=True, **policy, **look, **random_erasing)
+            transform = create_transform(
+                a.input_size, is_training=True, scale=a.scale, **policy, **look, **random_erasing
+            )
     except (AssertionError, KeyError, ValueError) as error:
         given = f"aa={a.aa!r}, train_interpolation={a.train_interpolation!r}, remode={a.remode!r}"
         raise ValueError(f"timm does not understand this augmentation: {given} ({error})") from None

@@ -141,6 +141,7 @@ AUGMENTATION_FLAGS = [
     Flag("color_jitter", float, 0.4, "strength of colour jitter where --aa is off", low=0),
     Flag("aa", str, "rand-m9-mstd0.5-inc1", "timm's auto augmentation policy, or none"),
     Flag("train_interpolation", str, "bicubic", "bicubic, bilinear, random ..."),
+    Flag("scale", float, (0.08, 1.0), "least and largest share of the area that a training crop takes", many=True),
     Flag("reprob", float, 0.25, "probability of random erasing", low=0),
     Flag("remode", str, "pixel", "what is erased with: const, rand or pixel"),
     Flag("recount", int, 1, "boxes erased per image", low=1),

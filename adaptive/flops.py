@@ -1,8 +1,10 @@
 """What the exits of a network cost, counted operator by operator, under named conventions."""
 
 import copy
+import math
 import re
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +68,8 @@ def single_costs(model: MultiExitModel, input_shape: tuple[int, int, int]) -> li
 def fvcore_counts(model: MultiExitModel, input_shape: tuple[int, int, int]) -> list[dict[str, int]]:
     """fvcore's operator counts of the forward pass cut after exit k, for every k, as a cross-check of `count`.
 
-    fvcore traces, so it drops what no exit up to k reads; it adds 2 per batch norm element and does not see fused
-    attention. "conv", "linear", "matmul" and "bmm" are plain multiply-adds.
+    fvcore traces, so it drops what no exit up to k reads; it adds 2 per batch norm element, 5 per layer norm element.
+    "conv", "linear", "matmul", "bmm" and "attention", for which it has no formula of its own, are plain multiply-adds.
     """
     # Tracing turns shapes into tensors, which meta convolutions refuse: the network really runs, once per exit.
     twin, images = copy.deepcopy(model).cpu().eval().float(), torch.zeros(1, *input_shape)
@@ -78,6 +80,7 @@ def fvcore_counts(model: MultiExitModel, input_shape: tuple[int, int, int]) -> l
 
         for k in range(model.num_exits):
             analysis = FlopCountAnalysis(_CutAfter(twin, k), images)
+            analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             counts.append({op: int(n) for op, n in analysis.by_operator().items()})
     return counts
@@ -98,12 +101,18 @@ def cost_table(model: MultiExitModel, published: MultiExitModel, input_shape: tu
             f"{k:4}" + "".join(f"{n / 1e6:{width}.3f}" for n, width in zip(row, (15, 18, 17, 14), strict=True))
         )
     for k, (macs, operators) in enumerate(zip(ours.macs, traced, strict=True)):
-        products = sum(operators.get(name, 0) for name in ("conv", "linear", "matmul", "bmm"))
+        products = sum(operators.get(name, 0) for name in ("conv", "linear", "matmul", "bmm", "attention"))
         if products != macs:
             lines.append(f"counters disagree at exit {k}: torch has {macs} multiply-adds, fvcore {products}")
     if ours.uncounted:
         lines.append(f"not counted for want of a formula: {', '.join(ours.uncounted)}")
     return lines
+
+
+def _attention_macs(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Both products of attention, q k^T and that times v, from the traced shapes [..., tokens, channels]."""
+    (*batch, queries, width), (*_, keys, _), (*_, out_width) = (value.type().sizes() for value in inputs[:3])
+    return Counter(attention=math.prod(batch) * queries * keys * (width + out_width))
 
 
 class _CutAfter(nn.Module):

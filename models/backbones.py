@@ -191,36 +191,19 @@ def resnet(
 
 # Kernel, expanded and output channels, squeeze and excitation, activation, stride of every block (tables 1 and 2).
 RE, HS = nn.ReLU, nn.Hardswish
+# fmt: off
 LARGE = (
-    (3, 16, 16, False, RE, 1),
-    (3, 64, 24, False, RE, 2),
-    (3, 72, 24, False, RE, 1),
-    (5, 72, 40, True, RE, 2),
-    (5, 120, 40, True, RE, 1),
-    (5, 120, 40, True, RE, 1),
-    (3, 240, 80, False, HS, 2),
-    (3, 200, 80, False, HS, 1),
-    (3, 184, 80, False, HS, 1),
-    (3, 184, 80, False, HS, 1),
-    (3, 480, 112, True, HS, 1),
-    (3, 672, 112, True, HS, 1),
-    (5, 672, 160, True, HS, 2),
-    (5, 960, 160, True, HS, 1),
-    (5, 960, 160, True, HS, 1),
+    (3, 16, 16, False, RE, 1), (3, 64, 24, False, RE, 2), (3, 72, 24, False, RE, 1), (5, 72, 40, True, RE, 2),
+    (5, 120, 40, True, RE, 1), (5, 120, 40, True, RE, 1), (3, 240, 80, False, HS, 2), (3, 200, 80, False, HS, 1),
+    (3, 184, 80, False, HS, 1), (3, 184, 80, False, HS, 1), (3, 480, 112, True, HS, 1), (3, 672, 112, True, HS, 1),
+    (5, 672, 160, True, HS, 2), (5, 960, 160, True, HS, 1), (5, 960, 160, True, HS, 1),
 )
 SMALL = (
-    (3, 16, 16, True, RE, 2),
-    (3, 72, 24, False, RE, 2),
-    (3, 88, 24, False, RE, 1),
-    (5, 96, 40, True, HS, 2),
-    (5, 240, 40, True, HS, 1),
-    (5, 240, 40, True, HS, 1),
-    (5, 120, 48, True, HS, 1),
-    (5, 144, 48, True, HS, 1),
-    (5, 288, 96, True, HS, 2),
-    (5, 576, 96, True, HS, 1),
-    (5, 576, 96, True, HS, 1),
+    (3, 16, 16, True, RE, 2), (3, 72, 24, False, RE, 2), (3, 88, 24, False, RE, 1), (5, 96, 40, True, HS, 2),
+    (5, 240, 40, True, HS, 1), (5, 240, 40, True, HS, 1), (5, 120, 48, True, HS, 1), (5, 144, 48, True, HS, 1),
+    (5, 288, 96, True, HS, 2), (5, 576, 96, True, HS, 1), (5, 576, 96, True, HS, 1),
 )
+# fmt: on
 
 
 def _multiple_of_8(value: float) -> int:

@@ -38,8 +38,11 @@ def train_transform(a: Augment) -> Callable:
 
     For `input_size` <= 32 the crop is a random crop with 4 pixels of black padding. With `aa` off ("none", "" or None),
     `color_jitter` 0 and `reprob` 0 that leaves crop, flip and normalisation, which is MSDNet's recipe for CIFAR.
-    Raises ValueError for an `aa`, `train_interpolation` or `remode` that timm does not know.
+    Raises ValueError for an `aa`, `train_interpolation` or `remode` that timm does not know, and for a bad `scale`.
     """
+    least, largest = a.scale
+    if not 0 < least <= largest <= 1:
+        raise ValueError(f"scale is {least} {largest}; give two shares above 0 and at most 1, the smaller one first")
     ops = dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize)
     random_erasing = {"re_prob": a.reprob, "re_mode": a.remode, "re_count": a.recount}
     look = {"interpolation": a.train_interpolation, "mean": a.mean, "std": a.std}

@@ -173,3 +173,13 @@ def test_table_reports_counters_that_disagree(monkeypatch):
     monkeypatch.setattr(flops, "fvcore_counts", lambda model, shape: traced)
     lines = cost_table(Tiny(), Tiny(), SHAPE)
     assert lines[4:] == [f"counters disagree at exit 1: torch has {macs[1]} multiply-adds, fvcore {macs[1] - 7}"]
+
+
+def test_both_counters_count_both_products_of_attention():
+    net = create_model("reg400m_perceiver_t32", num_classes=3)
+    ours, traced = count(net, (3, 32, 32)), fvcore_counts(net, (3, 32, 32))
+    for macs, operators in zip(ours.macs, traced, strict=True):
+        assert sum(operators[name] for name in ("conv", "linear", "attention")) == macs
+    # By hand, what exit 3 has beyond exit 2: one position reads 4 tokens through 440 // 8 channels.
+    assert traced[3]["attention"] - traced[2]["attention"] == 1 * 4 * 55 * 2
+    assert not any("disagree" in line for line in cost_table(net, net, (3, 32, 32)))

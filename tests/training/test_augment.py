@@ -84,6 +84,23 @@ def test_unknown_augmentation_is_one_clear_line(change):
     assert "\n" not in str(caught.value)
 
 
+def test_scale_is_the_area_of_a_training_crop():
+    half_green = Image.new("RGB", (64, 64))
+    half_green.paste((0, 255, 0), (0, 0, 64, 32))
+    rows = [
+        train_transform(options(64, **PLAIN, scale=scale))(half_green)[1].max(1).values
+        for scale in [(1.0, 1.0)] * 5 + [(0.05, 0.05)] * 5
+    ]
+    # All of the image is half green; one twentieth of it seldom is.
+    assert all((row > 0).sum() == 32 for row in rows[:5]) and any((row > 0).sum() != 32 for row in rows[5:])
+
+
+@pytest.mark.parametrize("scale", [(0.0, 1.0), (0.5, 0.2), (0.5, 1.5)])
+def test_bad_scale_is_refused(scale):
+    with pytest.raises(ValueError, match=f"scale is {scale[0]} {scale[1]}; give two shares"):
+        train_transform(options(64, scale=scale))
+
+
 def test_eval_transform_leaves_a_fitting_small_image_alone():
     image = noise_image(32, 32)
     assert_close(eval_transform(options(32))(image), normalised(image))

@@ -5,7 +5,7 @@ from torch import nn
 
 from adaptive import flops
 from adaptive.flops import cost_table, count, exit_costs, fvcore_counts, single_costs
-from models import MultiExitModel
+from models import MultiExitModel, create_model
 
 SHAPE = (3, 8, 8)
 

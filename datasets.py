@@ -64,8 +64,8 @@ def open_data(
         return _open_timm(data_set, data_path, splits, calib_split, num_classes, seed)
     if data_set not in OPENERS:
         raise ValueError(f"unknown data set {data_set!r}: not {', '.join(OPENERS)}, nor timm's hfds/, tfds/, wds/...")
-    if not data_path and data_set != "DIGITS":
-        raise ValueError(f"data set {data_set} needs --data_path")
+    if bool(data_path) == (data_set == "DIGITS"):
+        raise ValueError(f"data set {data_set} {'reads no' if data_path else 'needs'} --data_path")
     return OPENERS[data_set](*(Path(p) if p else None for p in (data_path, eval_data_path)), download, seed)
 
 

@@ -19,15 +19,16 @@ from adaptive.tables import anytime_lines, dynamic_lines, runtime_lines
 from adaptive.thresholds import SWEEPS, cheapest, geometric_quotas, sweep, within_budget
 from datasets import OPENERS, Source, default_num_calib, eval_loader, make_split, open_data, split_train
 from engine import evaluate, summarise
-from models import MultiExitModel, create_model, model_options, nearest, spelled_out
+from models import MultiExitModel, create_model, model_options, nearest
 from training.augment import Augment, eval_transform, train_transform
-from training.checkpoint import load, load_weights
-from training.flags import Flag, parse_flags, with_defaults
-from training.foreign import weights_of
+from training.checkpoint import load
+from training.flags import MODEL_FLAG, RUN_FLAGS, TRANSFORM_FLAGS, Flag, parse_flags, with_defaults
+from training.foreign import load_network, stored_flags
 from utils import Compute, describe_machine, one_process_first, run_main, start_compute, write_text
 
+NAMES = f"{', '.join(OPENERS)} or a timm name (hfds/..., wds/..., tfds/..., torch/...)"
 DATA_FLAGS = [
-    Flag("data_set", str, "DIGITS", f"{', '.join(OPENERS)} or a timm name (hfds/..., wds/..., tfds/..., torch/...)"),
+    Flag("data_set", str, "DIGITS", f"{NAMES}; IMNET where only --data_path is given"),
     Flag("data_path", str, None, "folder or .npz file of the training images"),
     Flag("eval_data_path", str, None, "folder or .npz file of the test images"),
     Flag("nb_classes", int, None, "number of classes, where the data set does not tell", low=1),
@@ -43,18 +44,6 @@ DATA_FLAGS = [
     Flag("val_split", str, "validation", "timm data sets: name of the test split"),
     Flag("calib_split", str, None, "timm data sets that are streams: name of the calibration split"),
 ]
-RUN_FLAGS = [
-    Flag("output_dir", str, "", "where results go; default when evaluating: beside the checkpoint"),
-    Flag("device", str, "auto", "auto, cpu, cuda or cuda:N"),
-    Flag("batch_size", int, 64, "images per process and micro-batch; evaluation takes 1.5 times as many", low=1),
-    Flag("num_workers", int, 10, "data loading processes", low=1),
-    Flag("pin_mem", bool, True, "load into pinned memory (GPU only)"),
-    Flag("use_amp", bool, False, "mixed precision"),
-    Flag("amp_dtype", str, "auto", "its type; auto: fp16 on GPU, bf16 on CPU", choices=("auto", "bf16", "fp16")),
-    Flag("channels_last", bool, False, "channels-last memory format"),
-    Flag("flops", bool, False, "print what every exit costs, under each convention"),
-]
-MODEL_FLAG = Flag("model", str, "", "registered network or timm/NAME; our checkpoints name theirs")
 EXIT_FLAGS = [
     Flag("weights", str, "auto", "auto: the moving average if there is one", choices=("auto", "model", "ema")),
     Flag("mode", str, "all", "what to evaluate", choices=("anytime", "dynamic", "runtime", "all")),
@@ -68,7 +57,6 @@ EXIT_FLAGS = [
     Flag("micro_batch", int, None, "runtime: images per call; default: the fastest of 16 to 256, measured", low=1),
     Flag("fold_bn", bool, True, "runtime: fold batch norm into the convolutions"),
 ]
-AUGMENT_FLAGS = ("color_jitter", "aa", "train_interpolation", "scale", "reprob", "remode", "recount")
 FLAGS = {
     "checkpoint": [
         Flag("checkpoint", str, None, "file to evaluate, ours or a published one"),
@@ -78,6 +66,12 @@ FLAGS = {
     "running": RUN_FLAGS,
     "exits": EXIT_FLAGS,
 }
+
+
+def filled_in(groups: dict[str, list[Flag]], *given: dict[str, Any]) -> Namespace:
+    """`with_defaults`, where images in a folder are ImageNet's unless a data set is named."""
+    implied = {"data_set": "IMNET"} if any(values.get("data_path") for values in given) else {}
+    return with_defaults(groups, implied, *given)
 
 
 class Splits(NamedTuple):
@@ -141,25 +135,6 @@ def ordered_loader(split: Dataset, args: Namespace, compute: Compute) -> DataLoa
     )
 
 
-def load_network(
-    content: dict, args: Namespace, options: dict[str, Any], num_classes: int
-) -> tuple[MultiExitModel, dict[str, Any], str]:
-    """The network of a checkpoint with its weights, its architecture, and which weights these are."""
-    average = content.get("model_ema") is not None if args.weights == "auto" else args.weights == "ema"
-    weights, arch = weights_of(content, args.checkpoint, ema=average)
-    if arch is None:
-        if not args.model:
-            raise ValueError(f"checkpoint {args.checkpoint} does not name its network: give --model and its options")
-        arch = {"name": args.model, "options": options, "num_classes": num_classes}
-    elif args.model not in ("", arch["name"]) or not options.items() <= spelled_out(arch)["options"].items():
-        raise ValueError(f"checkpoint {args.checkpoint} holds another network than --model and its options say: {arch}")
-    if arch["num_classes"] != num_classes:
-        raise ValueError(f"checkpoint {args.checkpoint} has {arch['num_classes']} classes, the data set {num_classes}")
-    model = create_model(arch["name"], arch["num_classes"], **arch["options"])
-    load_weights(model, weights, f"checkpoint {args.checkpoint}")
-    return model.eval(), arch, "moving average of the weights" if average else "weights"
-
-
 def print_costs(model: MultiExitModel, arch: dict[str, Any], input_size: int) -> None:
     """The cost of every exit under each convention; a network that can run as published is also built to do so."""
     published = model
@@ -175,15 +150,22 @@ class Evaluation:
         if not given.get("checkpoint"):
             raise ValueError("name the file to evaluate: --checkpoint FILE")
         content = load(given["checkpoint"])
-        stored = content["args"] if isinstance(content.get("args"), dict) else {}
-        known = {flag.name: stored[flag.name] for flag in DATA_FLAGS if flag.name in stored}
-        self.args = args = with_defaults(FLAGS, known, given)
+        stored = stored_flags(content, [*DATA_FLAGS, *TRANSFORM_FLAGS], given["checkpoint"])
+        if given.get("data_set", stored.get("data_set")) != stored.get("data_set"):
+            stored |= {"data_path": None, "eval_data_path": None}  # they are of the data set it was trained on
+        self.args = args = filled_in(FLAGS, stored, given)
         self.compute = start_compute(args.device, args.amp_dtype if args.use_amp else "none", args.channels_last)
         same_split = all(getattr(args, name) == stored.get(name) for name in ("data_set", "num_calib", "seed"))
         held_out = content.get("calib_indices") if same_split else None
         self.trained_on_calib = held_out is None
-        self.splits = open_splits(args, held_out, **{name: stored[name] for name in AUGMENT_FLAGS if name in stored})
-        model, self.arch, self.which = load_network(content, args, options, self.splits.source.num_classes)
+        if held_out is None and args.calib == "train_augmented":
+            held_out = []  # as published: all training images are there to be sampled
+        augment = {flag.name: stored[flag.name] for flag in TRANSFORM_FLAGS if flag.name in stored}
+        self.splits = open_splits(args, held_out, **augment)
+        images = {"num_classes": self.splits.source.num_classes, "input_size": self.splits.augment.input_size}
+        model, self.arch, self.which = load_network(
+            content, args.checkpoint, args.weights, name=args.model, options=options, **images
+        )
         self.model = model.to(self.compute.device)
         self.shape = (3, self.splits.augment.input_size, self.splits.augment.input_size)
         counted = count(model, self.shape)

@@ -15,32 +15,33 @@ from torch.utils.data import DataLoader
 from datasets import set_epoch, train_loader
 from engine import evaluate, summarise, train_one_epoch
 from eval_dynamic import (
-    AUGMENT_FLAGS,
     DATA_FLAGS,
     EXIT_FLAGS,
-    MODEL_FLAG,
-    RUN_FLAGS,
     Evaluation,
     Splits,
+    filled_in,
     open_splits,
     ordered_loader,
     print_costs,
 )
-from models import MultiExitModel, create_model, model_options, nearest, spelled_out
+from models import MultiExitModel, create_model, model_options, nearest
 from training.augment import mixup_collate
-from training.checkpoint import check_arch, latest, load, load_weights, save_epoch
+from training.checkpoint import latest, load, save_epoch
 from training.flags import (
     AUGMENTATION_FLAGS,
+    MODEL_FLAG,
     MODEL_FLAGS,
     OBJECTIVE_FLAGS,
     OPTIMIZATION_FLAGS,
     REFUSED,
+    RUN_FLAGS,
     TRAIN_RUN_FLAGS,
+    TRANSFORM_FLAGS,
     Flag,
+    check,
     parse_flags,
-    with_defaults,
 )
-from training.foreign import fit_to, read_weights, weights_of
+from training.foreign import architecture, fine_tune, resume_update, resume_weights, stored_flags
 from training.losses import exit_weights, joint_objective
 from training.optim import Update, lr_at, make_optimizer, weight_decay_at
 from utils import Board, Compute, append_json, run_main, seed_everything, share_buffers, start_compute
@@ -54,27 +55,6 @@ FLAGS = {
     "running": [*RUN_FLAGS, *TRAIN_RUN_FLAGS],
     "accepted with their default only": [Flag(name, type(v), v, why) for name, (v, why) in REFUSED.items()],
 }
-
-
-def check(args: Namespace) -> None:
-    """Refuses combinations that no single flag's limits catch."""
-    for name, (accepted, reason) in REFUSED.items():
-        if getattr(args, name) != accepted:
-            raise ValueError(f"--{name} {getattr(args, name)} is not supported: {reason}")
-    if not args.model:
-        raise ValueError("name a network: --model NAME")
-    for name in ("opt_betas", "cutmix_minmax", "scale"):
-        if len(getattr(args, name) or (0, 1)) != 2:
-            raise ValueError(f"--{name} {getattr(args, name)}: give two numbers")
-    if args.smoothing >= 1:
-        raise ValueError(f"--smoothing {args.smoothing}: it must be below 1")
-    if args.schedule == "multistep" and not args.decay_epochs:
-        raise ValueError("--schedule multistep needs --decay_epochs")
-    if args.enable_wandb and not args.log_dir:
-        raise ValueError("--enable_wandb mirrors TensorBoard: give --log_dir")
-    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixed and args.batch_size % 2:
-        raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix need an even number")
 
 
 def training_loader(args: Namespace, splits: Splits, compute: Compute) -> DataLoader:
@@ -138,18 +118,12 @@ def make_update(args: Namespace, model: nn.Module, network: MultiExitModel, step
     )
 
 
-def start_weights(args: Namespace, network: MultiExitModel, content: dict | None, arch: dict, path: str) -> None:
-    """Loads the weights of the checkpoint to go on from or, before a first epoch, of the one to fine-tune."""
-    if content is not None:
-        weights, stored = weights_of(content, path)
-        if stored is not None:
-            check_arch(spelled_out(stored), spelled_out(arch), path)
-        load_weights(network, weights, f"checkpoint {path}")
-    elif args.finetune:
-        weights, _ = read_weights(args.finetune, model_key=args.model_key)
-        fitted, kept = fit_to(network, {args.model_prefix + key: value for key, value in weights.items()})
-        network.load_state_dict(fitted)
-        print(f"fine-tuning {args.finetune}; initialised anew: {', '.join(kept) or 'nothing'}")
+def check_same_run(args: Namespace, content: dict, path: str | Path | None) -> None:
+    """Refuses to go on from checkpoint `path` with other images, or another optimizer, than it was trained with."""
+    stored = stored_flags(content, [*DATA_FLAGS, *OPTIMIZATION_FLAGS], path)
+    for name in ("data_set", "num_calib", "seed", "opt"):
+        if stored.get(name, getattr(args, name)) != getattr(args, name):
+            raise ValueError(f"--{name} {getattr(args, name)}, but {path} was trained with {stored[name]}")
 
 
 class Training:
@@ -160,21 +134,25 @@ class Training:
         if self.out and compute.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
         path = args.resume or (self.out and args.auto_resume and latest(self.out)) or None
-        content = load(path) if path else None
-        stored = content["args"] if content and isinstance(content.get("args"), dict) else {}
-        for name in ("data_set", "num_calib", "seed"):
-            if stored.get(name, getattr(args, name)) != getattr(args, name):
-                raise ValueError(f"--{name} {getattr(args, name)}, but {path} was trained with {stored[name]}")
-        augment = {name: getattr(args, name) for name in AUGMENT_FLAGS}
-        self.splits = open_splits(args, (content or {}).get("calib_indices"), **augment)
+        content = load(path) if path else {}
+        check_same_run(args, content, path)
+        augment = {flag.name: getattr(args, flag.name) for flag in TRANSFORM_FLAGS}
+        self.splits = open_splits(args, content.get("calib_indices"), **augment)
+        # A published network has seen the images held out from here on, so they are not stored as unseen.
+        self.held_out = content.get("calib_indices") if path else self.splits.calib_indices
         self.loader = training_loader(args, self.splits, compute)
 
         seed_everything(args.seed, 0, 0)
-        # Published weights to start from are no part of what the network is.
-        lasting = {name: value for name, value in options.items() if name != "pretrained"}
-        self.arch = {"name": args.model, "options": lasting, "num_classes": self.splits.source.num_classes}
-        self.network = create_model(args.model, self.arch["num_classes"], **(lasting if content else options))
-        start_weights(args, self.network, content, self.arch, path)
+        num_classes = self.splits.source.num_classes
+        self.arch = architecture(args.model, options, num_classes, self.splits.augment.input_size)
+        # Weights of the network's authors are fetched for a first epoch only.
+        self.network = create_model(args.model, num_classes, **({} if path else options) | self.arch["options"])
+        if path:
+            resume_weights(self.network, self.arch, content, path)
+        elif args.finetune:
+            line = fine_tune(self.network, args.finetune, model_key=args.model_key, model_prefix=args.model_prefix)
+            if compute.rank == 0:
+                print(line)
         layout = torch.channels_last if compute.channels_last else torch.preserve_format
         model = self.network = self.network.to(compute.device, memory_format=layout)
         if args.compile:
@@ -187,10 +165,9 @@ class Training:
         self.update = make_update(args, model, self.network, self.steps, compute)
         self.first, self.best = args.start_epoch, -1.0
         self.update.start(self.first * self.steps)
-        if content is not None and "optimizer" in content:
-            self.first, self.best = content["epoch"] + 1, content.get("best", self.best)
-            published = {"step": self.first * self.steps, "scaler": {}, "model_ema": None}
-            self.update.load_state_dict({**published, **content})
+        if path:
+            self.best = content.get("best", self.best)
+            self.first = resume_update(self.update, content, path, self.steps)
         factors = {name: getattr(args, f"loss_{name}_factor") for name in ("att", "cnn", "merge")}
         self.objective = joint_objective(
             exit_weights=exit_weights(self.network.num_exits, args.exit_weights, **factors),
@@ -216,7 +193,7 @@ class Training:
             "epoch": epoch,
             "best": self.best,
             "args": {**vars(self.args), "mean": list(mean), "std": list(std), "input_size": size},
-            "calib_indices": self.splits.calib_indices,
+            "calib_indices": self.held_out,
         }
 
     def run(self) -> None:
@@ -292,7 +269,7 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
 def main(argv: list[str]) -> None:
     """The command line."""
     given, options = parse_flags(FLAGS, argv, model_options, nearest)
-    args = with_defaults(FLAGS, given)
+    args = filled_in(FLAGS, given)
     if args.eval:
         path = args.resume or (args.output_dir and latest(args.output_dir))
         if not path:

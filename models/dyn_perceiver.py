@@ -130,6 +130,7 @@ class DynPerceiver(MultiExitModel):
         )
         # A classifier with a hidden layer holds its own.
         self.cnn_dropout = nn.Dropout(0.0 if backbone.hidden else backbone.dropout)
+        self.to(memory_format=torch.channels_last)
 
     def begin(self, images: Tensor) -> State:
         """The state is the images, later (CNN map, tokens, logits of the latest latent exit or None)."""

@@ -300,7 +300,7 @@ def test_other_flags_of_training_run(images, trained, tmp_path, capsys):
     )
     finetune = ["--finetune", trained / "checkpoint-last.pth"]
     train(on(images, *flags.split(), *finetune, "--output_dir", tmp_path))
-    assert "initialised anew: nothing" in capsys.readouterr().out
+    assert re.search(r"entries kept; initialised anew: nothing\n", capsys.readouterr().out)
     (line,) = read_log(tmp_path)
     assert line["opt/grad_norm"] > 0 and line["train/loss"] > 0
     assert not any(key.startswith(("calib", "train/acc1")) for key in line)  # no evaluation; mixup is on
@@ -400,7 +400,7 @@ def test_the_sweep_and_scales_of_dyn_perceiver(trained, tmp_path):
     ("calib", "origin"),
     [
         ("half_test", "10 random test images, not reported on"),
-        ("train_augmented", "32 training images with training augmentation"),
+        ("train_augmented", "32 training images with training augmentation, the published procedure"),
     ],
 )
 def test_other_images_for_thresholds(trained, tmp_path, calib, origin):
@@ -464,14 +464,23 @@ def error_of(monkeypatch, capsys):
         ("--mean 0.5", r"--mean \(0.5,\).*give three numbers each"),
         ("--data_set IMAGENET", r"unknown data set 'IMAGENET': not DIGITS"),
         ("--data_path nowhere", r"image folder nowhere: .*No such file"),
+        ("--data_set DIGITS", r"data set DIGITS reads no --data_path"),
         ("--opt adamv", r"unknown optimizer 'adamv'; did you mean .*adam"),
         ("--device gpu", r"--device gpu: accepted: auto, cpu, cuda"),
+        ("--finetune nowhere.pth", r"cannot read checkpoint nowhere.pth: No such file or directory"),
         ("--resume nowhere.pth", r"cannot read checkpoint nowhere.pth: No such file or directory"),
         ("--eval true", r"nothing to evaluate: give --resume FILE, or an --output_dir that holds a checkpoint"),
     ],
 )
 def test_mistakes_in_training_flags(images, error_of, words, complaint):
     assert re.match(complaint, error_of(train, *on(images), *words.split()))
+
+
+def test_a_folder_of_unnamed_images_is_imagenet(images, tmp_path, error_of):
+    folder = ["--data_path", "nowhere", *RUN]
+    assert error_of(train, *NETWORK, *folder).startswith("image folder nowhere/train: ")
+    torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "bare.pth")
+    assert error_of(evaluate, "--checkpoint", tmp_path / "bare.pth", *folder).startswith("image folder nowhere/train: ")
 
 
 def test_a_network_must_be_named(error_of):
@@ -496,9 +505,17 @@ def test_a_checkpoint_of_another_network_is_not_resumed(images, trained, error_o
     assert line.endswith("checkpoint-last.pth holds another architecture: nBlocks is 2, wanted 3")
 
 
-def test_a_run_is_not_resumed_with_another_split(images, trained, error_of):
-    line = error_of(train, *on(images, "--resume", trained / "checkpoint-last.pth", "--seed", 5))
-    assert re.fullmatch(r"--seed 5, but \S*checkpoint-last.pth was trained with 0", line)
+@pytest.mark.parametrize(("flag", "value", "stored"), [("seed", "5", "0"), ("opt", "sgd", "adamw")])
+def test_a_run_is_not_resumed_with_another_split_or_optimizer(images, trained, error_of, flag, value, stored):
+    line = error_of(train, *on(images, "--resume", trained / "checkpoint-last.pth", f"--{flag}", value))
+    assert re.fullmatch(rf"--{flag} {value}, but \S*checkpoint-last.pth was trained with {stored}", line)
+
+
+def test_bare_weights_are_not_resumed(images, trained, tmp_path, error_of):
+    weights = torch.load(trained / "checkpoint-last.pth", weights_only=True)["model"]
+    torch.save(weights, tmp_path / "bare.pth")
+    line = error_of(train, *on(images, "--resume", tmp_path / "bare.pth"))
+    assert "bare.pth can be evaluated or fine-tuned (--finetune) but not resumed" in line
 
 
 def test_evaluating_as_another_network_is_refused(trained, error_of):
@@ -533,7 +550,7 @@ def test_a_checkpoint_that_names_no_network_needs_one(trained, images, tmp_path,
     )
     data = f"--data_set image_folder --input_size 32 --data_path {images}".split()
     bare = ["--checkpoint", tmp_path / "bare.pth", *data, *RUN, "--mode", "anytime", "--output_dir", tmp_path]
-    assert "does not name its network: give --model" in error_of(evaluate, *bare)
+    assert "does not name a network known here: give --model" in error_of(evaluate, *bare)
     assert "does not fit the model" in error_of(evaluate, *bare, "--model", "msdnet")
     evaluate([*map(str, bare), *NETWORK])
     figures = [row["acc1"] for row in read_json(tmp_path / "anytime.json")]
@@ -543,7 +560,9 @@ def test_a_checkpoint_that_names_no_network_needs_one(trained, images, tmp_path,
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("--data_set DIGITS", r"checkpoint .* has 2 classes, the data set 10"),
+        ("--data_set DIGITS", r"checkpoint .* has 2 classes, the data set 10"),  # and the folder is not read
+        ("--data_set DIGITS --data_path nowhere", r"data set DIGITS reads no --data_path"),
+        ("--data_path nowhere", r"image folder nowhere: "),  # the data set is the stored one
         ("--row 39", r"--row 39, but msdnet has rows 0 to 38"),
         ("--row -1", r"--row: -1 is below the least value accepted, 0"),
         ("--budget 1", r"a budget of 1 multiply-adds is below the cheapest setting's"),
@@ -572,12 +591,13 @@ def test_a_script_ends_with_one_line_for_its_user():
     assert re.fullmatch(r"error: unknown flag --epoch; did you mean --epochs, .*\?\n", end.stderr)
 
 
-def test_torchrun_trains_in_two_processes(images, tmp_path):
+def test_torchrun_trains_in_two_processes(images, trained, tmp_path):
     flags = on(images, "--epochs", 1, "--warmup_epochs", 0, *PLAIN, "--output_dir", tmp_path, "--num_calib", 7)
+    flags += ["--finetune", trained / "checkpoint-last.pth"]
     launch = shlex.split("-m torch.distributed.run --standalone --nproc_per_node 2 main_earlyExit.py")
     end = script(*launch, *flags, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert end.returncode == 0, end.stderr
-    assert end.stdout.count("2 exits,") == end.stdout.count("epoch 1/1") == 1
+    assert [end.stdout.count(text) for text in ("2 exits,", "fine-tuning", "epoch 1/1")] == [1, 1, 1]
     (line,) = read_log(tmp_path)
     # All 7 images held out, and all 20 test images, are counted once.
     assert line["calib/acc1/exit0"] * 7 == pytest.approx(round(line["calib/acc1/exit0"] * 7))

@@ -1,4 +1,4 @@
-"""The command line as tables: what a flag is, how a table is parsed, and the table of the training flags."""
+"""The command line as tables: what a flag is, how a table is parsed, and the flags of training, with their checks."""
 
 import argparse
 import re
@@ -39,6 +39,14 @@ class Flag(NamedTuple):
         if self.choices and value not in self.choices:
             raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(self.choices)}")
         return value
+
+    def restore(self, value: Any) -> Any:
+        """A `value` read from a file, as the command line would have it; None stays None."""
+        if value is None:
+            return None
+        if self.many:
+            return [self._replace(many=False).convert(str(part)) for part in value]
+        return self.convert(str(value))
 
     def add_to(self, group: Any) -> None:
         """Declares the flag in an argparse group."""
@@ -132,12 +140,13 @@ def _words(value: Any) -> str:
 
 
 # Names and defaults are those of Dyn-Perceiver's script.
+MODEL_FLAG = Flag("model", str, "", "registered network or timm/NAME; our checkpoints name theirs")
 MODEL_FLAGS = [
     Flag("finetune", str, "", "checkpoint whose weights to start from, other heads than ours left out"),
     Flag("model_key", str, "model|module|state_dict_ema", "where --finetune looks for weights"),
     Flag("model_prefix", str, "", "put before the weights' names by --finetune"),
 ]
-AUGMENTATION_FLAGS = [
+TRANSFORM_FLAGS = [
     Flag("color_jitter", float, 0.4, "strength of colour jitter where --aa is off", low=0),
     Flag("aa", str, "rand-m9-mstd0.5-inc1", "timm's auto augmentation policy, or none"),
     Flag("train_interpolation", str, "bicubic", "bicubic, bilinear, random ..."),
@@ -145,6 +154,9 @@ AUGMENTATION_FLAGS = [
     Flag("reprob", float, 0.25, "probability of random erasing", low=0),
     Flag("remode", str, "pixel", "what is erased with: const, rand or pixel"),
     Flag("recount", int, 1, "boxes erased per image", low=1),
+]
+AUGMENTATION_FLAGS = [
+    *TRANSFORM_FLAGS,
     Flag("smoothing", float, 0.1, "label smoothing", low=0),
     Flag("mixup", float, 0.8, "mixup alpha, 0 = off", low=0),
     Flag("cutmix", float, 1.0, "cutmix alpha, 0 = off", low=0),
@@ -185,6 +197,17 @@ OBJECTIVE_FLAGS = [
     Flag("T_kd", float, 4.0, "distillation temperature", low=1e-6),
     Flag("alpha_kd", float, 0.5, "distillation weight", low=0),
 ]
+RUN_FLAGS = [
+    Flag("output_dir", str, "", "where results go; default when evaluating: beside the checkpoint"),
+    Flag("device", str, "auto", "auto, cpu, cuda or cuda:N"),
+    Flag("batch_size", int, 64, "images per process and micro-batch; evaluation takes 1.5 times as many", low=1),
+    Flag("num_workers", int, 10, "data loading processes", low=1),
+    Flag("pin_mem", bool, True, "load into pinned memory (GPU only)"),
+    Flag("use_amp", bool, False, "mixed precision"),
+    Flag("amp_dtype", str, "auto", "its type; auto: fp16 on GPU, bf16 on CPU", choices=("auto", "bf16", "fp16")),
+    Flag("channels_last", bool, False, "channels-last memory format"),
+    Flag("flops", bool, False, "print what every exit costs, under each convention"),
+]
 TRAIN_RUN_FLAGS = [
     Flag("log_dir", str, None, "folder for TensorBoard"),
     Flag("print_freq", int, 50, "batches between two reports", low=1),
@@ -216,3 +239,24 @@ REFUSED = {
     "cka": (False, "there is no such analysis here"),
     "visualize": (False, "there is no such picture here; see report.html of an evaluation"),
 }
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses combinations that no single flag's limits catch."""
+    for name, (accepted, reason) in REFUSED.items():
+        if getattr(args, name) != accepted:
+            raise ValueError(f"--{name} {getattr(args, name)} is not supported: {reason}")
+    if not args.model:
+        raise ValueError("name a network: --model NAME")
+    for name in ("opt_betas", "cutmix_minmax", "scale"):
+        if len(getattr(args, name) or (0, 1)) != 2:
+            raise ValueError(f"--{name} {getattr(args, name)}: give two numbers")
+    if args.smoothing >= 1:
+        raise ValueError(f"--smoothing {args.smoothing}: it must be below 1")
+    if args.schedule == "multistep" and not args.decay_epochs:
+        raise ValueError("--schedule multistep needs --decay_epochs")
+    if args.enable_wandb and not args.log_dir:
+        raise ValueError("--enable_wandb mirrors TensorBoard: give --log_dir")
+    mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixed and args.batch_size % 2:
+        raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix need an even number")

@@ -1,23 +1,27 @@
-"""Weights from any checkpoint: our own, the published ones of the reproduced papers, and bare state dicts."""
+"""Networks from any checkpoint: our own, the published ones of the reproduced papers, and bare state dicts."""
 
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from training.checkpoint import load
+from models import MultiExitModel, create_model, list_models, model_options, spelled_out
+from training.checkpoint import check_arch, load, load_weights
+from training.flags import Flag, flags_of_signature
+from training.optim import Update
 
-
-def read_weights(
-    source: str | Path, *, model_key: str = "model|module|state_dict_ema", ema: bool = False
-) -> tuple[dict[str, Tensor], dict | None]:
-    """`weights_of` the checkpoint `source`, a path or an https URL."""
-    return weights_of(load(source), source, model_key=model_key, ema=ema)
+MODEL_KEY = "model|module|state_dict_ema"
+# What a published file's flags do not tell: folders are on another machine, and its networks have 1000 classes always.
+NOT_TAKEN = ("data_path", "eval_data_path", "nb_classes")
+# Options that matter in training only: a run may go on with others, as with another learning rate.
+RATES = {"drop_path", "dropout", "drop_path_rate", "drop_rate"}
 
 
 def weights_of(
-    content: dict, source: str | Path, *, model_key: str = "model|module|state_dict_ema", ema: bool = False
-) -> tuple[dict[str, Tensor], dict | None]:
-    """Weights in the `content` of checkpoint `source`, and its architecture if it tells (ours do).
+    content: dict, source: str | Path, *, model_key: str = MODEL_KEY, ema: bool = False
+) -> dict[str, Tensor]:
+    """Weights in the `content` of checkpoint `source`, which is its name in messages.
 
     The weights are the first entry that `model_key` names ("|" between names), else `state_dict` (MSDNet, L2W, EBJR),
     else the file itself; with `ema` they are `model_ema`. A prefix "module." that all keys share, left by data-parallel
@@ -32,25 +36,168 @@ def weights_of(
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         found = ", ".join(str(key) for key in list(content)[:6]) or "nothing"
         raise ValueError(f"checkpoint {source} has no weights under {', '.join(names)}; it holds {found}")
-    arch = content.get("arch")
-    # Published files keep a bare name there, which does not say how the network was built.
-    return _without_module(weights), arch if isinstance(arch, dict) else None
-
-
-def _without_module(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if all(key.startswith("module.") for key in weights):
         return {key.removeprefix("module."): value for key, value in weights.items()}
     return weights
 
 
-def fit_to(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def stored_flags(content: dict, flags: list[Flag], source: str | Path) -> dict[str, Any]:
+    """What checkpoint `source` says of these flags: ours hold a dict of them, Dyn-Perceiver's a Namespace.
+
+    Raises ValueError for a value that the command line would not take either.
+    """
+    args = content.get("args")
+    if isinstance(args, Namespace):
+        args = {name: value for name, value in vars(args).items() if name not in NOT_TAKEN}
+    found = {}
+    for flag in flags if isinstance(args, dict) else ():
+        if flag.name in args:
+            try:
+                found[flag.name] = flag.restore(args[flag.name])
+            except (ArgumentTypeError, TypeError) as error:
+                raise ValueError(f"checkpoint {source} was trained with a strange --{flag.name}: {error}") from error
+    return found
+
+
+def architecture(name: str, options: dict[str, Any], num_classes: int, input_size: int) -> dict[str, Any]:
+    """What a checkpoint stores to build its network again; a network that depends on the images' side is told it."""
+    # Published weights to start from are no part of what the network is.
+    lasting = {option: value for option, value in options.items() if option != "pretrained"}
+    side = {"input_size": input_size} if "input_size" in model_options(name) else {}
+    return {"name": name, "options": lasting | side, "num_classes": num_classes}
+
+
+def stored_arch(content: dict, source: str | Path) -> dict[str, Any] | None:
+    """The architecture that checkpoint `source` names: ours in `arch`, Dyn-Perceiver's by its flags; None if neither.
+
+    Elsewhere `arch` is a bare name, which does not say how the network was built.
+    """
+    if isinstance(content.get("arch"), dict):
+        return content["arch"]
+    name = getattr(content.get("args"), "model", None)
+    if name not in list_models():
+        return None
+    # That script did not hand drop_path on to its networks: each has its family's, which is the default here.
+    flags = [flag for flag in flags_of_signature(model_options(name)) if flag.name != "drop_path"]
+    given = {option: value for option, value in stored_flags(content, flags, source).items() if value is not None}
+    return {"name": name, "options": given, "num_classes": 1000}  # nor did it hand on nb_classes
+
+
+def load_network(
+    content: dict,
+    source: str | Path,
+    weights: str,
+    *,
+    name: str,
+    options: dict[str, Any],
+    num_classes: int,
+    input_size: int,
+) -> tuple[MultiExitModel, dict[str, Any], str]:
+    """The network of checkpoint `source` for evaluation, its architecture, and which weights it has.
+
+    `weights` is model, ema, or auto (the moving average if there is one). `name` (or "") and `options` must agree with
+    the file, and are needed if that names no network; the last two describe the images. Raises ValueError.
+    """
+    ema = content.get("model_ema") is not None if weights == "auto" else weights == "ema"
+    values, arch = weights_of(content, source, ema=ema), stored_arch(content, source)
+    if arch is None:
+        if not name:
+            raise ValueError(f"checkpoint {source} does not name a network known here: give --model and its options")
+        arch = architecture(name, options, num_classes, input_size)
+    elif name not in ("", arch["name"]) or not _compared(options).items() <= spelled_out(arch)["options"].items():
+        raise ValueError(f"checkpoint {source} holds another network than --model and its options say: {arch}")
+    if arch["num_classes"] != num_classes:
+        raise ValueError(f"checkpoint {source} has {arch['num_classes']} classes, the data set {num_classes}")
+    model = create_model(arch["name"], arch["num_classes"], **arch["options"])
+    load_weights(model, values, f"checkpoint {source}")
+    return model.eval(), arch, "moving average of the weights" if ema else "weights"
+
+
+def _compared(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that must agree with a checkpoint's."""
+    return {option: value for option, value in options.items() if option not in RATES}
+
+
+def resume_weights(network: nn.Module, arch: dict[str, Any], content: dict, source: str | Path) -> None:
+    """Loads the weights of checkpoint `source`, which must hold a network of this architecture and a state to go on."""
+    epoch = content.get("epoch")
+    if not isinstance(epoch, int) or "optimizer" not in content:
+        lacks = f"its epoch is {epoch!r}" if isinstance(epoch, str) else "it does not hold both epoch and optimizer"
+        raise ValueError(f"checkpoint {source} can be evaluated or fine-tuned (--finetune) but not resumed: {lacks}")
+    stored = stored_arch(content, source)
+    if stored is not None:
+        there, here = ({**full, "options": _compared(full["options"])} for full in map(spelled_out, (stored, arch)))
+        check_arch(there, here, source)
+    load_weights(network, weights_of(content, source), f"checkpoint {source}")
+
+
+def resume_update(update: Update, content: dict, source: str | Path, steps: int) -> int:
+    """Restores what checkpoint `source` says of the optimizer; returns the epoch, of `steps` each, to go on with."""
+    first = content["epoch"] + 1
+    published = {"step": first * steps, "scaler": {}, "model_ema": None}
+    try:
+        update.load_state_dict({**published, **content})
+    except (KeyError, ValueError) as error:  # what torch raises for other parameter groups
+        raise ValueError(f"the optimizer of checkpoint {source} does not fit the one of this run: {error}") from error
+    return first
+
+
+class Fit(NamedTuple):
+    """Weights with exactly a model's keys, and where they come from."""
+
+    weights: dict[str, Tensor]
+    kept: list[str]  # entries of the file that the model takes
+    renewed: list[str]  # modules, and tensors that stand beside modules, that keep the model's own initial values
+    unused: list[str]  # entries of the file that the model does not have
+
+
+def fit_to(model: nn.Module, state_dict: dict[str, Tensor]) -> Fit:
     """Weights for fine-tuning `model` from a network that differs in its heads, or otherwise in part.
 
-    Returns a state dict with exactly the model's keys, and the keys that keep the model's own initial values because
-    `state_dict` lacks them or has them in another shape. Raises ValueError when nothing fits.
+    A layer of which `state_dict` lacks a tensor, or has it in another shape, is initialised anew, and if it stands in
+    an nn.Sequential so is all of that: batch-norm statistics of what another layer put out would be wrong. Raises
+    ValueError when nothing fits.
     """
     own = model.state_dict()
-    kept = [key for key, value in own.items() if key not in state_dict or state_dict[key].shape != value.shape]
-    if len(kept) == len(own):
+
+    def fits(key: str) -> bool:
+        # Files older than torch 0.4.1 count no batches, which is no reason to drop their statistics.
+        return state_dict[key].shape == own[key].shape if key in state_dict else key.endswith("num_batches_tracked")
+
+    roots = {_renewed_with(model, key) for key in own if not fits(key)}
+    lost = [key for key in own if any(path in roots for path in _paths(key))]
+    kept = [key for key in own if key in state_dict and key not in lost]
+    if not kept:
         raise ValueError(f"none of the {len(state_dict)} given weights fits any of the model's {len(own)}")
-    return {key: own[key] if key in kept else state_dict[key] for key in own}, kept
+    alive = {path for key in own if key not in lost for path in _paths(key)}
+    renewed = [next(path for path in _paths(key) if path not in alive) for key in lost]
+    weights = own | {key: state_dict[key] for key in kept}
+    return Fit(weights, kept, list(dict.fromkeys(renewed)), [key for key in state_dict if key not in own])
+
+
+def _paths(key: str) -> list[str]:
+    """The modules around a tensor, outermost first, and the tensor: a, a.b, a.b.weight."""
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def _renewed_with(model: nn.Module, key: str) -> str:
+    """The module that is initialised anew with its tensor `key`, or `key` where the tensor stands beside modules."""
+    name = key.rpartition(".")[0]
+    if not name or [*model.get_submodule(name).children()]:
+        return key
+    while (parent := name.rpartition(".")[0]) and isinstance(model.get_submodule(parent), nn.Sequential):
+        name = parent
+    return name
+
+
+def fine_tune(network: nn.Module, source: str, *, model_key: str, model_prefix: str) -> str:
+    """Loads what fits of the weights in checkpoint `source`, their names prefixed; returns a line that says what."""
+    weights = weights_of(load(source), source, model_key=model_key)
+    fit = fit_to(network, {model_prefix + key: value for key, value in weights.items()})
+    network.load_state_dict(fit.weights)
+    renewed = ", ".join(fit.renewed) or "nothing"
+    line = f"fine-tuning {source}: {len(fit.kept)} entries kept; initialised anew: {renewed}"
+    if not fit.unused:
+        return line
+    return f"{line}; {len(fit.unused)} unused: {', '.join(fit.unused[:3])}{', ...' if len(fit.unused) > 3 else ''}"

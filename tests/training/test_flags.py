@@ -77,6 +77,29 @@ def test_unacceptable_words_are_named(flag, word, complaint):
         flag.convert(word)
 
 
+@pytest.mark.parametrize(
+    ("flag", "stored", "value"),
+    [
+        (Flag("x", int, 1), None, None),
+        (Flag("x", int, 1), 3, 3),
+        (Flag("x", float, 1), 3, 3.0),
+        (Flag("x", bool, True), False, False),
+        (Flag("x", str, "", choices=("a", "b")), "b", "b"),
+        (Flag("x", float, (), many=True), (1e-5, 0.1), [1e-5, 0.1]),
+        (Flag("x", float, (), many=True), [], []),
+    ],
+)
+def test_stored_values_come_back(flag, stored, value):
+    assert flag.restore(stored) == value and type(flag.restore(stored)) is type(value)
+
+
+def test_stored_values_are_held_to_the_limits_of_words():
+    with pytest.raises(argparse.ArgumentTypeError, match="0 is below the least value accepted, 1"):
+        Flag("x", int, 1, low=1).restore(0)
+    with pytest.raises(argparse.ArgumentTypeError, match="'None' is not of type int"):
+        Flag("x", int, (), many=True).restore([1, None])
+
+
 def test_only_what_is_given_is_returned_and_a_repeated_flag_counts_last():
     assert parse() == ({}, {})
     given, options = parse("--lr", "1", "--batch_size", "2", "--lr", "3e-2", "--warmup_steps", "-1")

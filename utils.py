@@ -191,7 +191,7 @@ class Board:
 
     def __init__(self, log_dir: str | None, wandb_project: str | None, config: dict[str, Any]) -> None:
         self.writer = None
-        if log_dir is None:
+        if not log_dir:
             return
         if wandb_project:
             import wandb

@@ -241,18 +241,24 @@ def recipe_uses():
     return uses
 
 
+def started_by(command, folder, **environment):
+    """The words that a recipe hands to python or torchrun, split at the script."""
+    for name in ("python", "torchrun"):
+        fake = folder / name
+        fake.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" > {shlex.quote(str(folder / 'argv'))}\n")
+        fake.chmod(0o755)
+    environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "DATA": "some data"}
+    subprocess.run(["bash", "-c", command], cwd=ROOT, env=os.environ | environment, check=True)
+    words = (folder / "argv").read_text().split("\0")[:-1]
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[:script], words[script], words[script + 1 :]
+
+
 @pytest.mark.parametrize("command", recipe_uses())
 def test_recipes_parse(command, tmp_path):
-    for name in ("python", "torchrun"):
-        fake = tmp_path / name
-        fake.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" > {shlex.quote(str(tmp_path / 'argv'))}\n")
-        fake.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "some data"}
-    subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, check=True)
-    words = (tmp_path / "argv").read_text().split("\0")[:-1]
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    module = {"main_earlyExit.py": main_earlyExit, "eval_dynamic.py": eval_dynamic}[words[script]]
-    given, options = parse_flags(module.FLAGS, words[script + 1 :], model_options, nearest)
+    _, script, words = started_by(command, tmp_path)
+    module = {"main_earlyExit.py": main_earlyExit, "eval_dynamic.py": eval_dynamic}[script]
+    given, options = parse_flags(module.FLAGS, words, model_options, nearest)
     if module is main_earlyExit:
         args = with_defaults(module.FLAGS, given)
         main_earlyExit.check(args)
@@ -260,6 +266,19 @@ def test_recipes_parse(command, tmp_path):
         create_model(args.model, 10, **options)
     else:
         assert given["checkpoint"]
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize(("name", "millions"), [("regnet", 21.798), ("resnet", 20.283), ("mobilenet", 9.299)])
+def test_dyn_perceiver_recipes_train_the_published_networks_on_1024_images_a_step(name, millions, gpus, tmp_path):
+    command = f"bash scripts/train_dyn_perceiver_{name}_imagenet.sh out"
+    launcher, _, words = started_by(command, tmp_path, GPUS=str(gpus))
+    given, options = parse_flags(main_earlyExit.FLAGS, words, model_options, nearest)
+    assert launcher == [f"--nproc_per_node={gpus}"]
+    assert gpus * given["batch_size"] * given["update_freq"] == 1024
+    with torch.device("meta"):
+        network = create_model(given["model"], **options)
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 3) == millions
 
 
 # Training

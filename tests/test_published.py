@@ -276,6 +276,9 @@ def test_what_does_not_fit_a_published_file_is_said(checkpoint, thousand, images
     for (path, *words), complaint in complaints.items():
         with pytest.raises(ValueError, match=complaint):
             evaluate(path, out, *words)
+    other = changed(checkpoint, tmp_path / "other.pth", model_ema={"latent": torch.zeros(3)})
+    with pytest.raises(ValueError, match="the moving average in checkpoint .*other.pth does not fit the model: "):
+        main_earlyExit.main(going_on(other, thousand, out, 5))
     words = [*going_on(checkpoint, thousand, out, 5), "--depth_factor", "1", "1", "1", "2"]
     with pytest.raises(
         ValueError, match=r"another architecture: depth_factor is \[1, 1, 1, 1\], wanted \[1, 1, 1, 2\]"

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from utils import (
+    Board,
     Compute,
     Meters,
     Progress,
@@ -235,3 +236,10 @@ def test_other_errors_and_wanted_tracebacks_pass(monkeypatch):
     monkeypatch.setenv("DYNEXIT_TRACEBACK", "1")
     with pytest.raises(ValueError, match="ours"):
         run_main(lambda argv: fail(ValueError))
+
+
+@pytest.mark.parametrize("folder", [None, ""])
+def test_a_board_without_a_folder_writes_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Board(folder, None, {}).add({"loss": 1.0}, 0)
+    assert list(tmp_path.iterdir()) == []

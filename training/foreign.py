@@ -133,7 +133,9 @@ def resume_weights(network: nn.Module, arch: dict[str, Any], content: dict, sour
 
 def resume_update(update: Update, content: dict, source: str | Path, steps: int) -> int:
     """Restores what checkpoint `source` says of the optimizer; returns the epoch, of `steps` each, to go on with."""
-    first = content["epoch"] + 1
+    first, average = content["epoch"] + 1, content.get("model_ema")
+    if update.ema is not None and average is not None:
+        load_weights(update.ema.module, average, f"the moving average in checkpoint {source}")
     published = {"step": first * steps, "scaler": {}, "model_ema": None}
     try:
         update.load_state_dict({**published, **content})

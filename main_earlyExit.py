@@ -93,6 +93,7 @@ def make_update(args: Namespace, model: nn.Module, network: MultiExitModel, step
         eps=args.opt_eps,
         betas=args.opt_betas,
         filter_bias_and_bn=args.filter_bias_and_bn,
+        decay_embeddings=args.decay_embeddings,
     )
     lr = partial(
         lr_at,

@@ -52,6 +52,7 @@ class DynPerceiver(MultiExitModel):
     """
 
     num_exits = len(EXITS)
+    embeddings = ("latent", "relative_position_bias")
 
     def __init__(
         self,

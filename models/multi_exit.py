@@ -18,6 +18,7 @@ class MultiExitModel(nn.Module):
     """
 
     num_exits: int
+    embeddings: tuple[str, ...] = ()  # last part of the names of weights that are added, not multiplied with
 
     def begin(self, images: Tensor) -> State:
         """Images [B, 3, H, W] to the state before stage 0."""

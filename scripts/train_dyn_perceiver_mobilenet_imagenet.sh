@@ -23,4 +23,5 @@ torchrun --nproc_per_node="${GPUS:-8}" main_earlyExit.py --model mobilenetV3_0x7
     --with_x2z true --with_dwc true --with_z2x true --with_isc true \
     --with_kd true --T_kd 1 --alpha_kd 0.5 --loss_cnn_factor 1 --loss_att_factor 0.5 --loss_merge_factor 1 \
     --epochs 600 --warmup_epochs 20 --batch_size 128 --update_freq $((8 / ${GPUS:-8})) \
-    --opt adamw --lr 1e-3 --weight_decay 0.05 --use_amp false --model_ema true --model_ema_eval true "${@:2}"
+    --opt adamw --lr 1e-3 --weight_decay 0.05 --decay_embeddings true --use_amp false \
+    --model_ema true --model_ema_eval true "${@:2}"

@@ -82,6 +82,7 @@ TRAIN_DEFAULTS = {
     "opt_eps": 1e-8,
     "opt_betas": None,
     "clip_grad": None,
+    "decay_embeddings": False,  # there always
     "momentum": 0.9,
     "weight_decay": 0.05,
     "weight_decay_end": None,

@@ -175,6 +175,7 @@ OPTIMIZATION_FLAGS = [
     Flag("weight_decay", float, 0.05, "", low=0),
     Flag("weight_decay_end", float, None, "final weight decay of a cosine; default: constant", low=0),
     Flag("filter_bias_and_bn", bool, True, "no weight decay for biases and other 1-D parameters"),
+    Flag("decay_embeddings", bool, False, "weight decay for Dyn-Perceiver's latents and positions too, as published"),
     Flag("clip_grad", float, None, "largest gradient norm", low=0),
     Flag("lr", float, 4e-3, "peak learning rate, never scaled by the batch", low=0),
     Flag("min_lr", float, 1e-6, "final learning rate of the cosine", low=0),

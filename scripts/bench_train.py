@@ -4,8 +4,9 @@
 
 A step is the forward pass, the loss of all exits with distillation, the backward pass and AdamW, on random images; no
 data loading. "ours" is what main_earlyExit.py does by default. "plain" is written as the published code is: attention
-as two einsums with a softmax between, images in the layout they are loaded in, AdamW without a fused kernel. (Maps made
-of tokens are views, channels-last in both.) A network that is not a Dynamic Perceiver differs in the optimizer only.
+as two einsums with a softmax between, weights and images contiguous, convolution and pooling one after the other,
+AdamW without a fused kernel. (Maps made of tokens are views, channels-last in both.) A network that is not a Dynamic
+Perceiver differs in the optimizer only.
 
 Floor: a backward pass takes about two forward passes, so a step costs 3 * multiply-adds of all exits * batch. The
 share of peak sets this against a large square matrix product of the same type, timed in the same rounds.
@@ -14,7 +15,7 @@ share of peak sets this against a large square matrix product of the same type, 
 import argparse
 import copy
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -41,13 +42,19 @@ def plain_attend(q, k, v, dropout):
     return torch.einsum("bhnl,bhld->bhnd", F.dropout(weights, dropout, training=dropout > 0), v)
 
 
+def plain_pooled_residual(x, conv, side):
+    """`models.layers.pooled_residual`, written out."""
+    return F.adaptive_avg_pool2d(x + conv(x), side)
+
+
 class Variant:
     """A copy of `model`, plain or as it is, that answers and takes training steps under `compute`."""
 
     def __init__(self, model, plain, compute):
         self.model, self.plain, self.compute = copy.deepcopy(model), plain, compute
         if plain and isinstance(model, DynPerceiver):
-            self.model.begin = lambda images: images  # ours makes them channels-last
+            self.model.begin = lambda images: images  # ours makes them, and the weights, channels-last
+            self.model.to(memory_format=torch.contiguous_format)
         given = {"lr": RATE, "weight_decay": DECAY}
         if plain:
             optimizer = torch.optim.AdamW(param_groups(self.model, DECAY, True), lr=RATE)
@@ -56,19 +63,24 @@ class Variant:
             optimizer = make_optimizer(self.model, **given, **extra)
         self.update = Update(self.model, optimizer, **{name: lambda step, x=x: x for name, x in given.items()})
 
-    def attention(self):
+    @contextmanager
+    def written_plainly(self):
         """The context in which the network runs."""
-        return patch("models.attention.attend", plain_attend) if self.plain else nullcontext()
+        with ExitStack() as stack:
+            if self.plain:
+                stack.enter_context(patch("models.attention.attend", plain_attend))
+                stack.enter_context(patch("models.dyn_perceiver.pooled_residual", plain_pooled_residual))
+            yield
 
     @torch.no_grad()
     def answers(self, images):
         """Logits [K, B, C] in evaluation mode."""
-        with self.attention(), self.compute.autocast():
+        with self.written_plainly(), self.compute.autocast():
             return torch.stack(self.model.eval()(images)).float()
 
     def step(self, objective, images, targets):
         """One step of training."""
-        with self.attention(), self.compute.autocast():
+        with self.written_plainly(), self.compute.autocast():
             for loss, _ in objective(self.model.train(), images, targets):
                 self.update(loss)
 

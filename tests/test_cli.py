@@ -76,6 +76,7 @@ TRAIN_DEFAULTS = {
     "layer_scale_init_value": 1e-6,
     "model_ema": False,
     "model_ema_decay": 0.9999,
+    "model_ema_warmup": False,
     "model_ema_force_cpu": False,
     "model_ema_eval": False,
     "opt": "adamw",

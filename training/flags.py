@@ -186,6 +186,7 @@ OPTIMIZATION_FLAGS = [
     Flag("warmup_steps", int, -1, "optimizer steps of warm-up, instead of epochs where above 0"),
     Flag("model_ema", bool, False, "keep a moving average of the weights"),
     Flag("model_ema_decay", float, 0.9999, "", low=0),
+    Flag("model_ema_warmup", bool, False, "forget the first steps sooner, as timm does: for runs of few steps"),
     Flag("model_ema_force_cpu", bool, False, "keep the average in main memory"),
     Flag("model_ema_eval", bool, False, "evaluate the average too, and choose the best checkpoint by it"),
 ]

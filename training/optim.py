@@ -171,7 +171,7 @@ class Update:
         self.scaler.update()
         torch.clear_autocast_cache()  # an objective may go on under the same autocast, with the new weights
         if self.ema is not None:
-            self.ema.update(self.bare_model)
+            self.ema.update(self.bare_model, self.step + 1 if self.ema.use_warmup else None)
         self.start(self.step + 1)
 
     def figures(self) -> dict[str, float]:

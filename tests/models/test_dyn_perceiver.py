@@ -104,6 +104,16 @@ def test_with_spatial_reduction_any_size(shape):
 
 
 @torch.no_grad()
+def test_training_computes_what_evaluation_does():
+    """Without batch norm in training mode, which has statistics of its own: tokens that read a map of every size."""
+    torch.manual_seed(0)
+    net = create_model("reg400m_perceiver_t32", num_classes=5)
+    for i, width in enumerate((32, 48, 104, 208), 1):
+        for size in ((14, 28), (14, 15), (7, 7), (3, 5)):  # the first and third in one convolution
+            x, z = torch.randn(2, width, *size), torch.randn(2, 4, width)
+            assert_close(net.train()._read(i, z, x), net.eval()._read(i, z, x), rtol=1e-4, atol=1e-5)
+
+
 def test_tokens_and_maps():
     x = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
     tokens = tokens_of(x)

@@ -219,6 +219,21 @@ def test_resumed_update_equals_an_uninterrupted_one(opt, fp16):
     assert torch.equal(update.ema.module.weight, resumed_update.ema.module.weight)
 
 
+def test_a_warm_ema_forgets_the_first_steps():
+    model = nn.Linear(3, 2)
+    ema = ModelEmaV3(model, decay=0.999, use_warmup=True)
+    update = make_update(model, ema=ema)
+    seen = []
+    for _ in range(3):
+        update(model(torch.ones(1, 3)).sum())
+        seen.append(model.weight.detach().clone())
+    average = seen[0]
+    for step, weight in enumerate(seen[1:], 1):
+        decay = 1 - (1 + step) ** (-2 / 3)
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(ema.module.weight, average)
+
+
 def test_loaded_groups_do_not_change_what_is_decayed_and_a_missing_ema_starts_from_the_model():
     net = toy()
     state = make_update(net, "adamw").state_dict()

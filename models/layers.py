@@ -113,7 +113,7 @@ def pooled_residual(x: Tensor, conv: nn.Conv2d, side: int) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         identity = F.pad(weight.new_ones(1, 1, 1, 1), [n for p in reversed(conv.padding) for n in (p, p)])
         mean = weight.new_full((1, 1, *stride), 1 / (stride[0] * stride[1]))  # its own mirror image
-        kernel = F.conv2d(weight + identity, mean, padding=(stride[0] - 1, stride[1] - 1))
+        kernel = F.conv2d(identity + weight, mean, padding=(stride[0] - 1, stride[1] - 1))
         x = x.to(weight.dtype)
         return F.conv2d(x, kernel, conv.bias, stride, conv.padding, groups=conv.groups)
 

@@ -9,7 +9,7 @@ from adaptive.inference import ExitTables
 from datasets import batch_names
 from models import MultiExitModel
 from training.losses import Objective
-from utils import Compute, Meters, Progress, gather
+from utils import Compute, Meters, Progress, gather, share_buffers
 
 
 def train_one_epoch(
@@ -25,7 +25,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Trains once through the loader; means over all processes of `loss` and, for hard targets, `acc1/exit{k}`.
 
-    `objective(model, images, targets)` yields (loss, every exit's logits for `targets`) whenever `update` is to act.
+    `objective(model, images, targets)` yields (loss, every exit's logits) whenever `update` is to act, of the whole
+    batch or of one part of it after another.
     Raises ValueError on every process once a loss of any is not finite, at the next report (every `print_freq`
     batches).
     """
@@ -34,14 +35,17 @@ def train_one_epoch(
     progress = Progress(loader, f"epoch {epoch}", len(loader), shown=compute.rank == 0)
     for step, (images, targets) in enumerate(progress):
         images, targets = compute.put(images), compute.put(targets)
+        seen = 0
         with compute.autocast():
             for loss, exits in objective(model, images, targets):
                 update(loss)
                 watch.see(loss, step)
-                meters.add("loss", loss.detach() * len(images), len(images))
-                if not targets.is_floating_point():
+                part = targets[seen : seen + len(exits[0])]
+                seen += len(part)
+                meters.add("loss", loss.detach() * len(part), len(part))
+                if not part.is_floating_point():
                     for k, logits in enumerate(exits):
-                        meters.add(f"acc1/exit{k}", (logits.argmax(1) == targets).sum(), len(logits))
+                        meters.add(f"acc1/exit{k}", (logits.argmax(1) == part).sum(), len(part))
         if (step + 1) % print_freq == 0:
             watch.check()
             progress.note(means := meters.means())
@@ -72,6 +76,27 @@ def evaluate(
     # Process r holds samples r, r + world size, ...; the last processes hold none if there are fewer samples.
     shards = gather(ExitTables.cat(parts) if parts else None, compute)
     return ExitTables.interleave([shard for shard in shards if shard is not None])
+
+
+def evaluate_all(
+    networks: dict[str, MultiExitModel], loader: Iterable[tuple[Tensor, Tensor]], compute: Compute, *, title: str
+) -> dict[str, float]:
+    """`{title}{name}/...` of every named network, as `summarise` has them; a network may be on another device."""
+    figures = {}
+    for name, network in networks.items():
+        share_buffers(network, compute)
+        device = next(network.parameters()).device
+        where = compute if device == compute.device else Compute(device, **compute.ranks)
+        tables = evaluate(network, loader, where, title=title + name)
+        figures |= {f"{title}{name}/{key}": value for key, value in summarise(tables).items()}
+    return figures
+
+
+def epoch_line(record: dict[str, float], epochs: int) -> str:
+    """One line that sums up an epoch."""
+    accuracies = [f"{100 * value:.2f}" for key, value in record.items() if key.startswith("calib/acc1/")]
+    text = f"epoch {record['epoch'] + 1}/{epochs}: loss {record['train/loss']:.4f}"
+    return f"{text}, calib top-1 by exit {' '.join(accuracies) or '-'} %, {record['seconds']:.0f} s"
 
 
 def summarise(tables: ExitTables) -> dict[str, float]:

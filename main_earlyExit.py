@@ -1,5 +1,6 @@
 """Trains a multi-exit network; with `--eval true` evaluates it (as `eval_dynamic.py` does)."""
 
+import math
 import time
 from argparse import Namespace
 from functools import partial
@@ -8,12 +9,12 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from datasets import set_epoch, train_loader
-from engine import evaluate, summarise, train_one_epoch
+from adaptive.thresholds import geometric_quotas
+from datasets import Split, set_epoch, train_loader
+from engine import epoch_line, evaluate_all, train_one_epoch
 from eval_dynamic import (
     DATA_FLAGS,
     EXIT_FLAGS,
@@ -27,34 +28,24 @@ from eval_dynamic import (
 from models import MultiExitModel, create_model, model_options, nearest
 from training.augment import mixup_collate
 from training.checkpoint import latest, load, save_epoch
-from training.flags import (
-    AUGMENTATION_FLAGS,
-    MODEL_FLAG,
-    MODEL_FLAGS,
-    OBJECTIVE_FLAGS,
-    OPTIMIZATION_FLAGS,
-    REFUSED,
-    RUN_FLAGS,
-    TRAIN_RUN_FLAGS,
-    TRANSFORM_FLAGS,
-    Flag,
-    check,
-    parse_flags,
+from training.flags import GROUPS, OPTIMIZATION_FLAGS, TRANSFORM_FLAGS, check, parse_flags
+from training.foreign import (
+    architecture,
+    check_same_run,
+    fine_tune,
+    load_teacher,
+    resume_update,
+    resume_weighting,
+    resume_weights,
 )
-from training.foreign import architecture, fine_tune, resume_update, resume_weights, stored_flags
-from training.losses import exit_weights, joint_objective
+from training.l2w import SampleWeighting, Weighting
+from training.losses import Objective, exit_weights, joint_objective, self_distillation, teacher_distillation
 from training.optim import Update, lr_at, make_optimizer, weight_decay_at
-from utils import Board, Compute, append_json, run_main, seed_everything, share_buffers, start_compute
+from training.regimes import phase_of, trained_through
+from training.weights import write_tables
+from utils import Board, Compute, append_json, gather, run_main, seed_everything, start_compute
 
-FLAGS = {
-    "model": [MODEL_FLAG, *MODEL_FLAGS],
-    "data": DATA_FLAGS,
-    "augmentation": AUGMENTATION_FLAGS,
-    "optimization": OPTIMIZATION_FLAGS,
-    "exits": [*OBJECTIVE_FLAGS, *EXIT_FLAGS],
-    "running": [*RUN_FLAGS, *TRAIN_RUN_FLAGS],
-    "accepted with their default only": [Flag(name, type(v), v, why) for name, (v, why) in REFUSED.items()],
-}
+FLAGS = {**GROUPS, "data": DATA_FLAGS, "exits": EXIT_FLAGS}
 
 
 def training_loader(args: Namespace, splits: Splits, compute: Compute) -> DataLoader:
@@ -72,7 +63,7 @@ def training_loader(args: Namespace, splits: Splits, compute: Compute) -> DataLo
     return train_loader(
         splits.train,
         batch_size=args.batch_size,
-        update_freq=args.update_freq,
+        update_freq=args.update_freq // math.gcd(args.update_freq, passes(args)),
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and compute.device.type == "cuda",
         collate=collate,
@@ -82,8 +73,15 @@ def training_loader(args: Namespace, splits: Splits, compute: Compute) -> DataLo
     )
 
 
-def make_update(args: Namespace, model: nn.Module, network: MultiExitModel, steps: int, compute: Compute) -> Update:
+def passes(args: Namespace) -> int:
+    """Losses that the objective makes of a batch."""
+    return 2 if args.l2w else 1
+
+
+def make_update(args: Namespace, network: MultiExitModel, steps: int, compute: Compute) -> Update:
     """Optimizer, schedules and moving average for `steps` optimizer steps per epoch."""
+    together = passes(args) if args.update_freq == 1 else 1  # steps that one batch takes, at one rate
+    steps //= together
     optimizer = make_optimizer(
         network,
         opt=args.opt,
@@ -112,23 +110,15 @@ def make_update(args: Namespace, model: nn.Module, network: MultiExitModel, step
         "device": "cpu" if args.model_ema_force_cpu else None,
     }
     return Update(
-        model,
+        network,
         optimizer,
-        lr=lr,
-        weight_decay=decay,
+        lr=lambda step: lr(step // together),
+        weight_decay=lambda step: decay(step // together),
         clip_grad=args.clip_grad or None,
         update_freq=args.update_freq,
         fp16=compute.amp == torch.float16,
         ema=ModelEmaV3(network, **average) if args.model_ema else None,
     )
-
-
-def check_same_run(args: Namespace, content: dict, path: str | Path | None) -> None:
-    """Refuses to go on from checkpoint `path` with other images, or another optimizer, than it was trained with."""
-    stored = stored_flags(content, [*DATA_FLAGS, *OPTIMIZATION_FLAGS], path)
-    for name in ("data_set", "num_calib", "seed", "opt"):
-        if stored.get(name, getattr(args, name)) != getattr(args, name):
-            raise ValueError(f"--{name} {getattr(args, name)}, but {path} was trained with {stored[name]}")
 
 
 class Training:
@@ -140,7 +130,7 @@ class Training:
             self.out.mkdir(parents=True, exist_ok=True)
         path = args.resume or (self.out and args.auto_resume and latest(self.out)) or None
         content = load(path) if path else {}
-        check_same_run(args, content, path)
+        check_same_run(vars(args), content, path, [*DATA_FLAGS, *OPTIMIZATION_FLAGS])
         augment = {flag.name: getattr(args, flag.name) for flag in TRANSFORM_FLAGS}
         self.splits = open_splits(args, content.get("calib_indices"), **augment)
         # A published network has seen the images held out from here on, so they are not stored as unseen.
@@ -159,27 +149,23 @@ class Training:
             if compute.rank == 0:
                 print(line)
         layout = torch.channels_last if compute.channels_last else torch.preserve_format
-        model = self.network = self.network.to(compute.device, memory_format=layout)
+        self.network = self.network.to(compute.device, memory_format=layout)
         if args.compile:
             self.network.compile()
-        if compute.world_size > 1:
-            on_gpu = compute.device.type == "cuda"
-            model = DistributedDataParallel(self.network, device_ids=[compute.device] if on_gpu else None)
-        self.model = model
-        self.steps = len(self.loader) // args.update_freq
-        self.update = make_update(args, model, self.network, self.steps, compute)
-        self.first, self.best = args.start_epoch, -1.0
+        self.steps = len(self.loader) * passes(args) // args.update_freq
+        self.update = make_update(args, self.network, self.steps, compute)
+        self.first, self.best, self.phase = args.start_epoch, -1.0, ""
         self.update.start(self.first * self.steps)
         if path:
             self.best = content.get("best", self.best)
             self.first = resume_update(self.update, content, path, self.steps)
-        factors = {name: getattr(args, f"loss_{name}_factor") for name in ("att", "cnn", "merge")}
-        self.objective = joint_objective(
-            exit_weights=exit_weights(self.network.num_exits, args.exit_weights, **factors),
-            smoothing=args.smoothing,
-            kd_alpha=args.alpha_kd if args.with_kd else 0.0,
-            kd_temperature=args.T_kd,
-        )
+        self.teacher = None
+        if args.kd_teacher:
+            teacher = load_teacher(args.kd_teacher, num_classes, self.splits.augment)
+            self.teacher = teacher.to(compute.device, memory_format=layout)
+        self.enter(self.phase_at(self.first))
+        if args.l2w and self.first:
+            resume_weighting(self.objective, content, path, self.first)
         if compute.rank == 0:
             size, parts = sum(p.numel() for p in self.network.parameters()), ("train", "calib", "test")
             print(f"{args.model}: {self.network.num_exits} exits, {size / 1e6:.3f} M parameters")
@@ -187,6 +173,39 @@ class Training:
             print(f"{compute.world_size} x {compute.device}" + (f", going on from {path}" if path else ""))
             if args.flops:
                 print_costs(self.network, self.arch, self.splits.augment.input_size)
+
+    def phase_at(self, epoch: int) -> str:
+        """What the regime does in an epoch."""
+        return phase_of(self.args.regime, epoch, round(self.args.first_share * self.args.epochs))
+
+    def make_objective(self, phase: str) -> Objective:
+        """The losses of a phase."""
+        args, num_exits = self.args, self.network.num_exits
+        factors = {name: getattr(args, f"loss_{name}_factor") for name in ("att", "cnn", "merge")}
+        weights, distil = exit_weights(num_exits, args.exit_weights, **factors), None
+        if phase == "last":
+            weights = [0.0] * (num_exits - 1) + [1.0]
+        if self.teacher is not None:
+            distil = teacher_distillation(self.teacher, args.alpha_kd, args.T_kd, last_only=phase == "last")
+        elif args.with_kd and phase != "last":
+            distil = self_distillation(args.alpha_kd, args.T_kd)
+        losses = {"exit_weights": weights, "smoothing": args.smoothing, "distil": distil}
+        if not args.l2w:
+            return joint_objective(**losses)
+        options = Weighting(**{name: getattr(args, name) for name in Weighting.__annotations__})
+        proportions = geometric_quotas(args.target_p_index / 20, num_exits)
+        run = {"proportions": proportions, "batches": len(self.loader), "epochs": args.epochs}
+        return SampleWeighting(options, self.update, **run, **losses)
+
+    def enter(self, phase: str) -> None:
+        """Trains from now on as `phase` of the regime says."""
+        side = self.splits.augment.input_size
+        core = trained_through(self.network, phase, (3, side, side))
+        if self.compute.world_size > 1:
+            on_gpu = self.compute.device.type == "cuda"
+            core = DistributedDataParallel(core, device_ids=[self.compute.device] if on_gpu else None)
+        self.model, self.phase, self.objective = core, phase, self.make_objective(phase)
+        self.update.attach(core)
 
     def state(self, epoch: int) -> dict[str, Any]:
         """What a checkpoint holds after `epoch`; every epoch seeds its own generators, so none need saving."""
@@ -199,6 +218,7 @@ class Training:
             "best": self.best,
             "args": {**vars(self.args), "mean": list(mean), "std": list(std), "input_size": size},
             "calib_indices": self.held_out,
+            "l2w": self.objective.state_dict() if self.args.l2w else None,
         }
 
     def run(self) -> None:
@@ -211,6 +231,8 @@ class Training:
             start = time.monotonic()
             seed_everything(args.seed, epoch, rank)
             set_epoch(self.loader, epoch)
+            if self.phase_at(epoch) != self.phase:
+                self.enter(self.phase_at(epoch))
             means = train_one_epoch(
                 self.model,
                 self.loader,
@@ -227,10 +249,25 @@ class Training:
             best, self.best = score > self.best, max(score, self.best)
             record = {"epoch": epoch, **{f"train/{k}": v for k, v in means.items()}, **figures, **self.update.figures()}
             record |= {"best": self.best, "seconds": time.monotonic() - start}
+            if args.l2w:
+                record |= self.log_weights(board, epoch)
             if rank == 0:
                 board.add({**figures, "seconds": record["seconds"]}, self.update.step)
                 print(epoch_line(record, args.epochs))
                 self.save(record, best)
+
+    def log_weights(self, board: Board, epoch: int) -> dict[str, float]:
+        """What the weight net did in this epoch: `l2w/...`, histograms, and a file if one is due."""
+        figures, tables = self.objective.take_figures(self.compute), self.objective.take_tables()
+        board.add_histograms(tables, self.update.step, "l2w/")
+        if self.out and self.args.l2w_tables and (epoch + 1) % self.args.l2w_tables == 0:
+            train, order = self.splits.train, range(len(tables["losses"]))
+            if isinstance(train, Split):  # otherwise a stream, whose samples have no number
+                order = [train.indices[i] for i in self.loader.sampler]
+            shards = gather({"index": torch.tensor(order), **tables}, self.compute)
+            if self.compute.rank == 0:
+                write_tables(self.out / f"l2w-{epoch}.npz", shards)
+        return {f"l2w/{name}": value for name, value in figures.items()}
 
     @property
     def judge(self) -> str:
@@ -242,16 +279,11 @@ class Training:
         average = self.args.model_ema and self.args.model_ema_eval
         networks = {"": self.network, **({"_ema": self.update.ema.module} if average else {})}
         figures = {}
-        for network in networks.values():
-            share_buffers(network, self.compute)
         for part in ("calib", "test") if last else ("calib",):
             images = getattr(self.splits, part)
-            for suffix, network in networks.items() if len(images) else ():
+            if len(images):
                 loader = ordered_loader(images, self.args, self.compute)
-                device = next(network.parameters()).device  # the average may be kept in main memory
-                where = self.compute if device == self.compute.device else Compute(device, **self.compute.ranks)
-                tables = evaluate(network, loader, where, title=part + suffix)
-                figures |= {f"{part}{suffix}/{key}": value for key, value in summarise(tables).items()}
+                figures |= evaluate_all(networks, loader, self.compute, title=part)
         return figures
 
     def save(self, record: dict[str, Any], best: bool) -> None:
@@ -262,13 +294,6 @@ class Training:
         if self.args.save_ckpt:
             freq, keep = self.args.save_ckpt_freq, self.args.save_ckpt_num
             save_epoch(self.out, self.state(record["epoch"]), epoch=record["epoch"], best=best, freq=freq, keep=keep)
-
-
-def epoch_line(record: dict[str, Any], epochs: int) -> str:
-    """One line that sums up an epoch."""
-    accuracies = [f"{100 * value:.2f}" for key, value in record.items() if key.startswith("calib/acc1/")]
-    text = f"epoch {record['epoch'] + 1}/{epochs}: loss {record['train/loss']:.4f}"
-    return f"{text}, calib top-1 by exit {' '.join(accuracies) or '-'} %, {record['seconds']:.0f} s"
 
 
 def main(argv: list[str]) -> None:

@@ -206,6 +206,12 @@ class Board:
         for name, value in values.items() if self.writer else ():
             self.writer.add_scalar(prefix + name, value, step)
 
+    def add_histograms(self, tables: dict[str, Tensor], step: int, prefix: str = "") -> None:
+        """Adds the distribution of every column of tables [N, K] at an optimizer step."""
+        for name, table in tables.items() if self.writer else ():
+            for k, column in enumerate(table.T):
+                self.writer.add_histogram(f"{prefix}{name}/exit{k}", column, step)
+
 
 def append_json(path: str | os.PathLike, record: dict[str, Any]) -> None:
     """Adds one JSON object as a line to a log."""

@@ -1,7 +1,7 @@
 """Multi-exit networks; importing the package registers every family."""
 
-from models import dyn_perceiver, msdnet, plain_cnn, timm_exits  # noqa: F401  (imported to register their names)
-from models.multi_exit import MultiExitModel, State, join, take
+from models import boosted, dyn_perceiver, msdnet, plain_cnn, timm_exits  # noqa: F401  (to register their names)
+from models.multi_exit import MultiExitModel, State, join, map_leaves, take
 from models.registry import create_model, list_models, model_options, nearest, spelled_out
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "create_model",
     "join",
     "list_models",
+    "map_leaves",
     "model_options",
     "nearest",
     "spelled_out",

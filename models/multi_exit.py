@@ -54,21 +54,22 @@ class MultiExitModel(nn.Module):
 def take(state: State, rows: Tensor | slice) -> State:
     """The state of a part of the batch: `rows` (indices, a bool mask or a slice) of every tensor leaf."""
     # Indexing, unlike index_select, keeps a channels-last leaf channels-last.
-    return _map_leaves(lambda leaf: leaf[rows], state)
+    return map_leaves(lambda leaf: leaf[rows], state)
 
 
 def join(states: list[State]) -> State:
     """One state for the batches of several, in order: every leaf concatenated along the batch."""
-    return states[0] if len(states) == 1 else _map_leaves(lambda *leaves: torch.cat(leaves), *states)
+    return states[0] if len(states) == 1 else map_leaves(lambda *leaves: torch.cat(leaves), *states)
 
 
-def _map_leaves(function: Callable[..., Tensor], *states: State) -> State:
+def map_leaves(function: Callable[..., Tensor], *states: State) -> State:
+    """The nest of what `function` makes of each tensor leaf, or of the leaves at one place of several nests."""
     first = states[0]
     if isinstance(first, Tensor):
         return function(*states)
     if isinstance(first, dict):
-        return {key: _map_leaves(function, *(state[key] for state in states)) for key in first}
+        return {key: map_leaves(function, *(state[key] for state in states)) for key in first}
     if isinstance(first, (list, tuple)):
-        return type(first)(_map_leaves(function, *parts) for parts in zip(*states, strict=True))
+        return type(first)(map_leaves(function, *parts) for parts in zip(*states, strict=True))
     assert first is None, f"a state is made of tensors, lists, tuples, dicts and None, not {type(first).__name__}"
     return None

@@ -22,7 +22,8 @@ _ENTRIES: dict[str, Entry] = {}
 def register(model_class: type[MultiExitModel], name: str, about: str, **options: Any) -> None:
     """Registers `name` as `model_class` with other defaults for some of its options; `about` says what it is.
 
-    A name that ends in "/" stands for all names with this prefix: the rest is the class's option `name`.
+    A name that ends in "/" stands for all names with this prefix: the rest is the class's option `name`. A class with
+    a parameter `options` is a network around the registered network `name`, and takes that one's options too.
     """
     assert name not in _ENTRIES, f"{name} is registered twice"
     _ENTRIES[name] = Entry(model_class, options, about)
@@ -38,7 +39,11 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> MultiExi
     for option in options:
         if option not in known:
             raise TypeError(f"model {name} has no option {option!r}; {nearest(option, known)}")
-    return entry.model_class(num_classes=num_classes, **{**entry.options, **options})
+    options = {**entry.options, **options}
+    own = inspect.signature(entry.model_class).parameters
+    if "options" in own:
+        options = {key: options.pop(key) for key in list(options) if key in own} | {"options": options}
+    return entry.model_class(num_classes=num_classes, **options)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -59,7 +64,8 @@ def model_options(name: str) -> dict[str, inspect.Parameter]:
     parameters = dict(inspect.signature(entry.model_class).parameters)
     for reserved in ("num_classes", *(["name"] if "/" in name else [])):
         del parameters[reserved]
-    return {key: p.replace(default=entry.options.get(key, p.default)) for key, p in parameters.items()}
+    inner = model_options(entry.options["name"]) if parameters.pop("options", None) else {}
+    return {key: p.replace(default=entry.options.get(key, p.default)) for key, p in parameters.items()} | inner
 
 
 def spelled_out(arch: dict[str, Any]) -> dict[str, Any]:

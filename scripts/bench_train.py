@@ -29,7 +29,7 @@ from adaptive.flops import exit_costs
 from adaptive.latency import interleaved
 from models import create_model
 from models.dyn_perceiver import DynPerceiver
-from training.losses import exit_weights, joint_objective
+from training.losses import exit_weights, joint_objective, self_distillation
 from training.optim import Update, make_optimizer, param_groups
 from utils import Compute, describe_machine, start_compute
 
@@ -114,7 +114,7 @@ def main():
     targets = torch.randn(args.batch_size, 1000, device=device).softmax(1)  # soft, as mixup leaves them
     factors = {"att": 0.5, "cnn": 1.0, "merge": 1.0} if isinstance(model, DynPerceiver) else {}
     weights = exit_weights(model.num_exits, **factors)
-    objective = joint_objective(exit_weights=weights, smoothing=0.0, kd_alpha=0.5, kd_temperature=1.0)
+    objective = joint_objective(exit_weights=weights, smoothing=0.0, distil=self_distillation(0.5, 1.0))
 
     macs = 3 * exit_costs(model, tuple(images.shape[1:]))[-1] * args.batch_size
     print(describe_machine(device))

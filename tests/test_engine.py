@@ -135,24 +135,25 @@ def test_soft_targets_have_no_accuracy():
     assert train_one_epoch(nn.Identity(), batches, scripted, lambda loss: None, CPU) == {"loss": 1.0}
 
 
-def test_an_objective_may_yield_twice_a_batch():
+def test_an_objective_may_take_a_batch_in_parts():
     def two_steps(model, images, targets):
-        yield from scripted(model, images, targets)
-        yield from scripted(model, 3 * images, targets)
+        yield from scripted(model, images[:1], targets[:1])
+        yield from scripted(model, 3 * images[1:], targets[1:])
 
-    batches = [(torch.full((n, 3, 2, 2), float(n)), torch.zeros(n, dtype=torch.long)) for n in (1, 3)]
+    # Exit 0 answers class 0, exit 1 another: right once each.
+    batches = [(torch.full((n, 3, 2, 2), float(n)), torch.tensor([0] + (n - 1) * [1])) for n in (2, 3)]
     losses = []
     means = train_one_epoch(nn.Identity(), batches, two_steps, lambda loss: losses.append(loss.item()), CPU)
-    assert losses == [1.0, 3.0, 3.0, 9.0]
-    assert means == {"loss": (1 + 3 + 3 * 3 + 3 * 9) / 8, "acc1/exit0": 1.0, "acc1/exit1": 0.0}
+    assert losses == [2.0, 6.0, 3.0, 9.0]
+    assert means == {"loss": (2 + 6 + 3 + 2 * 9) / 5, "acc1/exit0": 2 / 5, "acc1/exit1": 3 / 5}
 
 
 def test_the_second_loss_sees_the_first_update():
     model = toy()
 
     def twice(model, images, targets):
-        for _ in range(2):
-            yield from JOINT(model, images, targets)
+        for part in (slice(0, 4), slice(4, 8)):
+            yield from JOINT(model, images[part], targets[part])
 
     split, losses = dark_and_bright(8), []
     update = make_update(model)

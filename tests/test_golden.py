@@ -11,21 +11,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.func import functional_call
 
 from adaptive.confidence import max_prob
 from adaptive.flops import count, exit_costs
 from adaptive.thresholds import DYN_PERCEIVER_RATIOS, MSDNET_RATIOS, geometric_quotas, quota_thresholds, simulate
 from models import create_model, list_models, model_options
-from training.losses import exit_weights, joint_objective, kd_loss, soft_cross_entropy
+from training.directional import buffers_of, tangent_of
+from training.l2w import SampleWeighting, Weighting, confidence_table
+from training.losses import exit_weights, joint_objective, kd_loss, self_distillation, soft_cross_entropy
+from training.optim import Update, make_optimizer
+from training.weights import assign_exits, judgement, look_ahead, loss_table, sample_weights, weight_inputs
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parents[2] / "shared" / "golden")
 if not GOLDEN.is_dir():
     pytest.skip(f"no reference numbers at {GOLDEN}", allow_module_level=True)
 
 FILES = sorted(path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("*.json"))
-
-# Kinds of files whose code does not exist yet.
-LATER = ("meta_step.json",)
 
 # Names that are generic outside the 32x32 networks have a prefix here.
 CIFAR_NETS = re.compile(r"densenet|resnet|preresnet|wrn|resnext|vgg\d+(_bn)?|alexnet")
@@ -59,12 +61,12 @@ def our_options(options):
 @pytest.mark.parametrize("file", FILES)
 def test_agrees_with_the_reference(file, fill):
     golden, base = json.loads((GOLDEN / file).read_text()), Path(file).name
-    if base in LATER:
-        pytest.skip("not built yet")
     if base == "manifests.json":
         check = check_manifests
     elif base == "train_loss.json":
         check = check_train_loss
+    elif base == "meta_step.json":
+        check = check_meta_step
     elif base == "dynamic_eval.json":
         check = check_l2w_evaluation if "cases" in golden else check_dyn_perceiver_evaluation
     elif {"model", "state_dict", "exits"} <= golden.keys():
@@ -127,6 +129,138 @@ def check_manifests(golden, fill):
     assert wrong == []
 
 
+def check_meta_step(golden, fill):
+    for case in golden["cases"].values():
+        halves = [case["half1_train_first_meta_second"], case["half2_train_second_meta_first"]]
+        for forward_mode in (True, False):
+            run = MetaStep(golden, case, fill, forward_mode)
+            cut = (len(run.images) + 1) // 2
+            parts = [(run.images[:cut], run.targets[:cut]), (run.images[cut:], run.targets[cut:])]
+            for half, (train, judge) in zip(halves, (parts, parts[::-1]), strict=True):
+                run.check_half(train, judge, half)
+            run = MetaStep(golden, case, fill, forward_mode)
+            for half, (loss, _) in zip(halves, run.objective(run.net, run.images, run.targets), strict=True):
+                assert loss.item() == near(half["15_weighted_loss"])
+                run.update(loss)
+                run.check_after(half)
+
+
+def near(value, atol=0.0):
+    return pytest.approx(value, rel=1e-8, abs=atol)
+
+
+def norm(tensors):
+    return math.sqrt(sum(t.double().square().sum().item() for t in tensors))
+
+
+class MetaStep:
+    """The set-up of the L2W golden, and one half of an iteration, made of the pure functions called in order."""
+
+    def __init__(self, golden, case, fill, forward_mode):
+        self.fill, self.options = fill, case["options"]
+        options = self.options
+        self.net = fill.fill_(create_model(golden["model"], **our_options(golden["model_kwargs"]))).train()
+        given = {name: options[name] for name in ("lr", "weight_decay", "momentum")}
+        optimizer = make_optimizer(self.net, opt="sgd", eps=None, betas=None, filter_bias_and_bn=False, **given)
+        rates = {name: lambda step, value=options[name]: value for name in ("lr", "weight_decay")}
+        self.update = Update(self.net, optimizer, **rates)
+        self.proportions = geometric_quotas(options["target_p_index"] / 20, self.net.num_exits)
+        assert self.proportions.tolist() == pytest.approx(case["target_probs_float32"], rel=1e-6)
+        self.objective = SampleWeighting(
+            Weighting(**{name: options[name] for name in Weighting.__annotations__}),
+            self.update,
+            proportions=self.proportions,
+            batches=1000,
+            epochs=options["epochs"],
+            exit_weights=[1.0] * self.net.num_exits,
+            forward_mode=forward_mode,
+        )
+        self.weight_net = fill.fill_(self.objective.weight_net)
+        shapes = {name: list(p.shape) for name, p in self.weight_net.state_dict().items()}
+        assert shapes == case["meta_net_state_dict"]
+        n = options["batch"]
+        self.images = torch.from_numpy(fill.draw(options["input_key"], (n, 3, 32, 32)))
+        self.targets, self.forward_mode = torch.arange(n) % 10, forward_mode
+        self.before = self.snapshot()
+
+    def snapshot(self):
+        return [[p.detach().clone() for p in net.parameters()] for net in (self.net, self.weight_net)]
+
+    def check_half(self, train, judge, half):
+        images, targets = train
+        named = dict(self.net.named_parameters())
+        exits = self.net(images)
+        losses = loss_table(exits, targets)
+        assert losses.tolist() == [near(row) for row in half["1_pseudo_losses"]]
+        inputs = weight_inputs(self.options["meta_net_input_type"], losses, confidence_table(exits))
+        assert inputs.tolist() == [near(row) for row in half["2_meta_net_input"]]
+        raw = self.weight_net(inputs)
+        assert raw.tolist() == [near(row) for row in half["3_raw_weights"]]
+        weighing = self.options["epsilon"], self.options["constraint_dimension"]
+        weights = sample_weights(raw, *weighing)
+        assert weights.tolist() == [near(row) for row in half["4_weights"]]
+        leaf = weights.detach().requires_grad_()
+        pseudo_loss = (leaf * losses).mean(0).sum()
+        assert pseudo_loss.item() == near(half["5_pseudo_loss"])
+        found = torch.autograd.grad(pseudo_loss, named.values(), create_graph=not self.forward_mode, retain_graph=True)
+        assert norm(found) == near(half["6_pseudo_grad_norm"])
+        gradients = {p: g.detach() for p, g in zip(named.values(), found, strict=True)}
+        moved, rates = look_ahead(self.update.optimizer, gradients)
+        assert norm(moved.values()) == near(half["7_pseudo_param_norm"])
+        assert norm(moved[p] - p for p in moved) == near(half["7_pseudo_delta_norm"])
+        moved = {name: moved[p].requires_grad_() for name, p in named.items()}
+        judged = functional_call(self.net, moved | buffers_of(self.net), judge[0])
+        assert all(map(self.fill.matches, judged, half["8_meta_logits"]))
+        assigned = assign_exits(confidence_table(judged), self.proportions)
+        assert [rows.tolist() for rows in assigned] == half["9_selected"]
+        meta_loss = judgement(judged, judge[1], assigned)
+        assert meta_loss.item() == near(half["10_meta_loss"])
+        towards = torch.autograd.grad(meta_loss, moved.values())
+        directions = {name: rates[named[name]] * g for name, g in zip(moved, towards, strict=True)}
+        if self.forward_mode:
+            by_weights = tangent_of(lambda e: loss_table(e, targets), self.net, directions, images) / len(images)
+        else:
+            (by_weights,) = torch.autograd.grad(found, leaf, list(directions.values()))
+        meta_gradients = torch.autograd.grad(weights, list(self.weight_net.parameters()), by_weights)
+        norms = {
+            name: g.norm().item()
+            for (name, _), g in zip(self.weight_net.named_parameters(), meta_gradients, strict=True)
+        }
+        assert norms == near(half["11_meta_grad_norm"])
+        assert meta_gradients[-1].tolist() == near(half["11_meta_grad_output_bias"])
+        for p, g in zip(self.weight_net.parameters(), meta_gradients, strict=True):
+            p.grad = g
+        self.objective.optimizer.step()
+        self.check_weight_net(half)
+        with torch.no_grad():
+            raw = self.weight_net(inputs)
+            weights = sample_weights(raw, *weighing)
+        assert raw.tolist() == [near(row) for row in half["14_raw_weights"]]
+        assert weights.tolist() == [near(row) for row in half["14_weights"]]
+        per_exit = (weights * losses).mean(0)
+        assert per_exit.tolist() == near(half["15_weighted_loss_per_exit"])
+        self.update(per_exit.sum())
+        self.check_after(half)
+
+    def check_weight_net(self, half):
+        pairs = zip(self.weight_net.named_parameters(), self.before[1], strict=True)
+        deltas = {name: (p.detach() - old) for (name, p), old in pairs}
+        after = {name: p.norm().item() for name, p in self.weight_net.named_parameters()}
+        assert after == near(half["12_meta_param_norm_after"])
+        assert {name: d.norm().item() for name, d in deltas.items()} == near(half["12_meta_delta_norm"])
+        assert {name: d.sum().item() for name, d in deltas.items()} == near(half["12_meta_delta_sum"], atol=1e-9)
+
+    def check_after(self, half):
+        self.check_weight_net(half)
+        now = self.snapshot()
+        assert norm(now[0]) == near(half["17_param_norm_after"])
+        assert norm(a - b for a, b in zip(now[0], self.before[0], strict=True)) == near(half["17_delta_norm"])
+        for kind in ("mean", "var"):
+            buffers = [b for name, b in self.net.named_buffers() if name.endswith(f"running_{kind}")]
+            assert norm(buffers) == near(half[f"18_running_{kind}_norm"])
+        self.before = now
+
+
 def check_train_loss(golden, fill):
     net = fill.fill_(create_model(golden["model"], **golden["kwargs"]))
     images, labels = fill.make_input(*golden["input_shape"]), torch.tensor(golden["targets"])
@@ -145,8 +279,7 @@ def check_train_loss(golden, fill):
             objective = joint_objective(
                 exit_weights=exit_weights(4, **factors),
                 smoothing=smoothing,
-                kd_alpha=case["alpha_kd"],
-                kd_temperature=case["T_kd"],
+                distil=self_distillation(case["alpha_kd"], case["T_kd"]),
             )
             ((loss, _),) = objective(lambda _, exits=exits: exits, images, targets)
             assert loss.item() == pytest.approx(case["loss"], rel=1e-7)

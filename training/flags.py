@@ -196,8 +196,27 @@ OBJECTIVE_FLAGS = [
     Flag("loss_cnn_factor", float, None, "four exits: weight of exit 2", low=0),
     Flag("loss_merge_factor", float, None, "four exits: weight of exit 3", low=0),
     Flag("with_kd", bool, False, "the last exit teaches the others"),
+    Flag("kd_teacher", str, "", "checkpoint of a network that teaches all exits"),
     Flag("T_kd", float, 4.0, "distillation temperature", low=1e-6),
     Flag("alpha_kd", float, 0.5, "distillation weight", low=0),
+    Flag("regime", str, "joint", "how exits are trained", choices=("joint", "equilibrium", "disjoint", "mixed")),
+    Flag("first_share", float, 0.5, "disjoint, mixed: share of the epochs that train the last exit alone", low=0),
+]
+# Named as in L2W's trainers; the defaults are its settings for CIFAR.
+L2W_FLAGS = [
+    Flag("l2w", bool, False, "learn to weight samples"),
+    Flag("target_p_index", int, 15, "p: exit k is judged by a share of the samples that goes with (p / 20)^k", low=1),
+    Flag("epsilon", float, 0.8, "how far weights may be from 1; above 0.5 they can be negative", low=0),
+    Flag(
+        "constraint_dimension", str, "col", "total weights kept: all, exits', samples'", choices=("mat", "row", "col")
+    ),
+    Flag("meta_net_input_type", str, "loss", "what the weight net reads", choices=("loss", "conf", "both")),
+    Flag("meta_net_hidden_size", int, 500, "units of its hidden layers", low=1),
+    Flag("meta_net_num_layers", int, 1, "hidden layers", low=1),
+    Flag("meta_interval", int, 1, "batches between two steps of the weight net", low=1),
+    Flag("meta_lr", float, 1e-4, "its peak learning rate", low=0),
+    Flag("meta_weight_decay", float, 1e-4, "", low=0),
+    Flag("l2w_tables", int, 0, "epochs between files of every sample's weights and losses; 0 = none", low=0),
 ]
 RUN_FLAGS = [
     Flag("output_dir", str, "", "where results go; default when evaluating: beside the checkpoint"),
@@ -243,6 +262,17 @@ REFUSED = {
 }
 
 
+GROUPS = {
+    "model": [MODEL_FLAG, *MODEL_FLAGS],
+    "augmentation": AUGMENTATION_FLAGS,
+    "optimization": OPTIMIZATION_FLAGS,
+    "objective": OBJECTIVE_FLAGS,
+    "sample weighting (L2W)": L2W_FLAGS,
+    "running": [*RUN_FLAGS, *TRAIN_RUN_FLAGS],
+    "accepted with their default only": [Flag(name, type(v), v, why) for name, (v, why) in REFUSED.items()],
+}
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuses combinations that no single flag's limits catch."""
     for name, (accepted, reason) in REFUSED.items():
@@ -253,12 +283,31 @@ def check(args: argparse.Namespace) -> None:
     for name in ("opt_betas", "cutmix_minmax", "scale"):
         if len(getattr(args, name) or (0, 1)) != 2:
             raise ValueError(f"--{name} {getattr(args, name)}: give two numbers")
+    if args.first_share > 1:
+        raise ValueError(f"--first_share {args.first_share}: it is a share, at most 1")
     if args.smoothing >= 1:
         raise ValueError(f"--smoothing {args.smoothing}: it must be below 1")
     if args.schedule == "multistep" and not args.decay_epochs:
         raise ValueError("--schedule multistep needs --decay_epochs")
+    if args.compile and (args.l2w or args.regime != "joint"):
+        raise ValueError("--compile true compiles the plain forward pass: not for --l2w true or another --regime")
     if args.enable_wandb and not args.log_dir:
         raise ValueError("--enable_wandb mirrors TensorBoard: give --log_dir")
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixed and args.batch_size % 2:
         raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix need an even number")
+    if args.l2w:
+        _check_l2w(args, mixed)
+
+
+def _check_l2w(args: argparse.Namespace, mixed: bool) -> None:
+    if mixed:
+        raise ValueError("--l2w true weighs samples of one class each: give --mixup 0 --cutmix 0")
+    if args.batch_size < 4:
+        raise ValueError(f"--batch_size {args.batch_size}: L2W trains on halves of a batch and needs at least 4")
+    if args.regime in ("disjoint", "mixed"):
+        raise ValueError(f"--regime {args.regime}: L2W weighs all exits at once; accepted: joint, equilibrium")
+    if args.target_p_index > 39:
+        raise ValueError(f"--target_p_index {args.target_p_index}: accepted: 1 to 39, 20 for equal shares")
+    if args.opt.startswith("lookahead_"):
+        raise ValueError(f"--opt {args.opt}: L2W looks one step of SGD ahead and cannot read this optimizer's state")

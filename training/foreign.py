@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from models import MultiExitModel, create_model, list_models, model_options, spelled_out
+from training.augment import Augment
 from training.checkpoint import check_arch, load, load_weights
 from training.flags import Flag, flags_of_signature
+from training.l2w import SampleWeighting
 from training.optim import Update, param_groups
 
 MODEL_KEY = "model|module|state_dict_ema"
@@ -118,6 +120,14 @@ def _compared(options: dict[str, Any]) -> dict[str, Any]:
     return {option: value for option, value in options.items() if option not in RATES}
 
 
+def check_same_run(given: dict[str, Any], content: dict, source: str | Path | None, flags: list[Flag]) -> None:
+    """Refuses to go on from checkpoint `source` with other images, or another optimizer, than it was trained with."""
+    stored = stored_flags(content, flags, source)
+    for name in ("data_set", "num_calib", "seed", "opt"):
+        if stored.get(name, given[name]) != given[name]:
+            raise ValueError(f"--{name} {given[name]}, but {source} was trained with {stored[name]}")
+
+
 def resume_weights(network: nn.Module, arch: dict[str, Any], content: dict, source: str | Path) -> None:
     """Loads the weights of checkpoint `source`, which must hold a network of this architecture and a state to go on."""
     epoch = content.get("epoch")
@@ -144,6 +154,33 @@ def resume_update(update: Update, content: dict, source: str | Path, steps: int)
     except (KeyError, ValueError) as error:  # what torch raises for other parameter groups
         raise ValueError(f"the optimizer of checkpoint {source} does not fit the one of this run: {error}") from error
     return first
+
+
+def resume_weighting(objective: SampleWeighting, content: dict, source: str | Path, first: int) -> None:
+    """Restores the weight net of checkpoint `source`, ours or L2W's, for epoch `first`; says if it has none."""
+    if content.get("l2w"):
+        state = content["l2w"]
+    elif "meta_state_dict" in content:  # the published program's
+        state = {"weight_net": content["meta_state_dict"], "optimizer": content["meta_optimizer"]}
+    else:
+        print(f"checkpoint {source} holds no weight net: it starts anew")
+        state = objective.state_dict()
+    try:
+        objective.load_state_dict({**state, "batch": first * objective.batches})
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"the weight net of checkpoint {source} does not fit this run's: {reason}") from error
+
+
+def load_teacher(source: str | Path, num_classes: int, augment: Augment) -> MultiExitModel:
+    """The network of checkpoint `source`, in evaluation mode, as a teacher on images that `augment` makes."""
+    content = load(source)
+    stored = stored_flags(content, [Flag("mean", float, None, many=True), Flag("std", float, None, many=True)], source)
+    for name, ours in (("mean", augment.mean), ("std", augment.std)):
+        if list(stored.get(name) or ours) != list(ours):
+            raise ValueError(f"teacher {source} reads images of --{name} {stored[name]}, this run has {list(ours)}")
+    images = {"num_classes": num_classes, "input_size": augment.input_size}
+    return load_network(content, source, "auto", name="", options={}, **images)[0].requires_grad_(False)
 
 
 def _regrouped(published: dict, update: Update) -> dict:

@@ -1,7 +1,7 @@
 """Exit-weighted cross-entropy, distillation among exits, and the objective made of them.
 
 An objective is a generator function: `for loss, logits in objective(model, images, targets)` yields every loss that
-calls for an optimizer step, and the exits' logits it was computed from.
+calls for an optimizer step, and the exits' logits it was computed from: of the batch, or of one part after another.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Distillation = Callable[[Tensor, list[Tensor]], Tensor]  # from images and the logits of all exits to a scalar
 Objective = Callable[[nn.Module, Tensor, Tensor], Iterator[tuple[Tensor, list[Tensor]]]]
 
 
@@ -64,26 +65,33 @@ def exit_weights(
     return list(weights or [1.0] * num_exits)
 
 
+def self_distillation(alpha: float, temperature: float) -> Distillation:
+    """alpha * sum_{k < K} KD(exit k from exit K): the last exit teaches the others (Dynamic Perceiver; IMTA)."""
+    return lambda images, exits: alpha * sum(kd_loss(y, exits[-1], temperature) for y in exits[:-1])
+
+
+def teacher_distillation(
+    teacher: nn.Module, alpha: float, temperature: float, *, last_only: bool = False
+) -> Distillation:
+    """alpha * sum_k KD(exit k from the last exit of `teacher`), a network of its own in evaluation mode."""
+
+    def distil(images: Tensor, exits: list[Tensor]) -> Tensor:
+        with torch.no_grad():
+            taught = teacher(images)[-1]
+        return alpha * sum(kd_loss(y, taught, temperature) for y in (exits[-1:] if last_only else exits))
+
+    return distil
+
+
 def joint_objective(
-    *,
-    exit_weights: Sequence[float],
-    smoothing: float,
-    kd_alpha: float = 0.0,
-    kd_temperature: float = 1.0,
+    *, exit_weights: Sequence[float], smoothing: float, distil: Distillation | None = None
 ) -> Objective:
-    """All exits trained at once, the last one teaching the others (Dynamic Perceiver, arXiv 2306.11248):
-
-        sum_k exit_weights[k] * CE_k  +  kd_alpha * sum_{k < K} KD(exit k from exit K)
-
-    One weight per exit. The distillation terms are not multiplied by the exit weights.
-    """
+    """All exits trained at once: sum_k exit_weights[k] * CE_k, one weight per exit, plus what `distil` adds."""
 
     def objective(model: nn.Module, images: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
         logits = model(images)
         losses = [soft_cross_entropy(y, targets, smoothing) for y in logits]
         loss = sum(w * one for w, one in zip(exit_weights, losses, strict=True))
-        if kd_alpha:
-            loss = loss + kd_alpha * sum(kd_loss(y, logits[-1], kd_temperature) for y in logits[:-1])
-        yield loss, logits
+        yield loss if distil is None else loss + distil(images, logits), logits
 
     return objective

@@ -139,6 +139,11 @@ class Update:
         self.grad_norm: Tensor | None = None
         self.start(0)
 
+    def attach(self, model: nn.Module) -> None:
+        """From now on the network is trained through `model`: itself, or what is wrapped around it."""
+        self.model, self.distributed = model, isinstance(model, DistributedDataParallel)
+        self._await_micro_batch(self.micro_batch)
+
     def start(self, step: int) -> None:
         """Make ready for optimizer step `step`: its rates are set, and gradients of a half-done step are dropped."""
         self.step = step

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.losses import exit_weights, joint_objective, kd_loss, soft_cross_entropy
+from training.losses import exit_weights, joint_objective, kd_loss, self_distillation, soft_cross_entropy
 
 LOGITS = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])  # probabilities 3/4, 1/4 and 1/2, 1/2
 
@@ -68,7 +68,7 @@ def test_kd_teacher_gets_no_gradient():
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [1.0, 0.5, 2.0]])
 def test_joint_objective_weighs_exits_but_not_their_distillation(weights):
     images, targets = torch.randn(4, 5), torch.arange(4)
-    objective = joint_objective(exit_weights=weights, smoothing=0.1, kd_alpha=0.3, kd_temperature=2.0)
+    objective = joint_objective(exit_weights=weights, smoothing=0.1, distil=self_distillation(0.3, 2.0))
     loss, logits = run(objective, images, targets)
     task = sum(
         weight * F.cross_entropy(factor * images, targets, label_smoothing=0.1)
@@ -80,7 +80,7 @@ def test_joint_objective_weighs_exits_but_not_their_distillation(weights):
 
 
 def test_joint_objective_has_nothing_to_distil_at_one_exit():
-    objective = joint_objective(exit_weights=[1.0], smoothing=0.0, kd_alpha=0.5)
+    objective = joint_objective(exit_weights=[1.0], smoothing=0.0, distil=self_distillation(0.5, 1.0))
     ((loss, _),) = objective(lambda images: [images], LOGITS, torch.tensor([0, 1]))
     assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
 

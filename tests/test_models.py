@@ -12,6 +12,15 @@ from models.msdnet import Stem, Transition
 # One variant per registered class that is small enough to really run.
 SMALL = {
     "msdnet": {"nBlocks": 3, "nChannels": 4, "growthRate": 4},
+    "ranet": {
+        "nChannels": 4,
+        "growthRate": 4,
+        "step": 2,
+        "grFactor": (2, 1, 1),
+        "bnFactor": (2, 1, 1),
+        "scale_list": (1, 2, 2),
+    },
+    "boosted/msdnet": {"nBlocks": 3, "nChannels": 4, "growthRate": 4},
     "reg400m_perceiver_t32": {},
     "resnet18": {},
     "timm/mobilenetv3_small_050": {},
@@ -41,6 +50,11 @@ PUBLISHED = {
     "msdnet_imagenet_step7_base7": (1000, 62.314, [615.69, 1436.39, 2283.21, 2967.42, 3253.79]),
     "msdnet_cifar_lin5": (100, 2.079, [6.86, 14.35, 27.54, 41.71, 58.48]),
     "msdnet_cifar_even7": (100, 3.068, [15.14, 25.51, 37.10, 46.33, 57.34, 66.96, 75.94]),
+    "ranet_cifar": (10, 3.262, [15.81, 31.28, 44.66, 50.36, 60.65, 63.65, 90.17, 94.90]),
+    "ranet_cifar_lg": (10, 2.548, [8.36, 21.77, 32.84, 41.52, 53.23, 58.92]),
+    "ranet_imagenet_script": (1000, 87.973, [168.07, 520.47, 731.89, 903.79, 1052.25, 1118.80, 1589.01, 1680.98]),
+    "ranet_imagenet_readme": (1000, 131.124, [246.47, 631.16, 860.40, 1041.14, 1869.85, 2160.38, 2734.28, 2828.31]),
+    "ranet_imagenet": (1000, 149.144, [434.97, 888.67, 1153.36, 1352.45, 2279.91, 2588.47, 3235.52, 3333.48]),
 }
 
 families = pytest.mark.parametrize("name", SMALL)
@@ -263,10 +277,11 @@ def test_msdnet_with_two_scales_leaving_has_frozen_units():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_msdnet_presets_have_the_published_size_and_cost(name):
+def test_presets_have_the_published_size_and_cost(name):
     num_classes, millions, operations = PUBLISHED[name]
     with torch.device("meta"):
-        net = create_model(name, num_classes=num_classes, lazy=False)
+        as_published = {"lazy": False} if "lazy" in model_options(name) else {}
+        net = create_model(name, num_classes=num_classes, **as_published)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 3) == millions
     side = 32 if is_cifar(name) else 224
     assert [round(n / 1e6, 2) for n in count(net, (3, side, side)).papers] == operations

@@ -165,7 +165,9 @@ class Training:
             self.teacher = teacher.to(compute.device, memory_format=layout)
         self.enter(self.phase_at(self.first))
         if args.l2w and self.first:
-            resume_weighting(self.objective, content, path, self.first)
+            line = resume_weighting(self.objective, content, path, self.first)
+            if line and compute.rank == 0:
+                print(line)
         if compute.rank == 0:
             size, parts = sum(p.numel() for p in self.network.parameters()), ("train", "calib", "test")
             print(f"{args.model}: {self.network.num_exits} exits, {size / 1e6:.3f} M parameters")

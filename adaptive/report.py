@@ -154,12 +154,13 @@ def _save_curve(target, file_format, exits, rows, *, title="", runtime=None, tra
         axes.scatter(*points.T, s=45, color=EXIT, label="one exit for all images", **marker)
         if runtime:
             chosen = np.array([(point["macs"] / unit, 100 * point["accuracy"]) for point in runtime["points"]])
-            axes.scatter(*chosen.T, s=150, marker="*", color=CHOSEN, label="measured", **marker)
+            timed = f"measured, {runtime['num_images']} images"
+            axes.scatter(*chosen.T, s=150, marker="*", color=CHOSEN, label=timed, **marker)
         axes.set(xlabel=f"multiply-adds per image ({name})", ylabel="top-1 accuracy (%)")
         axes.margins(0.1)
         axes.grid(color=INK, alpha=0.12)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
         figure.suptitle(title, fontsize=12, parse_math=False)
         _label_exits(axes, exits, points, curve if rows else points)
         # Empty metadata: no date, so equal results give equal files.
@@ -191,7 +192,8 @@ def _label_exits(axes, exits, points, line):
         centres = np.concatenate([centres, [anchor + offset]])
         leader = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}
         text = {"fontsize": 9, "ha": "center", "va": "center", "arrowprops": leader}
-        axes.annotate(f"exit {row['exit']}", point, offset, textcoords="offset points", **text)
+        label = axes.annotate(f"exit {row['exit']}", point, offset, textcoords="offset points", **text)
+        label.set_in_layout(False)
 
 
 def _inline_curve(exits, rows, runtime):

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval_dynamic
 import main_earlyExit
@@ -370,6 +372,171 @@ def test_a_resumed_run_equals_an_unbroken_one(images, tmp_path, monkeypatch):
     assert lines[0] == lines[1] and len(lines[0]) == 3
 
 
+# Sample weights, regimes, teachers
+
+SHORT = [
+    *PLAIN,
+    *shlex.split("--batch_size 16 --warmup_epochs 0 --lr 0.01 --disable_eval true"),
+]  # two batches an epoch
+WEIGHTED = shlex.split("--l2w true --meta_net_hidden_size 8 --meta_lr 0.01 --l2w_tables 1 --epochs 2")
+
+
+def stopped_before(epoch, monkeypatch, words):
+    """Trains until an epoch, and then what is left in another process's state."""
+    train_one_epoch = main_earlyExit.train_one_epoch
+
+    def stopped(*args, **options):
+        if options["epoch"] == epoch:
+            raise KeyboardInterrupt
+        return train_one_epoch(*args, **options)
+
+    monkeypatch.setattr(main_earlyExit, "train_one_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(words)
+    monkeypatch.undo()
+    torch.rand(7)
+    train(words)
+
+
+def last_of(out):
+    return torch.load(out / "checkpoint-last.pth", weights_only=True)
+
+
+def check_same(out, other, *keys):
+    """Two runs ended the same."""
+    contents = [last_of(folder) for folder in (out, other)]
+    for key in ("model", "optimizer", *keys):
+        torch.testing.assert_close(contents[0][key], contents[1][key], rtol=0, atol=0)
+    lines = [[{**line, "seconds": 0} for line in read_log(folder)] for folder in (out, other)]
+    assert lines[0] == lines[1] and contents[0]["step"] == contents[1]["step"]
+
+
+@pytest.fixture(scope="module")
+def weighted(images, tmp_path_factory):
+    """The folder of a run that learned sample weights; per epoch, what its two exits lost per image, and the rates."""
+    out, seen, train_one_epoch = tmp_path_factory.mktemp("weighted"), [], main_earlyExit.train_one_epoch
+
+    def watched(model, loader, objective, update, *rest, **options):
+        rows, rates = [], []
+
+        def noting(model, images, targets):
+            done = 0
+            for loss, exits in objective(model, images, targets):
+                part = targets[done : done + len(exits[0])]
+                losses = [F.cross_entropy(y.detach(), part, reduction="none").half() for y in exits]
+                rows.extend(zip(part.tolist(), *(column.tolist() for column in losses), strict=True))
+                rates.append(update.optimizer.param_groups[0]["lr"])
+                done += len(part)
+                yield loss, exits
+
+        means = train_one_epoch(model, loader, noting, update, *rest, **options)
+        seen.append((rows, rates))
+        return means
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main_earlyExit, "train_one_epoch", watched)
+        train(on(images, *SHORT, *WEIGHTED, "--output_dir", out, "--log_dir", out / "board"))
+    return out, seen
+
+
+def test_a_run_with_sample_weights_steps_twice_a_batch_at_one_rate(weighted):
+    out, seen = weighted
+    assert last_of(out)["step"] == 2 * 2 * 2 and last_of(out)["l2w"]["batch"] == 2 * 2
+    rates = [rate for _, epoch in seen for rate in epoch]
+    assert rates[::2] == rates[1::2] and rates[::2] == pytest.approx(
+        [1e-6 + (0.01 - 1e-6) * share for share in (1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5)]
+    )
+    lines = read_log(out)
+    assert all({"l2w/meta_loss", "l2w/negative_weights", "l2w/meta_lr"} <= line.keys() for line in lines)
+    assert [line["l2w/meta_lr"] for line in lines] == pytest.approx([0.005, 0])  # of the next batch
+
+
+def test_tables_of_sample_weights_are_of_every_training_image_once(weighted, images):
+    out, seen = weighted
+    assert {path.name for path in out.glob("*.npz")} == {"l2w-0.npz", "l2w-1.npz"}
+    held_out = set(last_of(out)["calib_indices"])
+    for epoch, (rows, _) in enumerate(seen):
+        tables = np.load(out / f"l2w-{epoch}.npz")
+        assert tables["index"].tolist() == sorted(set(range(40)) - held_out)
+        assert {name: tables[name].shape for name in ("weights", "losses", "confidence")} == dict.fromkeys(
+            ("weights", "losses", "confidence"), (32, 2)
+        )
+        # The class of the image that a row is said to be of is the one that it was trained with.
+        named = zip((tables["index"] // 20).tolist(), *tables["losses"].T.tolist(), strict=True)
+        assert sorted(named) == sorted(rows)
+        assert np.allclose(tables["weights"].sum(1), 2, atol=2e-3) and np.ptp(tables["weights"]) > 0.01
+
+
+def test_sample_weights_are_on_the_board(weighted):
+    board = EventAccumulator(str(weighted[0] / "board"), {"histograms": 0})
+    board.Reload()
+    names = {f"l2w/{table}/exit{k}" for table in ("weights", "losses", "confidence") for k in range(2)}
+    assert set(board.Tags()["histograms"]) == names
+    steps = [(event.step, event.histogram_value.num) for event in board.Histograms("l2w/weights/exit1")]
+    assert steps == [(4, 32.0), (8, 32.0)]
+
+
+def test_a_resumed_run_with_sample_weights_equals_an_unbroken_one(weighted, images, tmp_path, monkeypatch):
+    stopped_before(1, monkeypatch, on(images, *SHORT, *WEIGHTED, "--output_dir", tmp_path))
+    check_same(tmp_path, weighted[0], "l2w")
+    for name in ("l2w-0.npz", "l2w-1.npz"):
+        assert (tmp_path / name).read_bytes() == (weighted[0] / name).read_bytes()
+
+
+def test_a_plain_run_may_go_on_with_sample_weights(trained, images, tmp_path, capsys):
+    words = [*SHORT, *WEIGHTED, "--epochs", 3, "--output_dir", tmp_path, "--regime", "equilibrium"]
+    train(on(images, *words, "--resume", trained / "checkpoint-last.pth"))
+    assert re.search(r"^checkpoint \S+ holds no weight net: it starts anew$", capsys.readouterr().out, re.MULTILINE)
+    content = last_of(tmp_path)
+    # Two epochs of the stored run had other steps; rates are those of the third epoch all the same.
+    assert (content["epoch"], content["step"], content["l2w"]["batch"]) == (2, 3 * 4, 3 * 2)
+
+
+def test_disjoint_training_freezes_the_trunk_and_can_be_resumed(images, tmp_path, monkeypatch):
+    words = on(images, *SHORT, *shlex.split("--regime disjoint --epochs 2 --opt sgd"), "--output_dir")
+    train([*words, str(tmp_path / "whole")])
+    first, last = (
+        torch.load(tmp_path / "whole" / f"checkpoint-{name}.pth", weights_only=True)["model"] for name in (0, "last")
+    )
+    for name, value in first.items():
+        assert torch.equal(value, last[name]) == (not name.startswith("classifier")), name
+    stopped_before(1, monkeypatch, [*words, str(tmp_path / "parts")])
+    check_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_mixed_training_goes_from_the_last_exit_to_all(images, tmp_path):
+    words = shlex.split("--regime mixed --first_share 0.67 --epochs 3 --weight_decay 0 --save_ckpt_num 9")
+    train(on(images, *SHORT, *words, "--output_dir", tmp_path))
+    contents = [torch.load(tmp_path / f"checkpoint-{epoch}.pth", weights_only=True)["model"] for epoch in range(3)]
+    for name, moves in (("classifier.0.linear.weight", False), ("classifier.1.linear.weight", True)):
+        assert torch.equal(contents[0][name], contents[1][name]) != moves
+        assert not torch.equal(contents[1][name], contents[2][name])
+    assert read_log(tmp_path)[2]["train/loss"] > 1.3 * read_log(tmp_path)[1]["train/loss"]  # of two exits, and of one
+
+
+def test_a_teacher_adds_to_the_loss_of_all_exits(trained, images, tmp_path):
+    losses = []
+    for teacher in ([], ["--kd_teacher", trained / "checkpoint-last.pth", "--T_kd", 2, "--alpha_kd", 0.5]):
+        train(on(images, *SHORT, "--epochs", 1, "--batch_size", 32, "--output_dir", tmp_path, *teacher))
+        losses.append(read_log(tmp_path)[-1]["train/loss"])
+        (tmp_path / "checkpoint-last.pth").unlink()
+        (tmp_path / "checkpoint-0.pth").unlink()
+    assert losses[1] > losses[0] + 1e-3
+
+
+def test_a_boosted_network_is_trained_and_evaluated(images, tmp_path):
+    words = shlex.split("--model boosted/msdnet --reweight 0.7 --epochs 1 --disable_eval false")
+    train(on(images, *SHORT, *words, "--output_dir", tmp_path))
+    arch = last_of(tmp_path)["arch"]
+    assert arch["name"] == "boosted/msdnet" and (arch["options"]["reweight"], arch["options"]["nBlocks"]) == (0.7, 2)
+    evaluate_into(tmp_path / "out", tmp_path / "checkpoint-last.pth", "--row", 3)
+    (line,) = read_log(tmp_path)
+    exits, runtime = (read_json(tmp_path / "out" / f"{name}.json") for name in ("anytime", "runtime"))
+    assert [row["acc1"] for row in exits] == pytest.approx([line[f"test/acc1/exit{k}"] for k in range(2)])
+    assert [row["loss"] for row in exits] == pytest.approx([line[f"test/loss/exit{k}"] for k in range(2)], abs=1e-6)
+    assert runtime["points"][0]["mismatches"]["throughput"] <= 1
+
+
 # Evaluation
 
 
@@ -509,6 +676,47 @@ def error_of(monkeypatch, capsys):
 )
 def test_mistakes_in_training_flags(images, error_of, words, complaint):
     assert re.match(complaint, error_of(train, *on(images), *words.split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--l2w true --mixup 0.8", r"--l2w true weighs samples of one class each: give --mixup 0 --cutmix 0"),
+        ("--l2w true --cutmix_minmax 0.2 0.8", r"--l2w true weighs samples of one class each"),
+        ("--l2w true --regime disjoint", r"--regime disjoint: L2W weighs all exits at once; accepted: joint, equi"),
+        ("--l2w true --regime mixed", r"--regime mixed: L2W weighs all exits at once; accepted: joint, equilibrium"),
+        ("--l2w true --target_p_index 40", r"--target_p_index 40: accepted: 1 to 39, 20 for equal shares"),
+        ("--l2w true --target_p_index 0", r"--target_p_index: 0 is below the least value accepted, 1"),
+        ("--l2w true --batch_size 2", r"--batch_size 2: L2W trains on halves of a batch and needs at least 4"),
+        ("--l2w true --compile true", r"--compile true compiles the plain forward pass: not for --l2w true"),
+        ("--l2w true --opt Lookahead_sgd", r"--opt Lookahead_sgd: L2W looks one step of SGD ahead"),
+        ("--l2w true --constraint_dimension diag", r"--constraint_dimension: 'diag' is not one of mat, row, col"),
+        ("--l2w true --meta_net_input_type logits", r"--meta_net_input_type: 'logits' is not one of loss, conf, both"),
+        ("--regime equilibrium --compile true", r"--compile true compiles the plain forward pass: .* another --regime"),
+        ("--regime joined", r"--regime: 'joined' is not one of joint, equilibrium, disjoint, mixed"),
+        ("--first_share 2", r"--first_share 2.0: it is a share, at most 1"),
+        ("--kd_teacher nowhere.pth", r"cannot read checkpoint nowhere.pth: No such file or directory"),
+    ],
+)
+def test_mistakes_in_flags_of_objectives(images, error_of, words, complaint):
+    assert re.match(complaint, error_of(train, *on(images, *PLAIN), *words.split()))
+
+
+def test_a_teacher_of_other_classes_or_images_is_refused(trained, images, error_of):
+    teacher = trained / "checkpoint-last.pth"
+    line = error_of(train, *NETWORK, *PLAIN, *RUN, "--data_set", "DIGITS", "--kd_teacher", teacher)
+    assert line.startswith(f"teacher {teacher} reads images of --mean [0.485, 0.456, 0.406], this run has [0.3057, ")
+    stats = shlex.split("--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225")
+    line = error_of(train, *NETWORK, *PLAIN, *RUN, "--data_set", "DIGITS", "--kd_teacher", teacher, *stats)
+    assert line == f"checkpoint {teacher} has 2 classes, the data set 10"
+
+
+def test_a_weight_net_of_another_size_is_not_resumed(weighted, images, error_of):
+    words = [*SHORT, *WEIGHTED, "--meta_net_input_type", "both", "--resume", weighted[0] / "checkpoint-0.pth"]
+    line = error_of(train, *on(images, *words))
+    assert re.match(
+        r"the weight net of checkpoint \S+ does not fit this run's: size mismatch for first_hidden_lay", line
+    )
 
 
 def test_a_folder_of_unnamed_images_is_imagenet(images, tmp_path, error_of):

@@ -309,5 +309,5 @@ def _check_l2w(args: argparse.Namespace, mixed: bool) -> None:
         raise ValueError(f"--regime {args.regime}: L2W weighs all exits at once; accepted: joint, equilibrium")
     if args.target_p_index > 39:
         raise ValueError(f"--target_p_index {args.target_p_index}: accepted: 1 to 39, 20 for equal shares")
-    if args.opt.startswith("lookahead_"):
+    if args.opt.lower().startswith("lookahead_"):
         raise ValueError(f"--opt {args.opt}: L2W looks one step of SGD ahead and cannot read this optimizer's state")

@@ -143,10 +143,12 @@ def resume_weights(network: nn.Module, arch: dict[str, Any], content: dict, sour
 
 def resume_update(update: Update, content: dict, source: str | Path, steps: int) -> int:
     """Restores what checkpoint `source` says of the optimizer; returns the epoch, of `steps` each, to go on with."""
-    first, average = content["epoch"] + 1, content.get("model_ema")
+    # L2W's program stores how many epochs are done, all others the last one done.
+    first, average = content["epoch"] + ("meta_state_dict" not in content), content.get("model_ema")
     if update.ema is not None and average is not None:
         load_weights(update.ema.module, average, f"the moving average in checkpoint {source}")
-    state = {"step": first * steps, "scaler": {}, "model_ema": None, **content}
+    # Not the steps that are done: with another batch size, or without L2W, an epoch took another number of them.
+    state = {"scaler": {}, "model_ema": None, **content, "step": first * steps}
     try:
         if isinstance(content.get("args"), Namespace):
             state["optimizer"] = _regrouped(state["optimizer"], update)
@@ -156,20 +158,21 @@ def resume_update(update: Update, content: dict, source: str | Path, steps: int)
     return first
 
 
-def resume_weighting(objective: SampleWeighting, content: dict, source: str | Path, first: int) -> None:
-    """Restores the weight net of checkpoint `source`, ours or L2W's, for epoch `first`; says if it has none."""
-    if content.get("l2w"):
-        state = content["l2w"]
-    elif "meta_state_dict" in content:  # the published program's
-        state = {"weight_net": content["meta_state_dict"], "optimizer": content["meta_optimizer"]}
-    else:
-        print(f"checkpoint {source} holds no weight net: it starts anew")
-        state = objective.state_dict()
+def resume_weighting(objective: SampleWeighting, content: dict, source: str | Path | None, first: int) -> str:
+    """Restores the weight net of checkpoint `source`, ours or L2W's, for epoch `first`; a line if it holds none."""
+    state, line = objective.state_dict(), ""
     try:
+        if content.get("l2w"):
+            state = content["l2w"]
+        elif "meta_state_dict" in content:  # the published program's
+            state = {"weight_net": content["meta_state_dict"], "optimizer": content["meta_optimizer"]}
+        elif source:
+            line = f"checkpoint {source} holds no weight net: it starts anew"
         objective.load_state_dict({**state, "batch": first * objective.batches})
     except (KeyError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"the weight net of checkpoint {source} does not fit this run's: {reason}") from error
+    return line
 
 
 def load_teacher(source: str | Path, num_classes: int, augment: Augment) -> MultiExitModel:

@@ -165,7 +165,8 @@ class SampleWeighting:
         recording: Recording,
     ) -> Tensor:
         """Derivative [B, K] of the judgement by the weights under which `losses` would train."""
-        named = {name: p for name, p in bare.named_parameters() if p.requires_grad}
+        network = self.update.bare_model  # judged by itself: gradient equilibrium around it is for training
+        named = {name: p for name, p in network.named_parameters() if p.requires_grad}
         scale = self.update.scaler.get_scale()  # 1 unless in float16, whose small gradients would vanish
         with full_precision_in(losses.device):
             weights.requires_grad_(not self.forward_mode)
@@ -174,7 +175,7 @@ class SampleWeighting:
             steps = {named[name]: g.detach() / scale for name, g in gradients.items()}
             moved, rates = look_ahead(self.update.optimizer, steps)
         moved = {name: moved[named[name]].requires_grad_() for name in gradients}
-        exits = functional_call(bare, moved | buffers_of(bare), judge[0])
+        exits = functional_call(network, moved | buffers_of(network), judge[0])
         with full_precision_in(losses.device):
             meta_loss = judgement(exits, judge[1], assign_exits(confidence_table(exits), self.proportions))
             self.meters.add("meta_loss", meta_loss.detach(), 1)
@@ -183,8 +184,11 @@ class SampleWeighting:
                 outputs = [gradients[name] / scale for name in towards]
                 return torch.autograd.grad(outputs, weights, list(towards.values()))[0] / scale
         images, targets = train
+        towards = {named[name]: direction for name, direction in towards.items()}
+        directions = {name: towards[p] for name, p in bare.named_parameters() if p in towards}
+        table = partial(loss_table, targets=targets, smoothing=self.smoothing)
         with recording.again():
-            slopes = tangent_of(partial(loss_table, targets=targets, smoothing=self.smoothing), bare, towards, images)
+            slopes = tangent_of(table, bare, directions, images)
         return slopes * self.exit_weights / (scale * len(slopes))
 
     def _step(self, gradients: tuple[Tensor, ...]) -> None:
@@ -230,6 +234,8 @@ class SampleWeighting:
         """Goes on where `state` was taken."""
         self.weight_net.load_state_dict(state["weight_net"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.options.meta_weight_decay  # of this run, as the rate is
         self.batch = state["batch"]
 
 

@@ -93,7 +93,7 @@ class HeadsOnly(nn.Module):
 def modules_of_heads(network: MultiExitModel, image_shape: tuple[int, int, int]) -> list[nn.Module]:
     """The modules that run in `network.head`, found by running it once on an image of zeros."""
     training, found = network.training, {}
-    state = network.eval().begin(torch.zeros(1, *image_shape, device=next(network.parameters()).device))
+    state = network.eval().begin(next(network.parameters()).new_zeros(1, *image_shape))
     for k in range(network.num_exits):
         features, state = network.trunk(k, state)
         hook = register_module_forward_pre_hook(lambda module, _: found.setdefault(id(module), module) and None)

@@ -69,7 +69,7 @@ def look_ahead(
         momentum = group["momentum"] if isinstance(optimizer, torch.optim.SGD) else 0.0
         for p in (p for p in group["params"] if p in gradients):
             step, share = gradients[p].add(p.detach(), alpha=group["weight_decay"]), 1.0
-            buffer = optimizer.state[p].get("momentum_buffer") if momentum else None
+            buffer = optimizer.state.get(p, {}).get("momentum_buffer") if momentum else None
             gradient = step
             if buffer is not None:
                 share = 1 - group["dampening"]

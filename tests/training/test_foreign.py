@@ -10,19 +10,24 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from models import create_model
+from training.augment import Augment
 from training.checkpoint import load, load_weights, save
 from training.flags import Flag
 from training.foreign import (
     architecture,
+    check_same_run,
     fine_tune,
     fit_to,
     load_network,
+    load_teacher,
     resume_update,
+    resume_weighting,
     resume_weights,
     stored_arch,
     stored_flags,
     weights_of,
 )
+from training.l2w import SampleWeighting, Weighting
 from training.optim import Update, make_optimizer
 
 WEIGHTS = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}
@@ -342,6 +347,111 @@ def test_an_optimizer_that_does_not_fit_is_refused_in_one_line(optimizer, reason
     with pytest.raises(ValueError, match=complaint) as error:
         resume_update(toy_update(nn.Linear(3, 2)), {"optimizer": optimizer, "epoch": 3}, "x.pth", steps=2)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_of_other_steps_goes_on_at_the_same_epoch():
+    content = toy_update(nn.Linear(3, 2)).state_dict() | {"epoch": 4, "step": 123}
+    update = toy_update(nn.Linear(3, 2))
+    assert resume_update(update, content, "x.pth", steps=7) == 5
+    assert update.step == 5 * 7
+    # L2W's program counts epochs that are done.
+    published = content | {"meta_state_dict": {}, "meta_optimizer": {}}
+    assert resume_update(update, published, "x.pth", steps=7) == 4
+    assert update.step == 4 * 7
+
+
+def test_a_run_keeps_its_images_its_seed_and_its_optimizer():
+    given = {"data_set": "DIGITS", "num_calib": None, "seed": 3, "opt": "sgd"}
+    flags = [Flag("data_set", str, ""), Flag("num_calib", int, None), Flag("seed", int, 0), Flag("opt", str, "adamw")]
+    check_same_run(given, {}, None, flags)
+    check_same_run(given, {"args": {"seed": 3, "lr": 7}}, "x.pth", flags)  # an old file without the others
+    check_same_run(given, {"args": dict(given)}, "x.pth", flags)
+    for name, other in (("data_set", "CIFAR10"), ("num_calib", 5), ("seed", 0), ("opt", "adamw")):
+        with pytest.raises(ValueError, match=f"^--{name} {given[name]}, but x.pth was trained with {other}$"):
+            check_same_run(given, {"args": given | {name: other}}, "x.pth", flags)
+
+
+# The weight net and the teacher
+
+
+def weighting(seed, num_exits=2):
+    """A weight net that has taken a step, on 5 batches an epoch."""
+    torch.manual_seed(seed)
+    shape = {"proportions": torch.full((num_exits,), 1 / num_exits), "exit_weights": [1.0] * num_exits}
+    options = Weighting(meta_net_hidden_size=3)
+    objective = SampleWeighting(options, toy_update(nn.Linear(3, 2)), batches=5, epochs=3, **shape)
+    for p in objective.weight_net.parameters():
+        p.grad = torch.randn_like(p)
+    objective.optimizer.step()
+    objective.batch = 99
+    return objective
+
+
+def weight_net_of(objective):
+    """Its weights, and what its optimizer remembers."""
+    return objective.state_dict()["weight_net"], objective.state_dict()["optimizer"]["state"]
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_weight_net_goes_on(tmp_path, published):
+    there, here = weighting(0), weighting(1)
+    state = there.state_dict()
+    content = {"l2w": state}
+    if published:
+        content = {"meta_state_dict": state["weight_net"], "meta_optimizer": state["optimizer"]}
+    assert resume_weighting(here, load(written(tmp_path, content)), "x.pth", 2) == ""
+    torch.testing.assert_close(weight_net_of(here), weight_net_of(there), rtol=0, atol=0)
+    assert here.batch == 2 * 5
+
+
+@pytest.mark.parametrize("content", [{}, {"l2w": None}])
+def test_a_weight_net_starts_anew_where_a_file_has_none(content):
+    objective = weighting(0)
+    before = copy.deepcopy(weight_net_of(objective))
+    line = resume_weighting(objective, content, "x.pth", 2)
+    assert line == "checkpoint x.pth holds no weight net: it starts anew" and objective.batch == 10
+    torch.testing.assert_close(weight_net_of(objective), before, rtol=0, atol=0)
+    assert resume_weighting(objective, {}, None, 2) == ""  # a run that starts at a later epoch
+
+
+def test_a_weight_net_that_does_not_fit_is_refused_in_one_line():
+    other, state = weighting(0, num_exits=3).state_dict(), weighting(0).state_dict()
+    complaints = {
+        "size mismatch for output_layer.bias: ": {"l2w": other},
+        "'meta_optimizer'": {"meta_state_dict": state["weight_net"]},
+        "loaded state dict has a different number of parameter groups": {
+            "l2w": state | {"optimizer": {"state": {}, "param_groups": []}}
+        },
+    }
+    for complaint, content in complaints.items():
+        with pytest.raises(
+            ValueError, match=f"^the weight net of checkpoint x.pth does not fit this run's: {complaint}"
+        ) as error:
+            resume_weighting(weighting(1), content, "x.pth", 1)
+        assert "\n" not in str(error.value)
+
+
+def test_a_teacher_is_the_average_of_a_checkpoint_and_does_not_learn(tmp_path):
+    options = {"nBlocks": 2, "nChannels": 4, "growthRate": 4}
+    network, average = (create_model("msdnet", 5, **options) for _ in range(2))
+    arch = {"name": "msdnet", "options": options, "num_classes": 5}
+    content = {"model": network.state_dict(), "model_ema": average.state_dict(), "arch": arch}
+    augment = Augment(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    args = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    for stored in ({}, {"args": args}):
+        teacher = load_teacher(written(tmp_path, content | stored), 5, augment)
+        images = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(teacher(images), average.eval()(images), rtol=0, atol=0)
+        assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    path = written(tmp_path, content | {"args": args | {"std": [0.4, 0.5, 0.7]}})
+    with pytest.raises(
+        ValueError, match=r"x.pth reads images of --std \[0.4, 0.5, 0.7\], this run has \[0.4, 0.5, 0.6\]"
+    ):
+        load_teacher(path, 5, augment)
+    with pytest.raises(ValueError, match="x.pth has 5 classes, the data set 4"):
+        load_teacher(written(tmp_path, content), 4, augment)
+    with pytest.raises(ValueError, match="x.pth does not name a network known here"):
+        load_teacher(written(tmp_path, {"model": network.state_dict()}), 5, augment)
 
 
 # Fine-tuning

@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.losses import exit_weights, joint_objective, kd_loss, self_distillation, soft_cross_entropy
+from training.losses import (
+    exit_weights,
+    joint_objective,
+    kd_loss,
+    self_distillation,
+    soft_cross_entropy,
+    teacher_distillation,
+)
 
 LOGITS = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])  # probabilities 3/4, 1/4 and 1/2, 1/2
 
@@ -83,6 +90,34 @@ def test_joint_objective_has_nothing_to_distil_at_one_exit():
     objective = joint_objective(exit_weights=[1.0], smoothing=0.0, distil=self_distillation(0.5, 1.0))
     ((loss, _),) = objective(lambda images: [images], LOGITS, torch.tensor([0, 1]))
     assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+
+
+def test_the_last_exit_teaches_the_others_and_learns_nothing_from_it():
+    exits = [torch.randn(4, 3, requires_grad=True) for _ in range(3)]
+    loss = self_distillation(0.3, 2.0)(None, exits)
+    torch.testing.assert_close(loss, 0.3 * (kd_loss(exits[0], exits[2], 2.0) + kd_loss(exits[1], exits[2], 2.0)))
+    loss.backward()
+    assert [y.grad is None for y in exits] == [False, False, True]
+
+
+@pytest.mark.parametrize(("last_only", "taught"), [(False, [0, 1, 2]), (True, [2])])
+def test_a_teachers_last_exit_teaches_all_exits_or_the_last(last_only, taught):
+    images, teacher = torch.randn(4, 5), torch.nn.Linear(5, 3)
+    exits = [torch.randn(4, 3, requires_grad=True) for _ in range(3)]
+    distil = teacher_distillation(lambda x: [-teacher(x), teacher(x)], 0.3, 2.0, last_only=last_only)
+    loss = distil(images, exits)
+    torch.testing.assert_close(loss, 0.3 * sum(kd_loss(exits[k], teacher(images), 2.0) for k in taught))
+    loss.backward()
+    assert [k for k, y in enumerate(exits) if y.grad is not None] == taught and teacher.weight.grad is None
+
+
+def test_joint_objective_shows_the_teacher_the_images():
+    images, targets = torch.randn(4, 5), torch.arange(4)
+    distil = teacher_distillation(lambda x: [-2 * x], 0.3, 2.0)
+    loss, _ = run(joint_objective(exit_weights=[1.0] * 3, smoothing=0.0, distil=distil), images, targets)
+    plain, _ = run(joint_objective(exit_weights=[1.0] * 3, smoothing=0.0), images, targets)
+    taught = sum(kd_loss(factor * images, -2 * images, 2.0) for factor in (1, 2, 3))
+    torch.testing.assert_close(loss, plain + 0.3 * taught)
 
 
 def test_exit_weights_are_ones_or_as_given():

@@ -98,7 +98,7 @@ def make_update(args: Namespace, network: MultiExitModel, steps: int, compute: C
         schedule=args.schedule,
         base=args.lr,
         minimum=args.min_lr,
-        warmup_steps=args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps,
+        warmup_steps=args.warmup_steps // together if args.warmup_steps > 0 else args.warmup_epochs * steps,
         total_steps=args.epochs * steps,
         milestones=sorted(epoch * steps for epoch in args.decay_epochs),
         decay_rate=args.decay_rate,
@@ -184,7 +184,10 @@ class Training:
         """The losses of a phase."""
         args, num_exits = self.args, self.network.num_exits
         factors = {name: getattr(args, f"loss_{name}_factor") for name in ("att", "cnn", "merge")}
-        weights, distil = exit_weights(num_exits, args.exit_weights, **factors), None
+        given = args.exit_weights or (
+            None if any(w is not None for w in factors.values()) else self.network.loss_weights
+        )
+        weights, distil = exit_weights(num_exits, given, **factors), None
         if phase == "last":
             weights = [0.0] * (num_exits - 1) + [1.0]
         if self.teacher is not None:
@@ -248,7 +251,7 @@ class Training:
             figures = {} if args.disable_eval else self.evaluate(last=epoch == args.epochs - 1)
             judged = [value for key, value in figures.items() if key.startswith(self.judge)]
             score = sum(judged) / len(judged) if judged else -1.0
-            best, self.best = score > self.best, max(score, self.best)
+            best, self.best = score > self.best or not judged, max(score, self.best)  # the last, with none to judge by
             record = {"epoch": epoch, **{f"train/{k}": v for k, v in means.items()}, **figures, **self.update.figures()}
             record |= {"best": self.best, "seconds": time.monotonic() - start}
             if args.l2w:

@@ -78,7 +78,9 @@ def start_compute(device: str, amp: str, channels_last: bool) -> Compute:
         kind = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
     if world_size > 1:
-        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo", rank=rank, world_size=world_size)
+        # An average that is kept in main memory is shared over gloo.
+        backend = "cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
     if amp == "auto":
         amp = "fp16" if kind.startswith("cuda") else "bf16"
     dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]

@@ -67,8 +67,11 @@ def quota_thresholds(confidence: Tensor, quotas: Tensor) -> Tensor:
 
     `confidence` [K, N], `quotas` [K]. Nobody leaves at an exit whose quota is zero or larger than what is left; ties
     leave together; the last threshold always passes. The product N * quota is taken in float32, as published.
+    Raises ValueError unless there is a quota per exit.
     """
     num_exits, num_samples = confidence.shape
+    if len(quotas) != num_exits:
+        raise ValueError(f"{len(quotas)} quotas for {num_exits} exits; give one per exit")
     wanted = (torch.tensor(num_samples, dtype=torch.float32) * quotas.float()).long().tolist()
     thresholds = confidence.new_full((num_exits,), NOBODY)
     thresholds[-1] = EVERYBODY

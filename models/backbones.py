@@ -309,7 +309,9 @@ for _suffix, _width in MOBILENET_WIDTHS.items():
 
 
 def make_backbone(core: str, drop_path: float | None, dropout: float | None) -> Backbone:
-    """The named core; rates of None are those it was published with. Raises ValueError for an unknown name."""
+    """The named core; rates of None are those it was published with. Raises ValueError for an unknown name or rate."""
+    if not 0 <= (drop_path or 0.0) < 1:
+        raise ValueError(f"drop_path is {drop_path}; accepted: 0 up to, but not, 1")
     if core not in CORES:
         raise ValueError(f"unknown core {core!r}; {nearest(core, CORES)}")
     return CORES[core](drop_path, dropout)

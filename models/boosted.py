@@ -22,7 +22,7 @@ class Boosted(MultiExitModel):
             raise ValueError(f"reweight is {reweight}; accepted: 0 to 1")
         self.network = create_model(name, num_classes, **options)
         self.num_exits, self.reweight = self.network.num_exits, reweight
-        self.embeddings = self.network.embeddings
+        self.embeddings, self.loss_weights = self.network.embeddings, self.network.loss_weights
 
     def begin(self, images: Tensor) -> State:
         """The state is the network's, and what the last exit answered (None before the first)."""

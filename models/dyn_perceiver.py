@@ -53,6 +53,7 @@ class DynPerceiver(MultiExitModel):
     """
 
     num_exits = len(EXITS)
+    loss_weights = (0.25, 0.25, 0.25, 0.5)
     embeddings = ("latent", "relative_position_bias")
 
     def __init__(
@@ -193,7 +194,8 @@ class DynPerceiver(MultiExitModel):
         dwc = getattr(self, f"dwc{i}_x2z", None)
         even = x.shape[2] % POOLED == 0 and x.shape[3] % POOLED == 0
         if dwc is not None and self.spatial_reduction and even and self.training and x.device.type == "cpu":
-            x = pooled_residual(x, dwc, POOLED)  # in evaluation as published, whose multiply-adds are reported
+            # Measured on CPUs only. In evaluation as published, whose multiply-adds are reported.
+            x = pooled_residual(x, dwc, POOLED)
         else:
             x = x if dwc is None else x + dwc(x)
             x = F.adaptive_avg_pool2d(x, POOLED) if self.spatial_reduction else x
@@ -218,8 +220,9 @@ def _check(
     num_latent_channels: int | None,
 ) -> None:
     for option, values in (("depth_factor", depth_factor), ("num_SA_heads", heads)):
-        if len(values) != 4 or min(values) < 1:
-            raise ValueError(f"{option} is {list(values)}; it takes four numbers of at least 1, one per latent stage")
+        values = list(values) if isinstance(values, Sequence) else values
+        if not isinstance(values, list) or len(values) != 4 or min(values) < 1:
+            raise ValueError(f"{option} is {values}; it takes four numbers of at least 1, one per latent stage")
     if any(width % h for width, h in zip(widths, heads, strict=True)):
         raise ValueError(f"num_SA_heads is {list(heads)}; the tokens' widths {list(widths)} must be multiples of it")
     if num_latents < 8:

@@ -18,6 +18,7 @@ class MultiExitModel(nn.Module):
     """
 
     num_exits: int
+    loss_weights: tuple[float, ...] = ()  # of the exits' losses, where a family was published with others than 1
     embeddings: tuple[str, ...] = ()  # last part of the names of weights that are added, not multiplied with
 
     def begin(self, images: Tensor) -> State:

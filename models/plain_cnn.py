@@ -9,7 +9,7 @@ from models.registry import register
 
 
 class PlainCNN(MultiExitModel):
-    """A CNN of this file as a one-exit network, the static baseline of the two-stream networks.
+    """A CNN of `models.backbones` as a one-exit network, the static baseline of the two-stream networks.
 
     Args:
         core: which CNN.

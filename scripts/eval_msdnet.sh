@@ -7,5 +7,5 @@
 # The second form evaluates a file of the MSDNet or L2W repository, which does not name its network. Thresholds come from
 # images held out of training; `--calib half_test` where none were. One CPU or GPU.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python eval_dynamic.py --checkpoint "$1" --mode all --quota_sweep msdnet --confidence max_prob --flops true "${@:2}"
+root=$(dirname "${BASH_SOURCE[0]}")/..
+python "$root/eval_dynamic.py" --checkpoint "${1:?checkpoint}" --mode all --quota_sweep msdnet --confidence max_prob --flops true "${@:2}"

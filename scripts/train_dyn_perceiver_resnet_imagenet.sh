@@ -15,13 +15,14 @@
 # DATA holds train/ and val/ (https://image-net.org). 50,000 of the training images are held out for thresholds;
 # `--num_calib 0` trains on all of them, as published. Further flags may follow the folder for results.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=$1
-torchrun --nproc_per_node="${GPUS:-8}" main_earlyExit.py --model resnet50_0375_perceiver_t128 \
-    --data_set IMNET --data_path "$DATA" --input_size 224 --output_dir "$out" \
+root=$(dirname "${BASH_SOURCE[0]}")/..
+out=${1:?folder for results} gpus=${GPUS:-8}
+[ $((8 % gpus)) = 0 ] || { echo "error: GPUS=$gpus; accepted: 1, 2, 4, 8" >&2 && exit 2; }
+torchrun --nproc_per_node="$gpus" "$root/main_earlyExit.py" --model resnet50_0375_perceiver_t128 \
+    --data_set IMNET --data_path "${DATA:?folder of the data set}" --input_size 224 --output_dir "$out" \
     --depth_factor 1 1 1 1 --SA_widening_factor 4 --spatial_reduction true --with_last_CA true \
     --with_x2z true --with_dwc true --with_z2x true --with_isc true \
     --with_kd true --T_kd 1 --alpha_kd 0.5 --loss_cnn_factor 1 --loss_att_factor 0.5 --loss_merge_factor 1 \
-    --epochs 300 --warmup_epochs 20 --batch_size 128 --update_freq $((8 / ${GPUS:-8})) \
+    --epochs 300 --warmup_epochs 20 --batch_size 128 --update_freq $((8 / gpus)) \
     --opt adamw --lr 6e-4 --weight_decay 0.05 --decay_embeddings true --use_amp false \
     --model_ema true --model_ema_eval true "${@:2}"

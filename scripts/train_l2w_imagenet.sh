@@ -12,15 +12,17 @@
 # 67.22 71.03 72.33 73.93, step 6 60.05 69.13 73.33 75.19 76.30, step 7 59.24 69.65 73.94 75.66 76.72; with 300 epochs and
 # smoothing 0.1 step 4 61.64 67.89 71.61 73.82 75.03; not reproduced here. DATA holds train/ and val/.
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
-model=$1 out=$2 nodes=${SLURM_JOB_NUM_NODES:-${NODES:-1}} gpus=${SLURM_GPUS_ON_NODE:-${GPUS:-8}}
+root=${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..} # a batch job runs a copy of this file
+model=${1:?name of a network} out=${2:?folder for results}
+nodes=${SLURM_JOB_NUM_NODES:-${NODES:-1}} gpus=${SLURM_GPUS_ON_NODE:-${GPUS:-8}}
 launch=(torchrun --nnodes="$nodes" --nproc_per_node="$gpus")
 if [ -n "${SLURM_JOB_ID:-}" ]; then # one torchrun per machine; they meet at the first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     launch=(srun torchrun --nnodes="$nodes" --nproc_per_node="$gpus" --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID"
         --rdzv_endpoint "$first:29500")
 fi
-"${launch[@]}" main_earlyExit.py --model "$model" --data_set IMNET --data_path "$DATA" --output_dir "$out" \
+"${launch[@]}" "$root/main_earlyExit.py" --model "$model" --data_set IMNET \
+    --data_path "${DATA:?folder of the data set}" --output_dir "$out" \
     --epochs 100 --batch_size $((4096 / (nodes * gpus))) --opt sgd --lr 0.8 --min_lr 0 --momentum 0.9 \
     --weight_decay 1e-4 --filter_bias_and_bn false --warmup_epochs 0 --seed 0 --train_interpolation bilinear \
     --l2w true --meta_net_hidden_size 500 --meta_net_num_layers 1 --meta_interval 100 --meta_lr 1e-4 \

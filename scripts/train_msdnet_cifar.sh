@@ -13,9 +13,10 @@
 # Images held out for thresholds: 5,000, as there. DATA comes from https://www.cs.toronto.edu/~kriz/cifar.html
 # or is fetched by `--download true`. Further flags may follow the three words.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-data_set=$1 model=$2 out=$3
-python main_earlyExit.py --model "$model" --data_set "$data_set" --data_path "$DATA" --output_dir "$out" \
+root=$(dirname "${BASH_SOURCE[0]}")/..
+data_set=${1:?CIFAR10 or CIFAR100} model=${2:?name of a network} out=${3:?folder for results}
+python "$root/main_earlyExit.py" --model "$model" --data_set "$data_set" \
+    --data_path "${DATA:?folder of the data set}" --output_dir "$out" \
     --epochs 300 --batch_size 64 --opt sgd --lr 0.1 --momentum 0.9 --weight_decay 1e-4 --filter_bias_and_bn false \
     --schedule multistep --decay_epochs 150 225 --decay_rate 0.1 --warmup_epochs 0 \
     --smoothing 0 --mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 "${@:4}"

@@ -12,10 +12,12 @@
 # model): 62.90 70.32 73.00 73.59 74.59; of RANet's eight (64 channels, figure): 63.1 67.4 69.5 70.4 74.0 74.6 74.7 74.8; not
 # reproduced here. DATA holds train/ and val/ (https://image-net.org).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-model=$1 out=$2
-torchrun --nproc_per_node="${GPUS:-8}" main_earlyExit.py --model "$model" --data_set IMNET --data_path "$DATA" \
-    --output_dir "$out" --epochs 90 --batch_size $((256 / ${GPUS:-8})) \
+root=$(dirname "${BASH_SOURCE[0]}")/..
+model=${1:?name of a network} out=${2:?folder for results} gpus=${GPUS:-8}
+[ $((256 % gpus)) = 0 ] || { echo "error: GPUS=$gpus does not divide 256" >&2 && exit 2; }
+torchrun --nproc_per_node="$gpus" "$root/main_earlyExit.py" --model "$model" \
+    --data_set IMNET --data_path "${DATA:?folder of the data set}" --output_dir "$out" \
+    --epochs 90 --batch_size $((256 / gpus)) \
     --opt sgd --lr 0.1 --momentum 0.9 --weight_decay 1e-4 --filter_bias_and_bn false \
     --schedule multistep --decay_epochs 30 60 --decay_rate 0.1 --warmup_epochs 0 --train_interpolation bilinear \
     --smoothing 0 --mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 "${@:3}"

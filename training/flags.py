@@ -283,8 +283,11 @@ def check(args: argparse.Namespace) -> None:
     for name in ("opt_betas", "cutmix_minmax", "scale"):
         if len(getattr(args, name) or (0, 1)) != 2:
             raise ValueError(f"--{name} {getattr(args, name)}: give two numbers")
-    if args.first_share > 1:
-        raise ValueError(f"--first_share {args.first_share}: it is a share, at most 1")
+    for name in ("first_share", "model_ema_decay"):
+        if getattr(args, name) > 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: at most 1")
+    if args.batch_size < 2:
+        raise ValueError("--batch_size 1: batch norm needs 2 images or more to train on")
     if args.smoothing >= 1:
         raise ValueError(f"--smoothing {args.smoothing}: it must be below 1")
     if args.schedule == "multistep" and not args.decay_epochs:

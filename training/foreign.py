@@ -117,7 +117,8 @@ def load_network(
 
 def _compared(options: dict[str, Any]) -> dict[str, Any]:
     """The options that must agree with a checkpoint's."""
-    return {option: value for option, value in options.items() if option not in RATES}
+    free = RATES | ({"input_size"} if options.get("spatial_reduction") else set())  # maps are pooled to one size
+    return {option: value for option, value in options.items() if option not in free}
 
 
 def check_same_run(given: dict[str, Any], content: dict, source: str | Path | None, flags: list[Flag]) -> None:

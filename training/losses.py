@@ -54,10 +54,10 @@ def exit_weights(
     Raises ValueError unless there is one weight per exit.
     """
     if (att, cnn, merge) != (None, None, None):
-        if num_exits != 4 or weights:
-            raise ValueError(
-                f"loss factors are for four exits without other weights; the network has {num_exits} exits"
-            )
+        if weights:
+            raise ValueError(f"exit weights {list(weights)} and loss factors are given; choose one of them")
+        if num_exits != 4:
+            raise ValueError(f"loss factors are for four exits, the network has {num_exits}: give exit weights")
         att, cnn, merge = (default if w is None else w for w, default in ((att, 0.25), (cnn, 0.25), (merge, 0.5)))
         return [att, att, cnn, merge]
     if weights and len(weights) != num_exits:

@@ -94,10 +94,10 @@ def make_optimizer(
     """
     name = opt.lower().removeprefix("lookahead_")
     prefix = opt.lower().removesuffix(name)
-    if name not in list_optimizers():
+    if name not in ("nvnovograd", *list_optimizers()):
         raise ValueError(f"unknown optimizer {opt!r}; {nearest(name, list_optimizers())}")
-    if name == "sgd":
-        name = "momentum"  # timm's name for it; its "sgd" is Nesterov's
+    # timm's names for them; its "sgd" is Nesterov's.
+    name = {"sgd": "momentum", "nvnovograd": "novograd"}.get(name, name)
     given = {key: value for key, value in {"eps": eps, "betas": betas}.items() if value is not None}
     if name in ("adam", "adamw"):
         given["fused"] = True  # one pass over the weights instead of a dozen; on a CPU a quarter of the time
@@ -137,6 +137,10 @@ class Update:
         # Read once: loading an optimizer's state replaces its groups, and published states have no wd_scale.
         self.scales = [(group.get("lr_scale", 1.0), group.get("wd_scale", 1.0)) for group in optimizer.param_groups]
         self.grad_norm: Tensor | None = None
+        self.second_order = getattr(optimizer, "is_second_order", False)  # AdaHessian differentiates the gradients
+        if self.second_order:  # of the attention kernels, only the one that is written out has second derivatives
+            torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too
+            torch.backends.cuda.enable_mem_efficient_sdp(False)
         self.start(0)
 
     def attach(self, model: nn.Module) -> None:
@@ -162,10 +166,9 @@ class Update:
 
     def __call__(self, loss: Tensor) -> None:
         """Backward of one micro-batch's `loss` (a scalar), and the optimizer step if it completes one."""
-        second_order = getattr(self.optimizer, "is_second_order", False)  # AdaHessian differentiates the gradients
         # The caller may be under autocast, which is for the forward pass: backward runs in the types that this chose.
         with torch.autocast(loss.device.type, enabled=False):
-            self.scaler.scale(loss / self.update_freq).backward(create_graph=second_order)
+            self.scaler.scale(loss / self.update_freq).backward(create_graph=self.second_order)
         if self.micro_batch < self.update_freq - 1:
             self._await_micro_batch(self.micro_batch + 1)
             return
@@ -181,9 +184,10 @@ class Update:
 
     def figures(self) -> dict[str, float]:
         """`opt/lr`, `opt/weight_decay` of the next step and, with clipping, `opt/grad_norm` of the last."""
-        group = self.optimizer.param_groups[0]
+        groups = self.optimizer.param_groups
         norm = {} if self.grad_norm is None else {"opt/grad_norm": self.grad_norm.item()}
-        return {"opt/lr": group["lr"], "opt/weight_decay": group["weight_decay"], **norm}
+        # The largest: biases and embeddings may be in groups without weight decay.
+        return {f"opt/{name}": max(group[name] for group in groups) for name in ("lr", "weight_decay")} | norm
 
     def state_dict(self) -> dict:
         """What exact resumption needs between two optimizer steps: optimizer, scaler, model_ema (or None) and step."""

@@ -199,3 +199,8 @@ def test_a_budget_below_every_cost_is_refused():
 @pytest.mark.parametrize(("accuracy", "index"), [(0.0, 0), (0.65, 1), (0.7, 1), (0.75, 3), (0.9, 3)])
 def test_cheapest_is_accurate_enough_or_the_best_there_is(accuracy, index):
     assert cheapest(ACCURACIES, COSTS, accuracy) == index
+
+
+def test_a_quota_per_exit():
+    with pytest.raises(ValueError, match="5 quotas for 4 exits"):
+        quota_thresholds(torch.rand(4, 10), torch.full((5,), 0.2))

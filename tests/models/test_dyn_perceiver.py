@@ -232,3 +232,15 @@ def test_other_options_are_used():
 def test_the_names_are_those_published():
     assert len(list_models("*_perceiver_t*")) == 56
     assert [len(list_models(f"{family}*_perceiver_t*")) for family in ("reg", "resnet", "mobilenetV3")] == [16, 22, 18]
+
+
+def test_every_family_names_its_published_loss_weights():
+    assert create_model("reg400m_perceiver_t32").loss_weights == (0.25, 0.25, 0.25, 0.5)  # early3, att, cnn, merge
+    assert create_model("boosted/reg400m_perceiver_t32").loss_weights == (0.25, 0.25, 0.25, 0.5)
+    assert create_model("msdnet").loss_weights == ()
+
+
+@pytest.mark.parametrize("rate", [-0.3, 1.0])
+def test_rates_of_stochastic_depth_are_checked(rate):
+    with pytest.raises(ValueError, match=f"drop_path is {rate}"):
+        create_model("resnet18_perceiver_t128", drop_path=rate)

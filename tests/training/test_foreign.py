@@ -416,12 +416,11 @@ def test_a_weight_net_starts_anew_where_a_file_has_none(content):
 
 def test_a_weight_net_that_does_not_fit_is_refused_in_one_line():
     other, state = weighting(0, num_exits=3).state_dict(), weighting(0).state_dict()
+    bare = {"state": {}, "param_groups": []}
     complaints = {
         "size mismatch for output_layer.bias: ": {"l2w": other},
         "'meta_optimizer'": {"meta_state_dict": state["weight_net"]},
-        "loaded state dict has a different number of parameter groups": {
-            "l2w": state | {"optimizer": {"state": {}, "param_groups": []}}
-        },
+        "loaded state dict has a different number of parameter groups": {"l2w": state | {"optimizer": bare}},
     }
     for complaint, content in complaints.items():
         with pytest.raises(

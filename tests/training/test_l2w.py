@@ -67,9 +67,9 @@ def toy(seed=0, **options):
     return Toy(**options).double()
 
 
-def small_msdnet():
+def small_msdnet(name="msdnet"):
     torch.manual_seed(0)
-    return create_model("msdnet", num_classes=CLASSES, nBlocks=2, nChannels=4, growthRate=4).double()
+    return create_model(name, num_classes=CLASSES, nBlocks=2, nChannels=4, growthRate=4).double()
 
 
 def small_perceiver():
@@ -222,9 +222,11 @@ def first_half(network, forward_mode, images, targets, wrap=lambda network: netw
     [
         (small_msdnet, 9, 32, OPTIONS["plain"]),
         (small_msdnet, 9, 32, OPTIONS["everything"] | {"exit_weights": [0.5, 2.0]}),
+        (partial(small_msdnet, "boosted/msdnet"), 9, 32, OPTIONS["plain"]),
         # Maps that tokens read through one convolution; all the attention.
         (small_perceiver, 7, 56, OPTIONS["everything"] | {"exit_weights": [0.5, 0.25, 1.0, 2.0]}),
     ],
+    ids=["msdnet", "msdnet, everything", "boosted", "perceiver, everything"],
 )
 def test_forward_mode_and_second_order_agree(build, n, side, options):
     network, images = build(), batch(n, side)

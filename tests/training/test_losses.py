@@ -134,7 +134,7 @@ def test_exit_weights_of_the_published_factors():
 def test_there_is_one_exit_weight_per_exit():
     with pytest.raises(ValueError, match="2 exit weights given, the network has 3 exits"):
         exit_weights(3, [1.0, 1.0])
-    with pytest.raises(ValueError, match="the network has 5 exits"):
+    with pytest.raises(ValueError, match="the network has 5: give exit weights"):
         exit_weights(5, att=1.0)
-    with pytest.raises(ValueError, match="without other weights"):
+    with pytest.raises(ValueError, match="choose one of them"):
         exit_weights(4, [1.0] * 4, att=1.0)

@@ -219,6 +219,14 @@ def test_resumed_update_equals_an_uninterrupted_one(opt, fp16):
     assert torch.equal(update.ema.module.weight, resumed_update.ema.module.weight)
 
 
+def test_the_weight_decay_shown_is_that_of_the_groups_that_have_it():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))  # the first group is without
+    optimizer = torch.optim.SGD(param_groups(net, 0.05, True), lr=0.1)
+    update = Update(net, optimizer, lr=lambda step: 0.1, weight_decay=lambda step: 0.05)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.0
+    assert update.figures() == {"opt/lr": 0.1, "opt/weight_decay": 0.05}
+
+
 def test_a_warm_ema_forgets_the_first_steps():
     model = nn.Linear(3, 2)
     ema = ModelEmaV3(model, decay=0.999, use_warmup=True)
@@ -291,3 +299,23 @@ def test_a_second_forward_under_the_same_autocast_sees_the_step():
         update(before.sum())
         after = model(inputs)
     torch.testing.assert_close(after, before - 2)
+
+
+def test_spellings_of_optimizers():
+    given = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9, "eps": None, "betas": None, "filter_bias_and_bn": True}
+    kinds = {opt: type(make_optimizer(nn.Linear(3, 2), opt=opt, **given)).__name__ for opt in ("sgd", "nvnovograd")}
+    assert kinds == {"sgd": "SGD", "nvnovograd": "NvNovoGrad"}
+
+
+def test_a_second_order_optimizer_trains_attention():
+    enabled = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    given = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9, "eps": None, "betas": None, "filter_bias_and_bn": True}
+    net = create_model("reg400m_perceiver_t32", num_classes=2)
+    try:
+        optimizer = make_optimizer(net, opt="adahessian", **given)
+        update = Update(net, optimizer, lr=lambda step: 0.1, weight_decay=lambda step: 0.0)
+        update(sum(logits.square().mean() for logits in net(torch.randn(2, 3, 32, 32))))
+    finally:
+        torch.backends.cuda.enable_flash_sdp(enabled[0])
+        torch.backends.cuda.enable_mem_efficient_sdp(enabled[1])
+    assert update.step == 1

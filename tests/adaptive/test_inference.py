@@ -68,12 +68,12 @@ def toy(count=50, model_class=Relay):
 
 @torch.no_grad()
 def subject(name, count=50):
-    """A network, images, and thresholds at which about a third leaves at each of the first exits."""
+    """A network, images, and thresholds at which as many leave at every exit, at most a third."""
     model, images = toy(count) if name == "relay" else small(name)
     images = torch.cat([images, torch.randn(count, *images.shape[1:], dtype=torch.float64)])[:count]
     surety = max_prob(torch.stack(model(images)))
     # Just below the sample that sets it: a batch of another size may round another way.
-    thresholds = quota_thresholds(surety, torch.full((model.num_exits,), 1 / 3)) - 1e-9
+    thresholds = quota_thresholds(surety, torch.full((model.num_exits,), 1 / max(3, model.num_exits))) - 1e-9
     if name == "relay":
         model.stages.clear()
     return model, images, thresholds

@@ -130,7 +130,7 @@ def test_plot_writes_png_and_svg(tmp_path):
         plot_curve(tmp_path / name, EXITS, ROWS, title="a $b$ <c>", runtime=RUNTIME)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "curve.svg").read_text()
-    for text in ("exit 0", "exit 1", "exit 2", "measured", "per image (G)", "a $b$ &lt;c&gt;"):
+    for text in ("exit 0", "exit 1", "exit 2", "measured, 1797 images", "per image (G)", "a $b$ &lt;c&gt;"):
         assert f"{text}</text>" in svg
     assert sorted(file.name for file in tmp_path.iterdir()) == ["curve.png", "curve.svg"]
 

@@ -1,6 +1,14 @@
 """Multi-exit networks; importing the package registers every family."""
 
-from models import boosted, dyn_perceiver, msdnet, plain_cnn, ranet, timm_exits  # noqa: F401  (to register names)
+from models import (  # noqa: F401 (to register names)
+    boosted,
+    dyn_perceiver,
+    msdnet,
+    plain_cnn,
+    ranet,
+    rexnet,
+    timm_exits,
+)
 from models.multi_exit import MultiExitModel, State, join, map_leaves, take
 from models.registry import create_model, list_models, model_options, nearest, spelled_out
 

@@ -14,7 +14,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import SqueezeExcite, conv_norm, drop_path, init_he_out
+from models.layers import SqueezeExcite, conv_norm, drop_path, init_he_out, rising, rounded
 from models.registry import nearest
 
 
@@ -96,7 +96,7 @@ def regnet_y(
 ) -> Backbone:
     """RegNetY with these widths, blocks per stage and channels per group; published without dropout of any kind."""
     stem, n_in, stages = conv_norm(3, 32, 3, stride=2, act=nn.ReLU), 32, []
-    rates = iter(_rising(drop_path or 0.0, sum(depths)))
+    rates = iter(rising(drop_path or 0.0, sum(depths)))
     for i, (width, depth) in enumerate(zip(widths, depths, strict=True), 1):
         blocks = OrderedDict()
         for j in range(depth):
@@ -159,7 +159,7 @@ def resnet(
     width, stages, widths = int(64 * width_mult), [], [int(64 * width_mult)]
     stem = conv_norm(3, width, 7, stride=2, act=nn.ReLU)
     stem.append(nn.MaxPool2d(3, stride=2, padding=1)).apply(init_he_out)
-    rates = iter(_rising(0.2 if drop_path is None else drop_path, sum(depths)))
+    rates = iter(rising(0.2 if drop_path is None else drop_path, sum(depths)))
     for i, depth in enumerate(depths):
         planes, blocks = int(64 * 2**i * width_mult), []
         out = int(256 * 2**i * width_mult) if bottleneck else planes
@@ -206,12 +206,6 @@ SMALL = (
 # fmt: on
 
 
-def _multiple_of_8(value: float) -> int:
-    """The nearest multiple of 8 that is not more than a tenth smaller."""
-    near = max(8, int(value + 4) // 8 * 8)
-    return near + 8 if near < 0.9 * value else near
-
-
 class InvertedResidual(nn.Module):
     """1x1 expansion, depthwise convolution, squeeze and excitation, 1x1; added to what came in if shapes agree."""
 
@@ -222,7 +216,7 @@ class InvertedResidual(nn.Module):
         layers = [_mobile_conv(n_in, expanded, act=act)] if expanded != n_in else []
         layers.append(_mobile_conv(expanded, expanded, kernel, stride=stride, groups=expanded, act=act))
         if se:
-            layers.append(SqueezeExcite(expanded, _multiple_of_8(expanded // 4), nn.Hardsigmoid))
+            layers.append(SqueezeExcite(expanded, rounded(expanded // 4), nn.Hardsigmoid))
         layers.append(_mobile_conv(expanded, n_out))
         self.block = nn.Sequential(*layers)
         self.adds = stride == 1 and n_in == n_out
@@ -250,12 +244,12 @@ def mobilenet_v3(
     Stage i starts at feature `cuts[i - 1]`, feature 0 being the first convolution: in the two-stream networks every
     stage but the last ends with its block of stride 2.
     """
-    scale = [_multiple_of_8(width_mult * row[2]) for row in rows]
-    inputs = [_multiple_of_8(width_mult * 16), *scale]
+    scale = [rounded(width_mult * row[2]) for row in rows]
+    inputs = [rounded(width_mult * 16), *scale]
     features = [_mobile_conv(3, inputs[0], 3, stride=2, act=HS)]
-    rates = _rising(drop_path or 0.0, len(rows))
+    rates = rising(drop_path or 0.0, len(rows))
     for n_in, n_out, (kernel, expanded, _, se, act, stride), rate in zip(inputs, scale, rows, rates, strict=False):
-        wide = _multiple_of_8(width_mult * expanded)
+        wide = rounded(width_mult * expanded)
         features.append(
             InvertedResidual(n_in, n_out, kernel=kernel, expanded=wide, se=se, act=act, stride=stride, drop=rate)
         )
@@ -279,16 +273,11 @@ def mobilenet_v3(
         classifier_name="classifier",
         classifier_before="classifier_merge",
         dropout=0.2 if dropout is None else dropout,
-        hidden=_multiple_of_8(width_mult * hidden),
+        hidden=rounded(width_mult * hidden),
     )
 
 
 # The networks
-
-
-def _rising(rate: float, count: int) -> list[float]:
-    """Stochastic depth of `count` blocks: linear from 0 to `rate`."""
-    return [rate * i / max(count - 1, 1) for i in range(count)]
 
 
 RESNET50_WIDTHS = {"": 1.0, "_0375": 0.375, "_050": 0.5, "_0625": 0.625, "_075": 0.75}

@@ -79,10 +79,11 @@ class DynPerceiver(MultiExitModel):
         super().__init__()
         backbone = make_backbone(core, drop_path, dropout)
         *widths, last = backbone.widths
-        _check(widths, num_latents, depth_factor, SA_widening_factor, num_SA_heads, num_latent_channels)
+        tokens = [rounded_up(width) for width in widths]
+        _check(tokens, num_latents, depth_factor, SA_widening_factor, num_SA_heads, num_latent_channels)
         self.stage_path, self.input_size = backbone.stage_path, input_size
         self.spatial_reduction, self.with_isc = spatial_reduction, with_isc
-        self.latent = nn.Parameter(torch.randn(num_latents, widths[0]).mul_(0.02).clamp_(-2, 2))
+        self.latent = nn.Parameter(torch.randn(num_latents, tokens[0]).mul_(0.02).clamp_(-2, 2))
         self.cnn_stem = backbone.stem
         for name, part in backbone.body:
             self.add_module(name, part)
@@ -94,38 +95,38 @@ class DynPerceiver(MultiExitModel):
         # Modules are made in the order of the published files, which numbers the parameters of their optimizers.
         classifier_cnn("dwc1_x2z")
         latent_rate = dropout or 0.0
-        for i, (width, stride) in enumerate(zip(widths, backbone.strides, strict=True), 1):
+        for i, (width, token, stride) in enumerate(zip(widths, tokens, backbone.strides, strict=True), 1):
             reads, writes = i == 1 or with_x2z, i > 1 and with_z2x
             side = POOLED if spatial_reduction else -(-input_size // stride)
             if reads and with_dwc:
                 self.add_module(f"dwc{i}_x2z", nn.Conv2d(width, width, 7, padding=3, groups=width))
             if reads:
-                layer = CrossAttentionLayer(width, width, width, num_keys=side**2, dropout=latent_rate)
+                layer = CrossAttentionLayer(token, width, token, num_keys=side**2, dropout=latent_rate)
                 self.add_module(f"cross_att{i}_x2z", layer)
             if writes:
-                layer = CrossAttentionLayer(width, width, width // 8, dropout=latent_rate)
+                layer = CrossAttentionLayer(width, token, token // 8, dropout=latent_rate)
                 self.add_module(f"cross_att{i}_z2x", layer)
             heads, depth = num_SA_heads[i - 1], LAYERS[i - 1] * depth_factor[i - 1]
             layers = [
-                SelfAttentionLayer(width, heads=heads, factor=SA_widening_factor, dropout=latent_rate)
+                SelfAttentionLayer(token, heads=heads, factor=SA_widening_factor, dropout=latent_rate)
                 for _ in range(depth)
             ]
             self.add_module(f"self_att{i}", nn.Sequential(*layers))
         if with_last_CA:
-            self.last_cross_att_z2x = CrossAttentionLayer(last, widths[3], last // 8, dropout=latent_rate)
+            self.last_cross_att_z2x = CrossAttentionLayer(last, tokens[3], last // 8, dropout=latent_rate)
         classifier_cnn("early_classifier3")
-        connected = widths[3] if with_isc else 0
-        self.early_classifier3 = nn.Linear(widths[2], num_classes)
+        connected = tokens[3] if with_isc else 0
+        self.early_classifier3 = nn.Linear(tokens[2], num_classes)
         if with_isc:
             self.isc3 = _inter_stage_connection(num_classes, connected)
-        self.classifier_att = nn.Linear(widths[3] + connected, num_classes)
+        self.classifier_att = nn.Linear(tokens[3] + connected, num_classes)
         if with_isc:
             self.isc4 = _inter_stage_connection(num_classes, connected)
         classifier_cnn("classifier_merge")
-        merged = last + widths[3] + connected
+        merged = last + tokens[3] + connected
         self.classifier_merge = nn.Sequential(nn.BatchNorm1d(merged), *backbone.classifier_layers(merged, num_classes))
         self.token_expander = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(a), nn.Linear(a, b)) for a, b in zip(widths, widths[1:], strict=False)
+            nn.Sequential(nn.LayerNorm(a), nn.Linear(a, b)) for a, b in zip(tokens, tokens[1:], strict=False)
         )
         counts = [num_latents // 2**i for i in range(4)]
         self.token_mixer = nn.ModuleList(
@@ -206,6 +207,11 @@ class DynPerceiver(MultiExitModel):
         return map_of(getattr(self, name)(tokens_of(x), z), like=x) if hasattr(self, name) else x
 
 
+def rounded_up(width: int) -> int:
+    """The tokens' width beside a map of `width` channels: the next multiple of 8, which all numbers of heads divide."""
+    return -(-width // 8) * 8
+
+
 def _inter_stage_connection(num_classes: int, width: int) -> nn.Sequential:
     """Logits [B, num_classes] to a feature [B, width] for a later exit."""
     return nn.Sequential(nn.Linear(num_classes, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True))
@@ -247,6 +253,7 @@ _VARIANTS = (
     ("resnet50_0625", "resnet50_0625", (128, 160, 192, 256)),
     ("resnet50_075", "resnet50_075", (128, 256)),
     ("mobilenetV3", "mobilenet_v3_large", (128, 256, 512)),
+    *((f"rexnet{w}", f"rexnet_{w}", (128,)) for w in (100, 130, 150, 200)),
     *((f"mobilenetV3_{w}", f"mobilenet_v3_large_{w}", (128, 256, 512)) for w in ("0x5", "0x75", "1x25", "1x5", "2x0")),
 )
 for _name, _core, _counts in _VARIANTS:

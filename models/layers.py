@@ -79,6 +79,35 @@ class MapClassifier(nn.Module):
         return self.linear(self.m(features).flatten(1))
 
 
+class MapHead(nn.Sequential):
+    """A light exit for a map anywhere in a network: [B, n_in, H, W] to logits [B, num_classes].
+
+    A quarter of the positions (2x2 means), a 1x1 convolution to `width` channels, batch norm, `act`, the mean over
+    positions, dropout and a linear layer.
+    """
+
+    def __init__(self, n_in: int, width: int, num_classes: int, *, act: type[nn.Module], dropout: float) -> None:
+        super().__init__(
+            nn.AvgPool2d(2, ceil_mode=True),
+            *conv_norm(n_in, width, act=act),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(width, num_classes),
+        )
+
+
+def rounded(value: float, divisor: int = 8) -> int:
+    """The nearest multiple of `divisor` that is not more than a tenth smaller."""
+    near = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return near + divisor if near < 0.9 * value else near
+
+
+def rising(rate: float, count: int) -> list[float]:
+    """Stochastic depth of `count` blocks: linear from 0 to `rate`."""
+    return [rate * i / max(count - 1, 1) for i in range(count)]
+
+
 def drop_path(rate: float) -> nn.Module:
     """Stochastic depth: leaves a sample's branch out with probability `rate` in training (arXiv 1603.09382)."""
     if not rate:

@@ -51,6 +51,10 @@ class MultiExitModel(nn.Module):
             exits.append(logits)
         return exits
 
+    def timm_modules(self) -> dict[str, str]:
+        """Modules that hold weights to their names in timm's version of the network; empty where they agree."""
+        return {}
+
 
 def take(state: State, rows: Tensor | slice) -> State:
     """The state of a part of the batch: `rows` (indices, a bool mask or a slice) of every tensor leaf."""

@@ -116,7 +116,8 @@ def check_costs(net, published, golden):
 
 
 def check_manifests(golden, fill):
-    assert set(golden["models"]) == set(list_models("*perceiver*"))
+    ours = {name for name in list_models("*perceiver*") if not name.startswith("rexnet")}  # which were never published
+    assert set(golden["models"]) == ours
     wrong = []
     for name, manifest in golden["models"].items():
         with torch.device("meta"):

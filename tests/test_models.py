@@ -23,6 +23,8 @@ SMALL = {
     "boosted/msdnet": {"nBlocks": 3, "nChannels": 4, "growthRate": 4},
     "reg400m_perceiver_t32": {},
     "resnet18": {},
+    "rexnet_ee_100": {"input_ch": 4, "final_ch": 16, "head_width": 8},
+    "rexnet_ee_lite_100": {"input_ch": 4, "final_ch": 16, "head_width": 8},
     "timm/mobilenetv3_small_050": {},
 }
 

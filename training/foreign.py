@@ -43,6 +43,37 @@ def weights_of(
     return weights
 
 
+def from_timm(network: MultiExitModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the network's own names: translated if they have timm's, else as they are."""
+    ours = {theirs: name for name, theirs in network.timm_modules().items()}
+    if not ours or not any(key.rpartition(".")[0] in ours for key in weights):
+        return weights
+    return _renamed(weights, ours, network.state_dict())
+
+
+def to_timm(network: MultiExitModel) -> dict[str, Tensor]:
+    """The network's weights under the names of timm's version of it, whose classifier is a linear layer.
+
+    Raises ValueError for a network that timm does not have, or has without its exits.
+    """
+    theirs = network.timm_modules()
+    if not theirs or network.num_exits > 1:
+        raise ValueError(f"timm has no counterpart of this {type(network).__name__} with {network.num_exits} exits")
+    renamed = _renamed(network.state_dict(), theirs, {})
+    return {key: value.flatten(1) if key == "head.fc.weight" else value for key, value in renamed.items()}
+
+
+def _renamed(weights: dict[str, Tensor], names: dict[str, str], shapes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights whose modules have other names, in the shapes of `shapes` where these have as many elements."""
+    found = {}
+    for key, value in weights.items():
+        module, _, tensor = key.rpartition(".")
+        name = f"{names.get(module, module)}.{tensor}"
+        fits = name in shapes and shapes[name].numel() == value.numel()
+        found[name] = value.reshape(shapes[name].shape) if fits else value
+    return found
+
+
 def stored_flags(content: dict, flags: list[Flag], source: str | Path) -> dict[str, Any]:
     """What checkpoint `source` says of these flags: ours hold a dict of them, Dyn-Perceiver's a Namespace.
 
@@ -111,7 +142,7 @@ def load_network(
     if arch["num_classes"] != num_classes:
         raise ValueError(f"checkpoint {source} has {arch['num_classes']} classes, the data set {num_classes}")
     model = create_model(arch["name"], arch["num_classes"], **arch["options"])
-    load_weights(model, values, f"checkpoint {source}")
+    load_weights(model, from_timm(model, values), f"checkpoint {source}")
     return model.eval(), arch, "moving average of the weights" if ema else "weights"
 
 
@@ -249,7 +280,7 @@ def _renewed_with(model: nn.Module, key: str) -> str:
 
 def fine_tune(network: nn.Module, source: str, *, model_key: str, model_prefix: str) -> str:
     """Loads what fits of the weights in checkpoint `source`, their names prefixed; returns a line that says what."""
-    weights = weights_of(load(source), source, model_key=model_key)
+    weights = from_timm(network, weights_of(load(source), source, model_key=model_key))
     fit = fit_to(network, {model_prefix + key: value for key, value in weights.items()})
     network.load_state_dict(fit.weights)
     renewed = ", ".join(fit.renewed) or "nothing"

@@ -1,0 +1,370 @@
+"""ReXNet (https://arxiv.org/abs/2007.00992): every block a little wider than the one before; V1, lite, and with exits.
+
+Weights have the names and shapes of the published files, which load as they are into every variant without exits.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from models.backbones import CORES, Backbone
+from models.layers import MapHead, conv_norm, drop_path, rising, rounded
+from models.multi_exit import MultiExitModel, State
+from models.registry import register
+
+BLOCKS = (1, 2, 2, 3, 3, 5)  # of the six stages
+STRIDES = (1, 2, 2, 2, 1, 2)  # of their first blocks
+STEM, WIDTH, LAST, HIDDEN = 32, 16, 1280, 1024
+# Behind the third, fourth and fifth stage; with the network's own exit at strides 8, 16, 16 and 32.
+EXITS = (4, 7, 10)
+
+
+def widths(input_ch: float, final_ch: float, multiplier: float, count: int, parts: int) -> list[float]:
+    """Widths of the outputs of `count` blocks before rounding: each `final_ch / parts` wider, times `multiplier`.
+
+    The sum is formed one addition at a time, as published, since rounding is sensitive to the last bit.
+    """
+    width, found = input_ch / min(multiplier, 1.0), []
+    for _ in range(count):
+        found.append(width * multiplier)
+        width += final_ch / parts
+    return found
+
+
+class Excite(nn.Module):
+    """Squeeze and excitation with batch norm between its layers: [B, width, H, W] to the same."""
+
+    def __init__(self, width: int, ratio: int) -> None:
+        super().__init__()
+        squeezed = width // ratio
+        self.fc = nn.Sequential(
+            nn.Conv2d(width, squeezed, 1),
+            nn.BatchNorm2d(squeezed),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(squeezed, width, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return x * self.fc(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+class Block(nn.Module):
+    """1x1 expansion, depthwise convolution, 1x1 projection; the input is added to the first `n_in` channels.
+
+    Nothing is added where the map or its channels shrink. Maps [B, n_in, H, W] to [B, n_out, H / stride, W / stride].
+
+    Args:
+        expansion: width between, in multiples of `n_in`; 1 leaves the expansion out.
+        act: behind the expansion.
+        middle: what stands between the depthwise convolution and the projection, made for a width.
+        conv: `conv_norm` with this family's batch norm.
+        drop: rate of stochastic depth, of blocks with a shortcut.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        expansion: int,
+        stride: int,
+        kernel: int = 3,
+        act: type[nn.Module],
+        middle: Callable[[int], list[nn.Module]],
+        conv: Callable[..., nn.Sequential] = conv_norm,
+        drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden = n_in * expansion
+        self.out = nn.Sequential(
+            *(conv(n_in, hidden, act=act) if expansion != 1 else ()),
+            *conv(hidden, hidden, kernel, stride=stride, groups=hidden),
+            *middle(hidden),
+            *conv(hidden, n_out),
+        )
+        self.shared = n_in if stride == 1 and n_in <= n_out else 0
+        self.drop_path = drop_path(drop if self.shared else 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        y = self.drop_path(self.out(x))
+        if not self.shared:
+            return y
+        if torch.is_grad_enabled():
+            return torch.cat([y[:, : self.shared] + x, y[:, self.shared :]], 1)
+        y[:, : self.shared] += x  # the same numbers without a copy of the map
+        return y
+
+
+def v1_blocks(
+    *,
+    input_ch: int,
+    final_ch: int,
+    width_mult: float,
+    depth_mult: float,
+    use_se: bool,
+    se_ratio: int,
+    drop_path: float,
+) -> tuple[int, list[int], list[Block]]:
+    """ReXNetV1's blocks, the width of the map that they read, and the width that each puts out."""
+    depths = [math.ceil(n * depth_mult) for n in BLOCKS]
+    count = sum(depths)
+    stem = round(STEM / min(width_mult, 1.0) * width_mult)
+    outs = [round(width) for width in widths(input_ch, final_ch, width_mult, count, count)]
+    stages = [stage for stage, depth in enumerate(depths) for _ in range(depth)]
+    firsts = [i == 0 or stages[i - 1] != stage for i, stage in enumerate(stages)]
+    blocks = []
+    for n_in, n_out, stage, first, rate in zip(
+        [stem, *outs], outs, stages, firsts, rising(drop_path, count), strict=False
+    ):
+        excites = use_se and stage >= 2
+        blocks.append(
+            Block(
+                n_in,
+                n_out,
+                expansion=6 if stage else 1,
+                stride=STRIDES[stage] if first else 1,
+                act=nn.SiLU,
+                middle=lambda width, se=excites: [*([Excite(width, se_ratio)] if se else []), nn.ReLU6(inplace=True)],
+                drop=rate,
+            )
+        )
+    return stem, outs, blocks
+
+
+class ReXNet(MultiExitModel):
+    """A sequence of blocks with a classifier at its end and, on request, lighter ones behind some of the blocks.
+
+    A family sets `features` (three layers of stem, the blocks, three layers before the classifier) and `output`.
+    """
+
+    features: nn.Sequential
+    output: nn.Sequential
+
+    def _add_exits(
+        self, exits: Sequence[int], outs: Sequence[int], head_width: int, num_classes: int, dropout: float
+    ) -> None:
+        """Light heads behind the blocks `exits`, which put out `outs` channels."""
+        last = len(outs) - 1
+        if list(exits) != sorted({e for e in exits if 0 <= e < last}):
+            raise ValueError(f"exits is {list(exits)}; accepted: rising numbers of blocks from 0 to {last - 1}")
+        if head_width < 1:
+            raise ValueError(f"head_width is {head_width}; it must be at least 1")
+        self.num_exits = len(exits) + 1
+        self.ends = [*(exit + 4 for exit in exits), len(outs) + 6]  # of the features that each exit needs
+        if exits:
+            heads = (MapHead(outs[e], head_width, num_classes, act=nn.SiLU, dropout=dropout) for e in exits)
+            self.exits = nn.ModuleList(heads)
+
+    def begin(self, images: Tensor) -> State:
+        """The state is a map, at first the images [B, 3, H, W]."""
+        return images
+
+    def trunk(self, k: int, state: State) -> tuple[Tensor, State]:
+        """The map behind the exit's block, which later blocks read too; for the last exit the mean of the last map."""
+        start = self.ends[k - 1] if k else 0
+        for layer in self.features[start : self.ends[k]]:
+            state = layer(state)
+        return (state, state) if k < self.num_exits - 1 else (state.mean((2, 3), keepdim=True), None)
+
+    def head(self, k: int, features: Tensor) -> Tensor:
+        """Logits [B, num_classes]."""
+        return self.exits[k](features) if k < self.num_exits - 1 else self.output(features).flatten(1)
+
+    def extract_features(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to the last map before pooling [B, C, H / 32, W / 32]."""
+        for layer in self.features:
+            images = layer(images)
+        return images
+
+    def timm_modules(self) -> dict[str, str]:
+        """Modules that hold weights to their names in timm's `rexnet_*`; none for a network that timm does not have."""
+        blocks = {i: layer for i, layer in enumerate(self.features) if isinstance(layer, Block)}
+        count, end = len(blocks), len(self.output) - 1
+        names = {"features.0": "stem.conv", "features.1": "stem.bn", f"output.{end}": "head.fc"}
+        names |= {f"features.{count + 3}": f"features.{count}.conv", f"features.{count + 4}": f"features.{count}.bn"}
+        for number, (i, block) in enumerate(blocks.items()):
+            units = iter(["conv_exp", "conv_dw", "conv_pwl"] if number else ["conv_dw", "conv_pwl"])
+            for j, layer in enumerate(block.out):
+                at, there = f"features.{i}.out.{j}", f"features.{number}"
+                if isinstance(layer, nn.Conv2d):
+                    unit = next(units)
+                    names[at] = f"{there}.{unit}.conv"
+                elif isinstance(layer, nn.BatchNorm2d):
+                    names[at] = f"{there}.{unit}.bn"
+                elif isinstance(layer, Excite):
+                    names |= {f"{at}.fc.{n}": f"{there}.se.{name}" for n, name in ((0, "fc1"), (1, "bn"), (3, "fc2"))}
+        return names
+
+
+class ReXNetV1(ReXNet):
+    """ReXNetV1: SiLU, squeeze and excitation, ReLU6. Options carry the names of the published constructor.
+
+    Args:
+        input_ch, final_ch: width of the first block and what all blocks together add to it, before `width_mult`.
+        width_mult: of all widths; below 1 the stem and the first block keep theirs.
+        depth_mult: blocks per stage, in multiples of 1 2 2 3 3 5, rounded up.
+        use_se: squeeze and excitation from the third stage on.
+        se_ratio: by how much they squeeze the expanded width.
+        dropout_ratio: before every classifier.
+        bn_momentum: accepted and without effect, as published.
+        exits: numbers, from 0, of the blocks behind which a light exit stands; the network's own is always the last.
+        head_width: channels that such an exit classifies by.
+        drop_path: stochastic depth, rising linearly to this rate.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 1000,
+        input_ch: int = WIDTH,
+        final_ch: int = 180,
+        width_mult: float = 1.0,
+        depth_mult: float = 1.0,
+        use_se: bool = True,
+        se_ratio: int = 12,
+        dropout_ratio: float = 0.2,
+        bn_momentum: float = 0.9,
+        exits: Sequence[int] = (),
+        head_width: int = 512,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check(width_mult=width_mult, depth_mult=depth_mult, input_ch=input_ch, se_ratio=se_ratio)
+        stem, outs, blocks = v1_blocks(
+            input_ch=input_ch,
+            final_ch=final_ch,
+            width_mult=width_mult,
+            depth_mult=depth_mult,
+            use_se=use_se,
+            se_ratio=se_ratio,
+            drop_path=drop_path,
+        )
+        last = int(LAST * width_mult)
+        self.features = nn.Sequential(
+            *conv_norm(3, stem, 3, stride=2, act=nn.SiLU), *blocks, *conv_norm(outs[-1], last, act=nn.SiLU)
+        )
+        self.output = nn.Sequential(nn.Dropout(dropout_ratio), nn.Conv2d(last, num_classes, 1))
+        self._add_exits(exits, outs, head_width, num_classes, dropout_ratio)
+
+
+class ReXNetV1_lite(ReXNet):  # noqa: N801 (the published name)
+    """ReXNetV1-lite: ReLU6 alone and rounded widths. Options carry the names of the published constructor.
+
+    Args:
+        fix_head_stem: the stem keeps 32 channels and the last convolution 1280, whatever the multiplier.
+        divisible_value: every width is rounded to a multiple of it; 0 or none = not rounded.
+        input_ch, final_ch: width of the first block and what all blocks together add to it, before `multiplier`.
+        multiplier: of all widths; below 1 the stem, the first block and the last convolution keep theirs.
+        dropout_ratio: before every classifier.
+        bn_momentum, bn_eps: of every batch norm.
+        kernel_conf: sizes of the depthwise kernels of the six stages, a digit each.
+        exits, head_width, drop_path: as in ReXNetV1.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 1000,
+        fix_head_stem: bool = False,
+        divisible_value: int | None = 8,
+        input_ch: int = WIDTH,
+        final_ch: int = 164,
+        multiplier: float = 1.0,
+        dropout_ratio: float = 0.2,
+        bn_momentum: float = 0.1,
+        bn_eps: float = 1e-5,
+        kernel_conf: str = "333333",
+        exits: Sequence[int] = (),
+        head_width: int = 512,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check(multiplier=multiplier, input_ch=input_ch)
+        if len(kernel_conf) != len(BLOCKS) or not set(kernel_conf) <= set("13579"):
+            raise ValueError(f"kernel_conf is {kernel_conf!r}; accepted: six odd digits, one per stage")
+        norm = partial(nn.BatchNorm2d, eps=bn_eps, momentum=bn_momentum)
+        conv = partial(conv_norm, norm=norm)
+        small, count = min(multiplier, 1.0), sum(BLOCKS)
+
+        def width_of(width: float) -> int:
+            return rounded(round(width), divisible_value) if divisible_value else round(width)
+
+        stem = width_of(STEM if fix_head_stem else STEM / small * multiplier)
+        outs = [width_of(width) for width in widths(input_ch, final_ch, multiplier, count, count - 1)]
+        last = LAST if fix_head_stem else int(LAST * max(multiplier, 1.0))
+        stages = [(stage, j) for stage, depth in enumerate(BLOCKS) for j in range(depth)]
+        blocks = [
+            Block(
+                n_in,
+                n_out,
+                expansion=6 if stage else 1,
+                stride=1 if j else STRIDES[stage],
+                kernel=int(kernel_conf[stage]),
+                act=nn.ReLU6,
+                middle=lambda width: [nn.ReLU6(inplace=True)],
+                conv=conv,
+                drop=rate,
+            )
+            for n_in, n_out, (stage, j), rate in zip(
+                [stem, *outs], outs, stages, rising(drop_path, count), strict=False
+            )
+        ]
+        self.features = nn.Sequential(
+            *conv(3, stem, 3, stride=2, act=nn.ReLU6), *blocks, *conv(outs[-1], last, act=nn.ReLU6)
+        )
+        hidden = [nn.Conv2d(last, HIDDEN, 1), norm(HIDDEN), nn.ReLU6(inplace=True), nn.Dropout(dropout_ratio)]
+        self.output = nn.Sequential(*hidden, nn.Conv2d(HIDDEN, num_classes, 1))
+        self._add_exits(exits, outs, head_width, num_classes, dropout_ratio)
+
+    def timm_modules(self) -> dict[str, str]:
+        """None: timm has no lite ReXNets."""
+        return {}
+
+
+def _check(**options: float) -> None:
+    for option, value in options.items():
+        if value <= 0:
+            raise ValueError(f"{option} is {value}; it must be above 0")
+
+
+def rexnet(drop_path: float | None, dropout: float | None, *, width_mult: float) -> Backbone:
+    """ReXNetV1 as the CNN of a two-stream network, cut where the map gets smaller, as RegNet is."""
+    plan = {"input_ch": WIDTH, "final_ch": 180, "depth_mult": 1.0, "use_se": True, "se_ratio": 12}
+    width, outs, blocks = v1_blocks(**plan, width_mult=width_mult, drop_path=drop_path or 0.0)
+    stem = nn.Sequential(*conv_norm(3, width, 3, stride=2, act=nn.SiLU), blocks[0])
+    last = int(LAST * width_mult)
+    tail = conv_norm(outs[-1], last, act=nn.SiLU)
+    stages = [nn.Sequential(*blocks[1:3]), nn.Sequential(*blocks[3:5]), nn.Sequential(*blocks[5:11])]
+    stages.append(nn.Sequential(*blocks[11:], *tail))
+    parts = [(f"cnn_body_stage{i}", stage) for i, stage in enumerate(stages, 1)]
+    return Backbone(
+        stem,
+        stages,
+        (outs[0], outs[2], outs[4], outs[10], last),
+        (2, 4, 8, 16),
+        body=parts,
+        stage_path="cnn_body_stage{}",
+        plain=[("stem", stem), *parts],
+        classifier_name="fc",
+        classifier_before="classifier_merge",
+        dropout=0.2 if dropout is None else dropout,
+    )
+
+
+register(ReXNetV1, "rexnetv1", "ReXNetV1")
+register(ReXNetV1_lite, "rexnetv1_lite", "ReXNetV1-lite")
+for _width in (90, 100, 130, 150, 200, 220, 300):
+    _name, _mult = f"{_width:03}", _width / 100
+    register(ReXNetV1, f"rexnetv1_{_name}", f"ReXNetV1 {_mult}x", width_mult=_mult)
+    register(ReXNetV1, f"rexnet_ee_{_name}", f"ReXNetV1 {_mult}x with four exits", width_mult=_mult, exits=EXITS)
+    CORES[f"rexnet_{_name}"] = partial(rexnet, width_mult=_mult)
+for _width in (100, 130, 150, 200):
+    _mult = _width / 100
+    register(ReXNetV1_lite, f"rexnetv1_lite_{_width}", f"ReXNetV1-lite {_mult}x", multiplier=_mult)
+    _about = f"ReXNetV1-lite {_mult}x with four exits"
+    register(ReXNetV1_lite, f"rexnet_ee_lite_{_width}", _about, multiplier=_mult, exits=EXITS)

@@ -26,6 +26,7 @@ SMALL = {
     "rexnet_ee_100": {"input_ch": 4, "final_ch": 16, "head_width": 8},
     "rexnet_ee_lite_100": {"input_ch": 4, "final_ch": 16, "head_width": 8},
     "timm/mobilenetv3_small_050": {},
+    "timm_ee": {"backbone": "mobilenetv3_small_050", "head_width": 8},
 }
 
 MSDNETS = {

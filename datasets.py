@@ -5,7 +5,7 @@ import io
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 from torchvision import datasets as vision
 
-from utils import seed_everything
+from utils import ShardSampler, seed_everything
 
 # (mean, std) per channel for pixels in 0..1; CIFAR's as in MSDNet's script, digits' of the training images at 32 x 32
 CIFAR10_STATS = ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616))
@@ -164,6 +164,23 @@ def _image_folder(path: Path) -> vision.ImageFolder:
         raise ValueError(f"image folder {path}: {error}") from None
 
 
+def _open_transfer(
+    data_class: type, num_classes: int, train_splits: Sequence[str], path: Path, _: Path | None, download: bool, __: int
+) -> Source:
+    """A data set that ImageNet networks are usually fine-tuned on, from torchvision's folder."""
+    name, parts = data_class.__name__, []
+    for split in (*train_splits, "test"):
+        try:
+            parts.append(data_class(path, split=split, download=download))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"no {name} in {path}, --download true fetches it ({error})") from None
+        parts[-1].title = f"{name} {split}"
+    *train, test = parts
+    both = ConcatDataset(train)
+    both.title = f"{name} {'+'.join(train_splits)}"
+    return Source(both, test, num_classes, *IMAGENET_STATS, 224)
+
+
 OPENERS: dict[str, Callable[..., Source]] = {  # each called with data_path, eval_data_path, download, seed
     "DIGITS": _open_digits,
     "CIFAR10": partial(_open_small, vision.CIFAR10, 10, CIFAR10_STATS),
@@ -172,6 +189,11 @@ OPENERS: dict[str, Callable[..., Source]] = {  # each called with data_path, eva
     "FashionMNIST": partial(_open_small, vision.FashionMNIST, 10, FASHION_STATS),
     "IMNET": lambda path, *_: _open_trees(path / "train", path / "val"),
     "image_folder": _open_folders,
+    "Food101": partial(_open_transfer, vision.Food101, 101, ("train",)),
+    "StanfordCars": partial(_open_transfer, vision.StanfordCars, 196, ("train",)),
+    "FGVCAircraft": partial(_open_transfer, vision.FGVCAircraft, 100, ("trainval",)),
+    "Flowers102": partial(_open_transfer, vision.Flowers102, 102, ("train", "val")),
+    "OxfordIIITPet": partial(_open_transfer, vision.OxfordIIITPet, 37, ("trainval",)),
 }
 
 
@@ -246,27 +268,6 @@ def make_split(base: Dataset, indices: Sequence[int] | None, transform: Callable
     stream = copy.copy(base)
     stream.transform = transform
     return stream
-
-
-class ShardSampler(Sampler[int]):
-    """A process's share of `size` indices, unpadded; in order, or shuffled and cut to full groups of all processes."""
-
-    def __init__(self, size: int, *, rank=0, world_size=1, shuffle=False, seed=0, group=1):
-        self.size, self.rank, self.world_size, self.shuffle, self.seed = size, rank, world_size, shuffle, seed
-        self.used = size - size % (world_size * group) if shuffle else size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next pass takes."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(range(self.rank, self.used, self.world_size))
-
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.size) if self.shuffle else np.arange(self.size)
-        return iter(order[self.rank : self.used : self.world_size].tolist())
 
 
 def train_loader(

@@ -15,16 +15,7 @@ from torch.utils.data import DataLoader
 from adaptive.thresholds import geometric_quotas
 from datasets import Split, set_epoch, train_loader
 from engine import epoch_line, evaluate_all, train_one_epoch
-from eval_dynamic import (
-    DATA_FLAGS,
-    EXIT_FLAGS,
-    Evaluation,
-    Splits,
-    filled_in,
-    open_splits,
-    ordered_loader,
-    print_costs,
-)
+from eval_dynamic import DATA_FLAGS, EXIT_FLAGS, Evaluation, Splits, filled_in, open_splits, ordered_loader, print_costs
 from models import MultiExitModel, create_model, model_options, nearest
 from training.augment import mixup_collate
 from training.checkpoint import latest, load, save_epoch
@@ -92,6 +83,7 @@ def make_update(args: Namespace, network: MultiExitModel, steps: int, compute: C
         betas=args.opt_betas,
         filter_bias_and_bn=args.filter_bias_and_bn,
         decay_embeddings=args.decay_embeddings,
+        lr_scales=args.lr_scales,
     )
     lr = partial(
         lr_at,
@@ -178,7 +170,8 @@ class Training:
 
     def phase_at(self, epoch: int) -> str:
         """What the regime does in an epoch."""
-        return phase_of(self.args.regime, epoch, round(self.args.first_share * self.args.epochs))
+        regime = "heads" if self.args.freeze_backbone else self.args.regime
+        return phase_of(regime, epoch, round(self.args.first_share * self.args.epochs))
 
     def make_objective(self, phase: str) -> Objective:
         """The losses of a phase."""

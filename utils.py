@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
@@ -135,6 +136,27 @@ def gather(part: Any, compute: Compute) -> list[Any]:
     parts = [None] * compute.world_size
     dist.all_gather_object(parts, part)
     return parts
+
+
+class ShardSampler(Sampler[int]):
+    """A process's share of `size` indices, unpadded; in order, or shuffled and cut to full groups of all processes."""
+
+    def __init__(self, size: int, *, rank=0, world_size=1, shuffle=False, seed=0, group=1):
+        self.size, self.rank, self.world_size, self.shuffle, self.seed = size, rank, world_size, shuffle, seed
+        self.used = size - size % (world_size * group) if shuffle else size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next pass takes."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.used, self.world_size))
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(self.size) if self.shuffle else np.arange(self.size)
+        return iter(order[self.rank : self.used : self.world_size].tolist())
 
 
 class Meters:

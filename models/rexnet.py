@@ -3,137 +3,19 @@
 Weights have the names and shapes of the published files, which load as they are into every variant without exits.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from models.backbones import CORES, Backbone
-from models.layers import MapHead, conv_norm, drop_path, rising, rounded
+from models.layers import MapHead, conv_norm, rounded
 from models.multi_exit import MultiExitModel, State
 from models.registry import register
+from models.rexnet_blocks import BLOCKS, HIDDEN, LAST, STEM, WIDTH, Block, Excite, stack, v1_blocks, widths
 
-BLOCKS = (1, 2, 2, 3, 3, 5)  # of the six stages
-STRIDES = (1, 2, 2, 2, 1, 2)  # of their first blocks
-STEM, WIDTH, LAST, HIDDEN = 32, 16, 1280, 1024
 # Behind the third, fourth and fifth stage; with the network's own exit at strides 8, 16, 16 and 32.
 EXITS = (4, 7, 10)
-
-
-def widths(input_ch: float, final_ch: float, multiplier: float, count: int, parts: int) -> list[float]:
-    """Widths of the outputs of `count` blocks before rounding: each `final_ch / parts` wider, times `multiplier`.
-
-    The sum is formed one addition at a time, as published, since rounding is sensitive to the last bit.
-    """
-    width, found = input_ch / min(multiplier, 1.0), []
-    for _ in range(count):
-        found.append(width * multiplier)
-        width += final_ch / parts
-    return found
-
-
-class Excite(nn.Module):
-    """Squeeze and excitation with batch norm between its layers: [B, width, H, W] to the same."""
-
-    def __init__(self, width: int, ratio: int) -> None:
-        super().__init__()
-        squeezed = width // ratio
-        self.fc = nn.Sequential(
-            nn.Conv2d(width, squeezed, 1),
-            nn.BatchNorm2d(squeezed),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(squeezed, width, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        return x * self.fc(x.mean((2, 3), keepdim=True)).sigmoid()
-
-
-class Block(nn.Module):
-    """1x1 expansion, depthwise convolution, 1x1 projection; the input is added to the first `n_in` channels.
-
-    Nothing is added where the map or its channels shrink. Maps [B, n_in, H, W] to [B, n_out, H / stride, W / stride].
-
-    Args:
-        expansion: width between, in multiples of `n_in`; 1 leaves the expansion out.
-        act: behind the expansion.
-        middle: what stands between the depthwise convolution and the projection, made for a width.
-        conv: `conv_norm` with this family's batch norm.
-        drop: rate of stochastic depth, of blocks with a shortcut.
-    """
-
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        *,
-        expansion: int,
-        stride: int,
-        kernel: int = 3,
-        act: type[nn.Module],
-        middle: Callable[[int], list[nn.Module]],
-        conv: Callable[..., nn.Sequential] = conv_norm,
-        drop: float = 0.0,
-    ) -> None:
-        super().__init__()
-        hidden = n_in * expansion
-        self.out = nn.Sequential(
-            *(conv(n_in, hidden, act=act) if expansion != 1 else ()),
-            *conv(hidden, hidden, kernel, stride=stride, groups=hidden),
-            *middle(hidden),
-            *conv(hidden, n_out),
-        )
-        self.shared = n_in if stride == 1 and n_in <= n_out else 0
-        self.drop_path = drop_path(drop if self.shared else 0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        y = self.drop_path(self.out(x))
-        if not self.shared:
-            return y
-        if torch.is_grad_enabled():
-            return torch.cat([y[:, : self.shared] + x, y[:, self.shared :]], 1)
-        y[:, : self.shared] += x  # the same numbers without a copy of the map
-        return y
-
-
-def v1_blocks(
-    *,
-    input_ch: int,
-    final_ch: int,
-    width_mult: float,
-    depth_mult: float,
-    use_se: bool,
-    se_ratio: int,
-    drop_path: float,
-) -> tuple[int, list[int], list[Block]]:
-    """ReXNetV1's blocks, the width of the map that they read, and the width that each puts out."""
-    depths = [math.ceil(n * depth_mult) for n in BLOCKS]
-    count = sum(depths)
-    stem = round(STEM / min(width_mult, 1.0) * width_mult)
-    outs = [round(width) for width in widths(input_ch, final_ch, width_mult, count, count)]
-    stages = [stage for stage, depth in enumerate(depths) for _ in range(depth)]
-    firsts = [i == 0 or stages[i - 1] != stage for i, stage in enumerate(stages)]
-    blocks = []
-    for n_in, n_out, stage, first, rate in zip(
-        [stem, *outs], outs, stages, firsts, rising(drop_path, count), strict=False
-    ):
-        excites = use_se and stage >= 2
-        blocks.append(
-            Block(
-                n_in,
-                n_out,
-                expansion=6 if stage else 1,
-                stride=STRIDES[stage] if first else 1,
-                act=nn.SiLU,
-                middle=lambda width, se=excites: [*([Excite(width, se_ratio)] if se else []), nn.ReLU6(inplace=True)],
-                drop=rate,
-            )
-        )
-    return stem, outs, blocks
 
 
 class ReXNet(MultiExitModel):
@@ -235,15 +117,8 @@ class ReXNetV1(ReXNet):
     ) -> None:
         super().__init__()
         _check(width_mult=width_mult, depth_mult=depth_mult, input_ch=input_ch, se_ratio=se_ratio)
-        stem, outs, blocks = v1_blocks(
-            input_ch=input_ch,
-            final_ch=final_ch,
-            width_mult=width_mult,
-            depth_mult=depth_mult,
-            use_se=use_se,
-            se_ratio=se_ratio,
-            drop_path=drop_path,
-        )
+        options = (input_ch, final_ch, depth_mult, use_se, se_ratio)
+        stem, outs, blocks = v1_blocks(width_mult, drop_path, *options)
         last = int(LAST * width_mult)
         self.features = nn.Sequential(
             *conv_norm(3, stem, 3, stride=2, act=nn.SiLU), *blocks, *conv_norm(outs[-1], last, act=nn.SiLU)
@@ -297,23 +172,8 @@ class ReXNetV1_lite(ReXNet):  # noqa: N801 (the published name)
         stem = width_of(STEM if fix_head_stem else STEM / small * multiplier)
         outs = [width_of(width) for width in widths(input_ch, final_ch, multiplier, count, count - 1)]
         last = LAST if fix_head_stem else int(LAST * max(multiplier, 1.0))
-        stages = [(stage, j) for stage, depth in enumerate(BLOCKS) for j in range(depth)]
-        blocks = [
-            Block(
-                n_in,
-                n_out,
-                expansion=6 if stage else 1,
-                stride=1 if j else STRIDES[stage],
-                kernel=int(kernel_conf[stage]),
-                act=nn.ReLU6,
-                middle=lambda width: [nn.ReLU6(inplace=True)],
-                conv=conv,
-                drop=rate,
-            )
-            for n_in, n_out, (stage, j), rate in zip(
-                [stem, *outs], outs, stages, rising(drop_path, count), strict=False
-            )
-        ]
+        plan = {"kernels": kernel_conf, "act": nn.ReLU6, "middle": lambda *_: [nn.ReLU6(inplace=True)], "conv": conv}
+        blocks = stack(stem, outs, BLOCKS, drop_path, **plan)
         self.features = nn.Sequential(
             *conv(3, stem, 3, stride=2, act=nn.ReLU6), *blocks, *conv(outs[-1], last, act=nn.ReLU6)
         )
@@ -334,8 +194,7 @@ def _check(**options: float) -> None:
 
 def rexnet(drop_path: float | None, dropout: float | None, *, width_mult: float) -> Backbone:
     """ReXNetV1 as the CNN of a two-stream network, cut where the map gets smaller, as RegNet is."""
-    plan = {"input_ch": WIDTH, "final_ch": 180, "depth_mult": 1.0, "use_se": True, "se_ratio": 12}
-    width, outs, blocks = v1_blocks(**plan, width_mult=width_mult, drop_path=drop_path or 0.0)
+    width, outs, blocks = v1_blocks(width_mult, drop_path or 0.0)
     stem = nn.Sequential(*conv_norm(3, width, 3, stride=2, act=nn.SiLU), blocks[0])
     last = int(LAST * width_mult)
     tail = conv_norm(outs[-1], last, act=nn.SiLU)

@@ -81,6 +81,7 @@ TRAIN_DEFAULTS = {
     "kd_teacher": "",
     "regime": "joint",
     "first_share": 0.5,
+    "freeze_backbone": False,
     "l2w": False,
     "target_p_index": 15,
     "epsilon": 0.8,
@@ -106,6 +107,7 @@ TRAIN_DEFAULTS = {
     "lr": 4e-3,
     "layer_decay": 1.0,
     "min_lr": 1e-6,
+    "lr_scales": (),
     "warmup_epochs": 20,
     "warmup_steps": -1,
     "loss_cnn_factor": None,  # there 0.25, what it is here too once another one is given
@@ -514,6 +516,35 @@ def test_disjoint_training_freezes_the_trunk_and_can_be_resumed(images, tmp_path
         assert torch.equal(value, last[name]) == (not name.startswith("classifier")), name
     stopped_before(1, monkeypatch, [*words, str(tmp_path / "parts")])
     check_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_published_weights_are_fine_tuned_under_new_heads_on_a_frozen_backbone(images, tmp_path, capsys):
+    torch.manual_seed(0)
+    size = {"input_ch": 4, "final_ch": 16}
+    published = create_model("rexnetv1", num_classes=1000, **size).state_dict()
+    torch.save(published, tmp_path / "rexnetv1_1.0.pth")
+    network = "--model rexnet_ee_100 --input_ch 4 --final_ch 16 --head_width 8 --freeze_backbone true"
+    flags = shlex.split(
+        f"--finetune {tmp_path}/rexnetv1_1.0.pth --output_dir {tmp_path}/run --epochs 1 --weight_decay 0"
+    )
+    train([*network.split(), *on(images)[len(NETWORK) :], *flags, "--lr_scales", "output=0.5"])
+    assert "initialised anew: output, exits" in capsys.readouterr().out
+    after = last_of(tmp_path / "run")["model"]
+    kept = [key for key in published if key.startswith("features")]
+    assert kept and all(torch.equal(published[key], after[key]) for key in kept)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--freeze_backbone true --regime mixed", "--freeze_backbone true trains heads, jointly"),
+        ("--lr_scales bloc_=0.1", "no parameter's name starts with 'bloc_'; they start with blocks, classifier"),
+        ("--lr_scales blocks", "learning rate scale 'blocks': give START=FACTOR"),
+    ],
+)
+def test_what_cannot_be_frozen_or_scaled_is_said(images, words, message):
+    with pytest.raises(ValueError, match=message):
+        train(on(images, *shlex.split(words)))
 
 
 def test_mixed_training_goes_from_the_last_exit_to_all(images, tmp_path):

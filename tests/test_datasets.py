@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 
 import datasets
 from datasets import (
-    ShardSampler,
     Split,
     batch_names,
     eval_loader,
@@ -24,6 +24,7 @@ from datasets import (
     train_loader,
 )
 from training.augment import Augment, eval_transform, mixup_collate, train_transform
+from utils import ShardSampler
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -294,6 +295,77 @@ def test_cifar_needs_both_npz_files_and_knows_its_class_count(tmp_path):
 def test_absent_torchvision_data_says_where_it_looked_and_how_to_get_it(tmp_path, name):
     with pytest.raises(ValueError, match=rf"no {name} in {tmp_path}.*--download true"):
         open_data(name, str(tmp_path))
+
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def write_jpegs(folder, *names):
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 7), (40 * i, 0, 0)).save(folder / name)
+
+
+def fake_food101(root):
+    for split, name in (("train", "a"), ("test", "b")):
+        write_text(root / f"food-101/meta/{split}.json", json.dumps({"pie": [f"pie/{name}"], "soup": [f"soup/{name}"]}))
+    write_jpegs(root / "food-101/images", *(f"{kind}/{name}.jpg" for kind in ("pie", "soup") for name in "ab"))
+
+
+def fake_stanford_cars(root):
+    base = root / "stanford_cars"
+    (base / "devkit").mkdir(parents=True)
+    savemat(base / "devkit/cars_meta.mat", {"class_names": np.array(["A", "B"], object)})
+    rows = np.array([("1.jpg", 1), ("2.jpg", 2)], dtype=[("fname", object), ("class", int)])
+    for name, folder in (("devkit/cars_train_annos.mat", "train"), ("cars_test_annos_withlabels.mat", "test")):
+        savemat(base / name, {"annotations": rows})
+        write_jpegs(base / f"cars_{folder}", "1.jpg", "2.jpg")
+
+
+def fake_fgvc_aircraft(root):
+    data = root / "fgvc-aircraft-2013b/data"
+    write_text(data / "variants.txt", "707\n727\n")
+    for split, name in (("trainval", "1"), ("test", "2")):
+        write_text(data / f"images_variant_{split}.txt", f"{name}0 707\n{name}1 727\n")
+    write_jpegs(data / "images", "10.jpg", "11.jpg", "20.jpg", "21.jpg")
+
+
+def fake_flowers102(root):
+    base = root / "flowers-102"
+    write_jpegs(base / "jpg", *(f"image_{i:05d}.jpg" for i in range(1, 7)))
+    savemat(base / "imagelabels.mat", {"labels": [1, 2, 1, 2, 1, 2]})
+    savemat(base / "setid.mat", {"trnid": [1, 2], "valid": [3, 4], "tstid": [5, 6]})
+
+
+def fake_oxford_iiit_pet(root):
+    base = root / "oxford-iiit-pet"
+    for split, name in (("trainval", "1"), ("test", "2")):
+        write_text(base / f"annotations/{split}.txt", f"Beagle_{name} 1 1 1\nPug_{name} 2 1 2\n")
+    write_jpegs(base / "images", *(f"{kind}_{name}.jpg" for kind in ("Beagle", "Pug") for name in "12"))
+
+
+@pytest.mark.parametrize(
+    ("name", "fake", "classes", "title"),
+    [
+        ("Food101", fake_food101, 101, "Food101 train"),
+        ("StanfordCars", fake_stanford_cars, 196, "StanfordCars train"),
+        ("FGVCAircraft", fake_fgvc_aircraft, 100, "FGVCAircraft trainval"),
+        ("Flowers102", fake_flowers102, 102, "Flowers102 train+val"),
+        ("OxfordIIITPet", fake_oxford_iiit_pet, 37, "OxfordIIITPet trainval"),
+    ],
+)
+def test_transfer_sets_are_read_from_torchvisions_folders(tmp_path, monkeypatch, name, fake, classes, title):
+    with pytest.raises(ValueError, match=rf"no {name} in {tmp_path}.*--download true"):
+        open_data(name, str(tmp_path))
+    fake(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.flowers102.check_integrity", lambda *_: True)  # compares with real files
+    source = open_data(name, str(tmp_path))
+    assert (source.num_classes, source.input_size) == (classes, 224)
+    assert [sorted(source.train[i][1] for i in range(2)), [source.test[i][1] for i in range(2)]] == [[0, 1], [0, 1]]
+    split = make_split(source.train, None, np.asarray)
+    assert split[1][0].shape == (7, 9, 3) and split.name(1) == f"{title}[1]"
 
 
 def test_fashion_mnist_becomes_rgb_of_32_pixels(tmp_path):

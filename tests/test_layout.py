@@ -23,7 +23,10 @@ LAYERS = {
     "main_earlyExit": {"utils", "models", "adaptive", "training", "datasets", "engine", "eval_dynamic"},
 }
 # Edges inside and between folders that are allowed or forbidden by themselves.
-FAMILY_HELPERS = {"models.registry", "models.multi_exit", "models.layers", "models.attention", "models.backbones"}
+FAMILY_HELPERS = {
+    *("models.registry", "models.multi_exit", "models.layers", "models.attention", "models.backbones"),
+    "models.rexnet_blocks",
+}
 EXCEPTIONS = {("training.l2w", "adaptive.confidence")}
 
 

@@ -178,6 +178,7 @@ OPTIMIZATION_FLAGS = [
     Flag("decay_embeddings", bool, False, "weight decay for Dyn-Perceiver's latents and positions too, as published"),
     Flag("clip_grad", float, None, "largest gradient norm", low=0),
     Flag("lr", float, 4e-3, "peak learning rate, never scaled by the batch", low=0),
+    Flag("lr_scales", str, (), "rates of parts, in multiples of --lr: features.=0.1 ...", many=True),
     Flag("min_lr", float, 1e-6, "final learning rate of the cosine", low=0),
     Flag("schedule", str, "cosine", "", choices=("cosine", "multistep", "constant")),
     Flag("decay_epochs", int, (), "epochs at which multistep decays", many=True, low=0),
@@ -200,6 +201,7 @@ OBJECTIVE_FLAGS = [
     Flag("T_kd", float, 4.0, "distillation temperature", low=1e-6),
     Flag("alpha_kd", float, 0.5, "distillation weight", low=0),
     Flag("regime", str, "joint", "how exits are trained", choices=("joint", "equilibrium", "disjoint", "mixed")),
+    Flag("freeze_backbone", bool, False, "train the heads alone, on features that stay as they are"),
     Flag("first_share", float, 0.5, "disjoint, mixed: share of the epochs that train the last exit alone", low=0),
 ]
 # Named as in L2W's trainers; the defaults are its settings for CIFAR.
@@ -207,9 +209,7 @@ L2W_FLAGS = [
     Flag("l2w", bool, False, "learn to weight samples"),
     Flag("target_p_index", int, 15, "p: exit k is judged by a share of the samples that goes with (p / 20)^k", low=1),
     Flag("epsilon", float, 0.8, "how far weights may be from 1; above 0.5 they can be negative", low=0),
-    Flag(
-        "constraint_dimension", str, "col", "total weights kept: all, exits', samples'", choices=("mat", "row", "col")
-    ),
+    Flag("constraint_dimension", str, "col", "totals kept: all, exits', samples'", choices=("mat", "row", "col")),
     Flag("meta_net_input_type", str, "loss", "what the weight net reads", choices=("loss", "conf", "both")),
     Flag("meta_net_hidden_size", int, 500, "units of its hidden layers", low=1),
     Flag("meta_net_num_layers", int, 1, "hidden layers", low=1),
@@ -261,7 +261,6 @@ REFUSED = {
     "visualize": (False, "there is no such picture here; see report.html of an evaluation"),
 }
 
-
 GROUPS = {
     "model": [MODEL_FLAG, *MODEL_FLAGS],
     "augmentation": AUGMENTATION_FLAGS,
@@ -292,8 +291,12 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--smoothing {args.smoothing}: it must be below 1")
     if args.schedule == "multistep" and not args.decay_epochs:
         raise ValueError("--schedule multistep needs --decay_epochs")
-    if args.compile and (args.l2w or args.regime != "joint"):
-        raise ValueError("--compile true compiles the plain forward pass: not for --l2w true or another --regime")
+    if args.freeze_backbone and (args.l2w or args.regime != "joint"):
+        raise ValueError("--freeze_backbone true trains heads, jointly: not for --l2w true or another --regime")
+    if args.compile and (args.l2w or args.freeze_backbone or args.regime != "joint"):
+        raise ValueError(
+            "--compile true compiles the plain forward pass: not for --l2w true, frozen backbones, other --regime"
+        )
     if args.enable_wandb and not args.log_dir:
         raise ValueError("--enable_wandb mirrors TensorBoard: give --log_dir")
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None

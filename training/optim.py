@@ -1,6 +1,7 @@
 """Parameter groups, optimizers, schedules as functions of the step, and the update that applies them."""
 
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
@@ -54,25 +55,42 @@ def weight_decay_at(step: int, *, base: float, end: float | None, total_steps: i
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float, filter_bias_and_bn: bool, decay_embeddings: bool = False
+    model: nn.Module,
+    weight_decay: float,
+    filter_bias_and_bn: bool,
+    decay_embeddings: bool = False,
+    lr_scales: Sequence[str] = (),
 ) -> list[dict]:
     """Trainable parameters as optimizer groups, in the order in which the groups first occur.
 
     With `filter_bias_and_bn`, parameters of one dimension, named `*.bias` or, unless `decay_embeddings`, among the
     model's `embeddings` form a group without weight decay; without it (MSDNet, RANet) one group decays everything.
-    `lr_scale` and `wd_scale` multiply the schedules' values.
+    `lr_scale` and `wd_scale` multiply the schedules' values. `lr_scales` are texts as "features.=0.1": the first whose
+    left side starts a parameter's name has its lr_scale. Raises ValueError for others, and where none starts so.
     """
-    groups: dict[bool, dict] = {}
+    scales = [_scale_of(text, [name for name, _ in model.named_parameters()]) for text in lr_scales]
+    groups: dict[tuple[bool, float], dict] = {}
     spared = () if decay_embeddings else getattr(model, "embeddings", ())
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
         plain = param.ndim <= 1 or name.endswith(".bias") or name.rpartition(".")[2] in spared
         decays = not (filter_bias_and_bn and plain)
-        scale = float(decays)
-        empty = {"params": [], "weight_decay": weight_decay * scale, "lr_scale": 1.0, "wd_scale": scale}
-        groups.setdefault(decays, empty)["params"].append(param)
+        scale, rate = float(decays), next((rate for start, rate in scales if name.startswith(start)), 1.0)
+        empty = {"params": [], "weight_decay": weight_decay * scale, "lr_scale": rate, "wd_scale": scale}
+        groups.setdefault((decays, rate), empty)["params"].append(param)
     return list(groups.values())
+
+
+def _scale_of(text: str, names: list[str]) -> tuple[str, float]:
+    """The start of some of these names, and a factor."""
+    start, _, factor = text.rpartition("=")
+    if not start or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", factor):
+        raise ValueError(f"learning rate scale {text!r}: give START=FACTOR, as in features.=0.1")
+    if not any(name.startswith(start) for name in names):
+        parts = dict.fromkeys(name.partition(".")[0] for name in names)
+        raise ValueError(f"no parameter's name starts with {start!r}; they start with {', '.join(parts)}")
+    return start, float(factor)
 
 
 def make_optimizer(
@@ -86,6 +104,7 @@ def make_optimizer(
     betas: Sequence[float] | None,
     filter_bias_and_bn: bool,
     decay_embeddings: bool = False,
+    lr_scales: Sequence[str] = (),
 ) -> torch.optim.Optimizer:
     """A timm optimizer over `param_groups(model)`; the prefix "lookahead_" wraps any of them.
 
@@ -101,7 +120,7 @@ def make_optimizer(
     given = {key: value for key, value in {"eps": eps, "betas": betas}.items() if value is not None}
     if name in ("adam", "adamw"):
         given["fused"] = True  # one pass over the weights instead of a dozen; on a CPU a quarter of the time
-    groups = param_groups(model, weight_decay, filter_bias_and_bn, decay_embeddings)
+    groups = param_groups(model, weight_decay, filter_bias_and_bn, decay_embeddings, lr_scales)
     try:
         return create_optimizer_v2(groups, prefix + name, lr, weight_decay, momentum, **given)
     except AssertionError as error:  # how timm says that a fused optimizer needs CUDA

@@ -105,8 +105,8 @@ def modules_of_heads(network: MultiExitModel, image_shape: tuple[int, int, int])
 
 
 def phase_of(regime: str, epoch: int, first_epochs: int) -> str:
-    """How an epoch trains: joint, equilibrium, last (the last exit alone) or heads."""
-    if regime in ("joint", "equilibrium"):
+    """How an epoch trains: joint, equilibrium, last (the last exit alone) or heads (frozen backbone)."""
+    if regime in ("joint", "equilibrium", "heads"):
         return regime
     return "last" if epoch < first_epochs else {"disjoint": "heads", "mixed": "joint"}[regime]
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from adaptive.flops import exit_costs
 from models import create_model, list_models
-from models.rexnet import Block
+from models.rexnet_blocks import Block
 from training.foreign import fine_tune, from_timm, to_timm
 
 # Stem, block outputs, last convolution; parameters; millions of multiply-adds of the convolutions at 224 pixels.

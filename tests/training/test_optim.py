@@ -319,3 +319,16 @@ def test_a_second_order_optimizer_trains_attention():
         torch.backends.cuda.enable_flash_sdp(enabled[0])
         torch.backends.cuda.enable_mem_efficient_sdp(enabled[1])
     assert update.step == 1
+
+
+def test_parts_learn_at_rates_of_their_own():
+    net = nn.ModuleDict({"stem": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    groups = param_groups(net, 0.1, True, lr_scales=["stem.bias=0", "stem=0.1"])
+    found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    parts = [p for name in ("stem", "head") for p in (net[name].weight, net[name].bias)]
+    assert [found[id(p)] for p in parts] == [
+        (0.1, 0.1),
+        (0, 0),
+        (1, 0.1),
+        (1, 0),
+    ]

@@ -2,6 +2,8 @@
 
 from models import (  # noqa: F401 (to register names)
     boosted,
+    cifar,
+    cifar_plain,
     dyn_perceiver,
     msdnet,
     plain_cnn,

@@ -1,6 +1,6 @@
 """Trains a detector on drawn shapes for a few minutes and shows what it finds on shapes that it has not seen.
 
-    python scripts/bench_detection.py runs/shapes [--model faster_rcnn_rexnet_090] [--epochs 6] [--count 480]
+    python scripts/bench_detection.py runs/shapes [--model faster_rcnn_rexnet_090] [--epochs 4] [--count 480]
 
 Draws circles, squares and triangles with polygons around them, in COCO's format; trains from random weights through
 scripts/main_detection.py; prints the average precision on held-out drawings and writes predictions.png: three of them
@@ -91,7 +91,7 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--model", default="faster_rcnn_rexnet_090")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--count", type=int, default=480, help="training images")
     args = parser.parse_args(argv)
 

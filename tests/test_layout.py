@@ -25,7 +25,7 @@ LAYERS = {
 # Edges inside and between folders that are allowed or forbidden by themselves.
 FAMILY_HELPERS = {
     *("models.registry", "models.multi_exit", "models.layers", "models.attention", "models.backbones"),
-    "models.rexnet_blocks",
+    *("models.rexnet_blocks", "models.cifar"),
 }
 EXCEPTIONS = {("training.l2w", "adaptive.confidence")}
 

@@ -25,6 +25,13 @@ SMALL = {
     "resnet18": {},
     "rexnet_ee_100": {"input_ch": 4, "final_ch": 16, "head_width": 8},
     "rexnet_ee_lite_100": {"input_ch": 4, "final_ch": 16, "head_width": 8},
+    "cifar_densenet": {"depth": 10, "growthRate": 4},
+    "cifar_resnet": {"depth": 11, "block_name": "Bottleneck"},
+    "cifar_preresnet": {"depth": 8},
+    "cifar_wrn": {"depth": 10},
+    "cifar_resnext": {"depth": 11, "cardinality": 2},
+    "cifar_vgg11_bn": {},
+    "cifar_alexnet": {},
     "timm/mobilenetv3_small_050": {},
     "timm_ee": {"backbone": "mobilenetv3_small_050", "head_width": 8},
 }

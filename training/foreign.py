@@ -43,9 +43,9 @@ def weights_of(
     return weights
 
 
-def from_timm(network: MultiExitModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_timm(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the network's own names: translated if they have timm's, else as they are."""
-    ours = {theirs: name for name, theirs in network.timm_modules().items()}
+    ours = {theirs: name for name, theirs in getattr(network, "timm_modules", dict)().items()}
     if not ours or not any(key.rpartition(".")[0] in ours for key in weights):
         return weights
     return _renamed(weights, ours, network.state_dict())

@@ -295,7 +295,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--freeze_backbone true trains heads, jointly: not for --l2w true or another --regime")
     if args.compile and (args.l2w or args.freeze_backbone or args.regime != "joint"):
         raise ValueError(
-            "--compile true compiles the plain forward pass: not for --l2w, --freeze_backbone or another --regime"
+            "--compile true compiles the plain forward pass: not for --l2w true, --freeze_backbone or another --regime"
         )
     if args.enable_wandb and not args.log_dir:
         raise ValueError("--enable_wandb mirrors TensorBoard: give --log_dir")

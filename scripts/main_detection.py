@@ -1,7 +1,7 @@
 """Trains a detector of models/detection.py on data in COCO's format and evaluates it with COCO's measures.
 
     python scripts/main_detection.py --model faster_rcnn_rexnet_100 --data_path "$DATA/coco" --output_dir runs/coco \
-        --backbone_weights rexnetv1_1.0.pth
+        --backbone_weights rexnetv1_1.0.pth --freeze_norm true
 
 `--data_path` holds annotations/instances_{split}.json and the images in {split}/, as https://cocodataset.org has it.
 The same command goes on where a run was stopped; `--eval true` only evaluates; `--flops true` only prints what the
@@ -84,10 +84,8 @@ class Run:
         self.args, self.out = args, Path(args.output_dir)
         self.device = start_compute(args.device, "none", False).device
         masks = args.model.startswith("mask_rcnn")
-        self.train, self.val = (
-            CocoImages(args.data_path, split, masks=masks, flip=split == args.train_split)
-            for split in (args.train_split, args.val_split)
-        )
+        self.val = CocoImages(args.data_path, args.val_split, masks=masks)
+        self.train = self.val if args.eval else CocoImages(args.data_path, args.train_split, masks=masks, flip=True)
         if self.train.categories != self.val.categories:
             raise ValueError(f"{self.train.path} and {self.val.path} have different categories")
         seed_everything(args.seed, 0, 0)
@@ -122,6 +120,10 @@ class Run:
         """Goes on from a checkpoint of this program."""
         if content.get("model_name") != self.args.model or not isinstance(content.get("epoch"), int):
             raise ValueError(f"checkpoint {source} holds {content.get('model_name')}, not --model {self.args.model}")
+        for name in BUILD:
+            here, there = getattr(self.args, name), content["args"][name]
+            if here != there:
+                raise ValueError(f"checkpoint {source} was trained with --{name} {there}, not {here}")
         load_weights(self.detector, content["model"], f"checkpoint {source}")
         self.update.load_state_dict(content)
         self.first, self.best = content["epoch"] + 1, content["best"]
@@ -159,6 +161,8 @@ def main(argv):
     if args.flops:
         print_costs(args.model, 91)
         return
+    if args.batch_size == 1 and not (args.freeze_norm or args.eval):
+        raise ValueError("--batch_size 1: ReXNet's batch norms need 2 images or more, or --freeze_norm true")
     if not args.data_path:
         raise ValueError("name a folder in COCO's layout: --data_path FOLDER")
     run = Run(args)

@@ -37,12 +37,19 @@ class CocoImages(Dataset):
             self.categories = sorted([entry["id"], entry["name"]] for entry in content["categories"])
             objects = content["annotations"]
             self.objects = defaultdict(list)
+            known = {number for number, _ in self.categories}
             for entry in objects:
+                if (
+                    entry["category_id"] not in known
+                    or len(entry["bbox"]) != 4
+                    or (masks and not entry["segmentation"])
+                ):
+                    raise ValueError(f"{self.path}: object {entry['id']} has no known category, box or segmentation")
                 if not entry.get("iscrowd") and min(entry["bbox"][2:]) > 0:
                     self.objects[entry["image_id"]].append(entry)
         except OSError as error:
             raise ValueError(f"cannot read {self.path}: {error.strerror}") from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path} is not in COCO's format: {error!r}") from error
         if not self.records or not self.objects:
             raise ValueError(f"{self.path} has {len(self.records)} images and {len(objects)} objects")

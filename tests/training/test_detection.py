@@ -97,6 +97,8 @@ def test_a_resumed_run_equals_an_unbroken_one(shapes, tmp_path, monkeypatch, cap
     assert "epoch 2/2: loss" in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds mask_rcnn_rexnet_090, not --model faster_rcnn_rexnet_090"):
         run(shapes, tmp_path / "parts", "--model", "faster_rcnn_rexnet_090")
+    with pytest.raises(ValueError, match="was trained with --min_size 64, not 65"):
+        run(shapes, tmp_path / "parts", "--min_size", "65", "--eval", "true")
 
 
 @pytest.mark.parametrize(
@@ -106,13 +108,24 @@ def test_a_resumed_run_equals_an_unbroken_one(shapes, tmp_path, monkeypatch, cap
         ("--val_split test", "cannot read .*instances_test.json: No such file"),
         ("--data_path ''", "name a folder in COCO's layout"),
         ("--batch_size 9", "6 training images are fewer than --batch_size 9"),
-        ("--eval true", "nothing to evaluate"),
+        ("--batch_size 1", "ReXNet's batch norms need 2 images or more, or --freeze_norm true"),
+        ("--eval true --train_split none", "nothing to evaluate"),
         ("--epoch 3", "unknown flag --epoch"),
     ],
 )
 def test_bad_input_is_one_line(shapes, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         run(shapes, tmp_path / "out", *shlex.split(words))
+
+
+@pytest.mark.parametrize(("key", "value"), [("category_id", 99), ("bbox", []), ("segmentation", [])])
+def test_a_strange_object_is_named(shapes, tmp_path, key, value):
+    content = json.loads((shapes / "annotations/instances_val.json").read_text())
+    content["annotations"][1][key] = value
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_val.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="instances_val.json: object 2 has no known category, box or segmentation"):
+        CocoImages(tmp_path, "val", masks=True)
 
 
 def test_files_that_are_not_cocos_are_named(tmp_path):

@@ -10,20 +10,24 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from adaptive.confidence import CONFIDENCES
-from adaptive.flops import cost_table, count
+from adaptive.confidence import CONFIDENCES, confidence_function
+from adaptive.flops import cost_table, count, single_costs
 from adaptive.inference import ExitTables, fold_batch_norm
 from adaptive.latency import compare_orders
+from adaptive.policies import Policies
 from adaptive.report import plot_curve, write_report
-from adaptive.tables import anytime_lines, dynamic_lines, runtime_lines
-from adaptive.thresholds import SWEEPS, cheapest, geometric_quotas, sweep, within_budget
+from adaptive.routing import routing
+from adaptive.tables import anytime_lines, dynamic_lines, routing_lines, runtime_lines
+from adaptive.thresholds import SWEEPS
 from datasets import OPENERS, Source, default_num_calib, eval_loader, make_split, open_data, split_train
 from engine import evaluate, summarise
-from models import MultiExitModel, create_model, model_options, nearest
+from models import MultiExitModel, create_model, model_class, model_options, nearest
 from training.augment import Augment, eval_transform, train_transform
-from training.checkpoint import load
+from training.cascade import assemble, read_parts, stored_run
+from training.checkpoint import load, save
 from training.flags import MODEL_FLAG, RUN_FLAGS, TRANSFORM_FLAGS, Flag, parse_flags, with_defaults
 from training.foreign import load_network, stored_flags
+from training.popular import only_popular
 from utils import Compute, describe_machine, one_process_first, run_main, start_compute, write_text
 
 NAMES = f"{', '.join(OPENERS)} or a timm name (hfds/..., wds/..., tfds/..., torch/...)"
@@ -31,6 +35,7 @@ DATA_FLAGS = [
     Flag("data_set", str, "DIGITS", f"{NAMES}; IMNET where only --data_path is given"),
     Flag("data_path", str, None, "folder or .npz file of the training images"),
     Flag("eval_data_path", str, None, "folder or .npz file of the test images"),
+    Flag("popular_classes", int, (), "only these classes, and all others as one more", many=True, low=0),
     Flag("nb_classes", int, None, "number of classes, where the data set does not tell", low=1),
     Flag("input_size", int, None, "side of the images in pixels; default: the data set's own", low=1),
     Flag("mean", float, None, "mean per channel instead of the data set's own", many=True),
@@ -47,11 +52,14 @@ DATA_FLAGS = [
 EXIT_FLAGS = [
     Flag("weights", str, "auto", "auto: the moving average if there is one", choices=("auto", "model", "ema")),
     Flag("mode", str, "all", "what to evaluate", choices=("anytime", "dynamic", "runtime", "all")),
-    Flag("confidence", str, "max_prob", "when an exit is sure", choices=tuple(CONFIDENCES)),
+    Flag("confidence", str, "max_prob", f"{', '.join(CONFIDENCES)}; energies with a temperature: energy_logits:2"),
     Flag("calib", str, "held_out", "images for thresholds", choices=("held_out", "train_augmented", "half_test")),
     Flag("quota_sweep", str, "msdnet", "published list of exit distributions", choices=tuple(SWEEPS)),
     Flag("quota_scales", float, (), "factor on the quota of each exit but the last, e.g. 0.85 1 0.5", many=True),
+    Flag("router_threshold", float, (), "thresholds of all exits but the last, beside the sweep's", many=True),
+    Flag("shares", float, (), "shares to leave at all exits but the last, beside the sweep's", many=True, low=0),
     Flag("budget", float, None, "runtime: multiply-adds allowed; default: as good as the last exit", low=0),
+    Flag("accuracy", float, None, "runtime: least accuracy wanted, a fraction, instead of a budget", low=0),
     Flag("row", int, (), "runtime: rows of dynamic.json to run instead, from 0", many=True, low=0),
     Flag("runtime_images", int, 2000, "runtime: how many of the test images to time", low=1),
     Flag("micro_batch", int, None, "runtime: images per call; default: the fastest of 16 to 256, measured", low=1),
@@ -100,6 +108,8 @@ def open_splits(args: Namespace, calib_indices: list[int] | None = None, **augme
         )
     if args.nb_classes not in (None, source.num_classes):
         raise ValueError(f"--nb_classes {args.nb_classes}, but {args.data_set} has {source.num_classes} classes")
+    if args.popular_classes:
+        source = only_popular(source, args.popular_classes)
     mean, std = (source.mean, source.std) if args.imagenet_default_mean_and_std else ((0.5,) * 3, (0.5,) * 3)
     size, mean, std = args.input_size or source.input_size, tuple(args.mean or mean), tuple(args.std or std)
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
@@ -147,13 +157,19 @@ class Evaluation:
     """A checkpoint's network on its data: what is given on the command line, the rest as it was trained."""
 
     def __init__(self, given: dict[str, Any], options: dict[str, Any]) -> None:
-        if not given.get("checkpoint"):
-            raise ValueError("name the file to evaluate: --checkpoint FILE")
-        content = load(given["checkpoint"])
-        stored = stored_flags(content, [*DATA_FLAGS, *TRANSFORM_FLAGS], given["checkpoint"])
+        source, parts = given.get("checkpoint"), []
+        if not source and not options.get("networks"):
+            raise ValueError("name the file to evaluate: --checkpoint FILE, or the networks of a cascade: --networks")
+        if not source:
+            source, parts = "of the cascade", read_parts(options.pop("networks"))
+        content = stored_run(parts) if parts else load(source)
+        stored = stored_flags(content, [*DATA_FLAGS, *TRANSFORM_FLAGS], source)
+        if not parts and given.get("model") and not content.get("args"):  # as its authors saw the images
+            stored |= dict(zip(("mean", "std"), model_class(given["model"]).normalisation, strict=False))
         if given.get("data_set", stored.get("data_set")) != stored.get("data_set"):
             stored |= {"data_path": None, "eval_data_path": None}  # they are of the data set it was trained on
         self.args = args = filled_in(FLAGS, stored, given)
+        confidence_function(args.confidence)  # so that a wrong name is said now, not after the images are read
         self.compute = start_compute(args.device, args.amp_dtype if args.use_amp else "none", args.channels_last)
         same_split = all(getattr(args, name) == stored.get(name) for name in ("data_set", "num_calib", "seed"))
         held_out = content.get("calib_indices") if same_split else None
@@ -162,25 +178,38 @@ class Evaluation:
             held_out = []  # as published: all training images are there to be sampled
         augment = {flag.name: stored[flag.name] for flag in TRANSFORM_FLAGS if flag.name in stored}
         self.splits = open_splits(args, held_out, **augment)
-        images = {"num_classes": self.splits.source.num_classes, "input_size": self.splits.augment.input_size}
+        seen = self.splits.augment
+        images = {"num_classes": self.splits.source.num_classes, "input_size": seen.input_size}
+        if parts:
+            content = content | assemble(parts, images["num_classes"], seen)
+        images |= {"mean": seen.mean, "std": seen.std}
         model, self.arch, self.which = load_network(
-            content, args.checkpoint, args.weights, name=args.model, options=options, **images
+            content, source, args.weights, name=args.model, options=options, **images
         )
+        self.source = "; ".join(part.source for part in parts) or source
+        self.cascade = None
+        if parts:  # to be written as a checkpoint that is enough by itself
+            run = {**vars(args), "mean": list(seen.mean), "std": list(seen.std), "input_size": seen.input_size}
+            run = {flag.name: run[flag.name] for flag in DATA_FLAGS}
+            self.cascade = {**content, "arch": self.arch, "args": run, "epoch": "cascade"}
         self.model = model.to(self.compute.device)
         self.shape = (3, self.splits.augment.input_size, self.splits.augment.input_size)
         counted = count(model, self.shape)
-        self.costs, self.uncounted = counted.macs, counted.uncounted
-        self.ratios = SWEEPS[args.quota_sweep]
-        self.quotas = [geometric_quotas(ratio, len(self.costs), args.quota_scales) for ratio in self.ratios]
-        wrong = [row for row in args.row if row >= len(self.ratios)]
-        if wrong:
-            raise ValueError(f"--row {wrong[0]}, but {args.quota_sweep} has rows 0 to {len(self.ratios) - 1}")
+        self.costs, self.papers, self.uncounted = counted.macs, counted.papers, counted.uncounted
+        self.policies = Policies(
+            args.quota_sweep,
+            len(self.costs),
+            scales=args.quota_scales,
+            shares=args.shares,
+            thresholds=args.router_threshold,
+            picked=args.row,
+        )
 
     def run(self) -> None:
         """Prints and writes what the mode asks for."""
         args, main_process = self.args, self.compute.rank == 0
         if main_process:
-            print(f"{self.arch['name']}: {self.which} in {args.checkpoint}, {len(self.splits.test)} test images")
+            print(f"{self.arch['name']}: {self.which} in {self.source}, {len(self.splits.test)} test images")
             if args.flops:
                 print_costs(self.model, self.arch, self.shape[1])
         calib, origin, test = None, "none", self.tables(self.splits.test, "test")
@@ -216,21 +245,6 @@ class Evaluation:
             print(f"thresholds are chosen on {origin}")
         return self.tables(calib, "calibrate"), test, origin
 
-    def operating_points(self, calib: ExitTables, test: ExitTables) -> list[dict[str, Any]]:
-        """The quota rule at every ratio of the published sweep."""
-        args, rows = self.args, sweep(self.quotas, calib, test, self.costs)
-        names = [{"policy": f"{args.quota_sweep} p={p:.4g}", "confidence": args.confidence} for p in self.ratios]
-        return [name | row for name, row in zip(names, rows, strict=True)]
-
-    def choose(self, rows: list[dict[str, Any]], calib: ExitTables) -> list[int]:
-        """The rows to run: those asked for or, judged on calib, the best within budget or as good as the last exit."""
-        if self.args.row:
-            return self.args.row
-        accuracies, costs = [row["calib_accuracy"] for row in rows], [row["calib_macs"] for row in rows]
-        if self.args.budget is not None:
-            return [within_budget(accuracies, costs, self.args.budget)]
-        return [cheapest(accuracies, costs, calib.correct[-1].double().mean().item())]
-
     def run_exits(self, rows: dict[int, dict[str, Any]]) -> dict[str, Any]:
         """Really exits early with the thresholds of `rows` and times it beside the static networks."""
         args, compute = self.args, self.compute
@@ -252,36 +266,44 @@ class Evaluation:
 
     def write(self, test: ExitTables, calib: ExitTables | None, origin: str) -> None:
         """Prints and writes the tables, the curve and the report."""
-        out = Path(self.args.output_dir or Path(self.args.checkpoint).parent)
+        out = Path(self.args.output_dir or (Path(self.args.checkpoint).parent if self.args.checkpoint else "runs/ebjr"))
         out.mkdir(parents=True, exist_ok=True)
-        figures = summarise(test)
-        exits = [{"exit": k, "macs": macs} for k, macs in enumerate(self.costs)]
+        if self.cascade:
+            save(out / "cascade.pth", self.cascade)
+        figures, alone = summarise(test), single_costs(self.model, self.shape)
+        exits = [{"exit": k, "macs": macs, "alone": alone[k]} for k, macs in enumerate(self.costs)]
         for row in exits:
             row |= {name: figures[f"{name}/exit{row['exit']}"] for name in ("loss", "acc1", "acc5")}
         print("\n".join(anytime_lines(exits)))
         write_text(out / "anytime.json", json.dumps(exits, indent=1))
         if calib is None:
             return
-        rows, runtime = self.operating_points(calib, test), None
+        about = {"confidence": self.args.confidence, "num_classes": self.arch["num_classes"]}
+        rows, runtime, router = self.policies.rows(calib, test, self.costs, about), None, None
         print("\n".join(dynamic_lines(rows)))
         write_text(out / "dynamic.json", json.dumps(rows, indent=1))
         write_text(out / "dynamic.txt", "".join(f"{100 * r['accuracy']:.6f}\t{r['macs']:.1f}\n" for r in rows))
+        chosen = self.policies.choose(rows, calib, budget=self.args.budget, accuracy=self.args.accuracy)
+        if len(exits) > 1:
+            router = rows[chosen[0]] | routing(test, rows[chosen[0]]["thresholds"], self.costs, self.papers)
+            print("\n".join(routing_lines(router)))
+            write_text(out / "routing.json", json.dumps(router, indent=1))
         if self.args.mode in ("runtime", "all"):
-            chosen = self.choose(rows, calib)
             runtime = self.run_exits({i: rows[i] for i in chosen})
             print("\n".join(runtime_lines(runtime)))
             write_text(out / "runtime.json", json.dumps(runtime, indent=1))
         title = f"{self.arch['name']} on {self.args.data_set}"
-        plot_curve(out / "curve.png", exits, rows, title=title, runtime=runtime)
+        drawn = {"runtime": runtime, "router": router}
+        plot_curve(out / "curve.png", exits, rows, title=title, **drawn)
         page = {"title": title, "subtitle": f"{len(exits)} exits, {len(test)} test images", "facts": self.facts(origin)}
-        write_report(out / "report.html", exits=exits, rows=rows, runtime=runtime, **page)
+        write_report(out / "report.html", exits=exits, rows=rows, **drawn, **page)
         print(f"wrote the tables, curve.png and report.html to {out}")
 
     def facts(self, origin: str) -> list[tuple[str, str]]:
         """How each number was obtained."""
         args = self.args
         return [
-            ("Network", f"{self.arch['name']} {self.arch['options'] or ''}: {self.which} in {args.checkpoint}"),
+            ("Network", f"{self.arch['name']} {self.arch['options'] or ''}: {self.which} in {self.source}"),
             ("Test images", f"{args.data_set} {args.eval_data_path or args.data_path or ''}, {self.shape[1]} pixels"),
             ("Thresholds", f"chosen on {origin}; confidence {args.confidence}; quotas of {args.quota_sweep}"),
             ("MACs", f"multiply-adds run for one image, earlier heads included; uncounted: {self.uncounted or 'none'}"),

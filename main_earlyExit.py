@@ -30,8 +30,16 @@ from training.foreign import (
     resume_weights,
 )
 from training.l2w import SampleWeighting, Weighting
-from training.losses import Objective, exit_weights, joint_objective, self_distillation, teacher_distillation
+from training.losses import (
+    Objective,
+    exit_weights,
+    joint_objective,
+    self_distillation,
+    teacher_distillation,
+    with_energy_hinge,
+)
 from training.optim import Update, lr_at, make_optimizer, weight_decay_at
+from training.popular import balanced
 from training.regimes import phase_of, trained_through
 from training.weights import write_tables
 from utils import Board, Compute, append_json, gather, run_main, seed_everything, start_compute
@@ -41,17 +49,10 @@ FLAGS = {**GROUPS, "data": DATA_FLAGS, "exits": EXIT_FLAGS}
 
 def training_loader(args: Namespace, splits: Splits, compute: Compute) -> DataLoader:
     """Shuffled, augmented, and mixed if mixup or cutmix is on."""
-    collate = mixup_collate(
-        mixup=args.mixup,
-        cutmix=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        smoothing=args.smoothing,
-        num_classes=splits.source.num_classes,
-    )
-    return train_loader(
+    mixing = {name: getattr(args, name) for name in ("mixup", "cutmix", "cutmix_minmax", "smoothing")}
+    mixing |= {name: getattr(args, f"mixup_{name}") for name in ("prob", "switch_prob", "mode")}
+    collate = mixup_collate(num_classes=splits.source.num_classes, **mixing)
+    loader = train_loader(
         splits.train,
         batch_size=args.batch_size,
         update_freq=args.update_freq // math.gcd(args.update_freq, passes(args)),
@@ -62,6 +63,9 @@ def training_loader(args: Namespace, splits: Splits, compute: Compute) -> DataLo
         rank=compute.rank,
         world_size=compute.world_size,
     )
+    if args.popular_classes:
+        loader.sampler.chances = balanced(splits.train, len(args.popular_classes))
+    return loader
 
 
 def passes(args: Namespace) -> int:
@@ -131,7 +135,8 @@ class Training:
 
         seed_everything(args.seed, 0, 0)
         num_classes = self.splits.source.num_classes
-        self.arch = architecture(args.model, options, num_classes, self.splits.augment.input_size)
+        seen = self.splits.augment
+        self.arch = architecture(args.model, options, num_classes, seen.input_size, mean=seen.mean, std=seen.std)
         # Weights of the network's authors are fetched for a first epoch only.
         self.network = create_model(args.model, num_classes, **({} if path else options) | self.arch["options"])
         if path:
@@ -189,7 +194,9 @@ class Training:
             distil = self_distillation(args.alpha_kd, args.T_kd)
         losses = {"exit_weights": weights, "smoothing": args.smoothing, "distil": distil}
         if not args.l2w:
-            return joint_objective(**losses)
+            objective = joint_objective(**losses)
+            other = len(args.popular_classes)
+            return with_energy_hinge(objective, other, *args.energy_hinge) if args.energy_hinge else objective
         options = Weighting(**{name: getattr(args, name) for name in Weighting.__annotations__})
         proportions = geometric_quotas(args.target_p_index / 20, num_exits)
         run = {"proportions": proportions, "batches": len(self.loader), "epochs": args.epochs}

@@ -144,7 +144,7 @@ class ShardSampler(Sampler[int]):
     def __init__(self, size: int, *, rank=0, world_size=1, shuffle=False, seed=0, group=1):
         self.size, self.rank, self.world_size, self.shuffle, self.seed = size, rank, world_size, shuffle, seed
         self.used = size - size % (world_size * group) if shuffle else size
-        self.epoch = 0
+        self.epoch, self.chances = 0, None  # of every index, where some are to be drawn more often than others
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next pass takes."""
@@ -156,6 +156,8 @@ class ShardSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(self.size) if self.shuffle else np.arange(self.size)
+        if self.chances is not None:
+            order = rng.choice(self.size, self.size, p=self.chances)
         return iter(order[self.rank : self.used : self.world_size].tolist())
 
 

@@ -1,6 +1,7 @@
 """How sure an exit is of its answer: one number per sample, higher is always surer."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,7 +54,21 @@ CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def confidence_function(kind: str) -> Callable[[Tensor], Tensor]:
-    """The confidence function of that name; ValueError for an unknown one."""
-    if kind not in CONFIDENCES:
-        raise ValueError(f"unknown confidence {kind!r}; {nearest(kind, CONFIDENCES)}")
-    return CONFIDENCES[kind]
+    """The confidence function of that name, an energy's with its temperature behind a colon: "energy_logits:2".
+
+    Raises ValueError for an unknown name or a bad temperature.
+    """
+    name, colon, temperature = kind.partition(":")
+    if name not in CONFIDENCES:
+        raise ValueError(f"unknown confidence {kind!r}; {nearest(name, CONFIDENCES)}")
+    if not colon:
+        return CONFIDENCES[name]
+    try:
+        value = float(temperature) if name.startswith("energy") else 0.0
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ValueError(
+            f"confidence {kind!r}: a temperature is a number above 0, behind energy_logits or energy_softmax"
+        )
+    return partial(CONFIDENCES[name], temperature=value)

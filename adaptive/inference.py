@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from adaptive.confidence import confidence_function
+from adaptive.confidence import CONFIDENCES, confidence_function
 from models import MultiExitModel, State, join, take
 
 ORDERS = ("latency", "throughput")
@@ -17,12 +18,18 @@ ORDERS = ("latency", "throughput")
 
 @dataclass(frozen=True)
 class ExitTables:
-    """What every exit says about every sample, each [K, N]: confidence, top-1 and top-5 hits (bool), cross-entropy."""
+    """What every exit says about every sample.
+
+    [K, N] each: the confidence asked for, top-1 and top-5 hits (bool), cross-entropy; besides `scores` [S, K, N], every
+    kind of confidence in the order of `CONFIDENCES`, and `targets` [N].
+    """
 
     confidence: Tensor
     correct: Tensor
     correct5: Tensor
     loss: Tensor
+    scores: Tensor
+    targets: Tensor
 
     @classmethod
     def of(cls, exits: list[Tensor], targets: Tensor, confidence: str = "max_prob") -> "ExitTables":
@@ -31,13 +38,14 @@ class ExitTables:
         best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
         hits = best == targets[None, :, None]
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.repeat(len(exits)), reduction="none")
+        scores = torch.stack([score(logits).double() for score in CONFIDENCES.values()])
         sure = confidence_function(confidence)(logits)
-        return cls(sure, hits[..., 0], hits.any(-1), loss.view(len(exits), -1))
+        return cls(sure, hits[..., 0], hits.any(-1), loss.view(len(exits), -1), scores, targets)
 
     @classmethod
     def cat(cls, tables: list["ExitTables"]) -> "ExitTables":
         """One table of several, in order of samples."""
-        return cls(*(torch.cat(columns, dim=1) for columns in zip(*(t._columns() for t in tables), strict=True)))
+        return cls(*(torch.cat(columns, dim=-1) for columns in zip(*(t._columns() for t in tables), strict=True)))
 
     @classmethod
     def interleave(cls, tables: list["ExitTables"]) -> "ExitTables":
@@ -51,14 +59,14 @@ class ExitTables:
 
     def part(self, samples: Tensor) -> "ExitTables":
         """The table of some samples (int64 indices)."""
-        return ExitTables(*(column[:, samples] for column in self._columns()))
+        return ExitTables(*(column[..., samples] for column in self._columns()))
 
     def cpu(self) -> "ExitTables":
         """The table in main memory."""
         return ExitTables(*(column.cpu() for column in self._columns()))
 
     def _columns(self) -> tuple[Tensor, ...]:
-        return self.confidence, self.correct, self.correct5, self.loss
+        return self.confidence, self.correct, self.correct5, self.loss, self.scores, self.targets
 
 
 @torch.inference_mode()
@@ -137,20 +145,24 @@ def stream_adaptive(
 @torch.inference_mode()
 def run_single(model: MultiExitModel, images: Tensor, k: int) -> Tensor:
     """Logits [N, C] of exit k alone, the static network that ends there: earlier heads run only if stages read them."""
-    heads_feed_stages = type(model).carry is not MultiExitModel.carry
     state = model.begin(images)
-    for j in range(k):
-        state = (model.step if heads_feed_stages else model.trunk)(j, state)[1]
+    for j in model.stages_before(k):
+        state = (model.step if model.reads_logits(j) else model.trunk)(j, state)[1]
     return model.step(k, state)[0]
 
 
 def fold_batch_norm(model: MultiExitModel) -> MultiExitModel:
-    """A copy in eval mode in which every batch norm that directly follows a convolution in a sequence is part of it."""
+    """A copy in eval mode in which every batch norm that directly follows a convolution is part of it.
+
+    They are found in sequences, and in modules that name the pairs of their parts in `folds`.
+    """
     folded = copy.deepcopy(model).eval()
-    for sequence in [m for m in folded.modules() if isinstance(m, nn.Sequential)]:
-        for i in range(len(sequence) - 1):
-            conv, norm = sequence[i], sequence[i + 1]
+    for module in list(folded.modules()):
+        names = list(module._modules) if isinstance(module, nn.Sequential) else []
+        for first, second in [*pairwise(names), *getattr(module, "folds", ())]:
+            conv, norm = module._modules[first], module._modules[second]
             # Not their subclasses, which may do more: timm's batch norm with an activation, standardised weights.
             if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
-                sequence[i], sequence[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+                setattr(module, first, fuse_conv_bn_eval(conv, norm))
+                setattr(module, second, nn.Identity())
     return folded

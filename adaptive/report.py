@@ -4,6 +4,9 @@ exits:    [{"exit": k, "loss": float, "acc1": fraction, "acc5": fraction, "macs"
 rows:     [{"policy": str, "thresholds": [...], "accuracy": fraction, "macs": float, "shares": [K fractions]}]
 runtime:  as `adaptive.latency.compare_orders` returns it: {"num_images", "points": [...],
           "table": [{"policy", "images_per_s", "p50_ms", "p95_ms", "macs", "accuracy"}]}; a latency may be None
+router:   a row as above with what `adaptive.routing.routing` says of it
+
+`exits` may have "alone": multiply-adds of that exit without what only other exits need.
 """
 
 import io
@@ -16,68 +19,7 @@ import numpy as np
 
 from utils import replacing
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-:root { --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --page: #f6f8fa; --card: #ffffff; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9aa4af; --line: #30363d; --page: #0d1117; --card: #161b22; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1rem; }
-h1, h2 { line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
-h1 { font-size: 1.7rem; }
-h2 { font-size: 1.15rem; margin-bottom: .75rem; }
-p { margin: 0 0 .75rem; }
-.soft, dd { color: var(--soft); }
-.card, section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1.1rem; }
-section { margin-top: 1rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; margin-top: 1.5rem; }
-.card b { display: block; font-size: 2rem; line-height: 1.3; }
-.card p { margin: 0; font-size: .9rem; }
-figure { margin: 0 auto; max-width: 38rem; }
-figure svg { display: block; width: 100%; height: auto; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-tr:last-child td { border-bottom: 0; }
-th { color: var(--soft); font-weight: 600; font-size: .85rem; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-.key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin-bottom: .75rem; font-size: .85rem; }
-.key i { display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; margin-right: .35rem; }
-.share { display: grid; grid-template-columns: 15rem 1fr; gap: .2rem .8rem; align-items: center; margin: .5rem 0; }
-.share > span { font-size: .85rem; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.bar { display: flex; height: 1.6rem; border-radius: .3rem; overflow: hidden; font-size: .75rem; line-height: 1.6rem; }
-.bar span { flex: 0 0 auto; overflow: hidden; text-align: center; }
-dt { font-weight: 600; }
-dd { margin: 0 0 .75rem; overflow-wrap: anywhere; }
-@media (max-width: 40rem) {
-  .share { grid-template-columns: 1fr; margin: .8rem 0; }
-  table { font-size: .8rem; }
-  th, td { padding: .4rem .25rem; }
-}
-</style>
-</head>
-<body>
-<main>
-<h1>$title</h1>
-<p class="soft">$subtitle</p>
-<div class="cards">$cards</div>
-<section><h2>Accuracy against cost</h2><figure>$curve</figure></section>
-<section><h2>Each exit for all images, earlier heads included</h2>$exits</section>
-<section><h2>Where images leave</h2>$shares</section>
-$runtime
-$facts
-</main>
-</body>
-</html>
-""")
+PAGE = Path(__file__).with_name("report.html")
 
 # Okabe-Ito colours, told apart under every common colour blindness and readable on light and dark paper.
 CURVE, EXIT, CHOSEN = "#0072b2", "#d55e00", "#009e73"
@@ -96,7 +38,7 @@ LABEL_OFFSETS = [
 ]
 
 
-def plot_curve(path, exits, rows, *, title, runtime=None):
+def plot_curve(path, exits, rows, *, title, runtime=None, router=None):
     """Draw top-1 accuracy against MACs to ``path``; the suffix picks the format (``.png``, ``.svg``, ``.pdf``).
 
     Raises:
@@ -104,19 +46,19 @@ def plot_curve(path, exits, rows, *, title, runtime=None):
     """
     path = Path(path)
     with replacing(path) as temporary:
-        _save_curve(temporary, path.suffix[1:], exits, rows, title=title, runtime=runtime)
+        _save_curve(temporary, path.suffix[1:], exits, rows, title=title, runtime=runtime, router=router)
 
 
-def write_report(path, *, title, subtitle, exits, rows, runtime=None, facts=()):
+def write_report(path, *, title, subtitle, exits, rows, runtime=None, router=None, facts=()):
     """Write the page to ``path``: no script, nothing loaded from elsewhere. ``facts`` are (label, text) pairs."""
-    page = PAGE.substitute(
+    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         subtitle=escape(subtitle),
         cards="".join(_cards(exits, rows, runtime)),
-        curve=_inline_curve(exits, rows, runtime),
+        curve=_inline_curve(exits, rows, runtime, router),
         exits=_exit_table(exits),
         shares=_share_bars(_evenly_spaced(rows, 8)),
-        runtime=_runtime_section(runtime) if runtime else "",
+        runtime=(_router_section(router) if router else "") + (_runtime_section(runtime) if runtime else ""),
         facts=_facts_section(facts) if facts else "",
     )
     with replacing(Path(path)) as temporary:
@@ -138,7 +80,7 @@ def _macs(count):
     return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
-def _save_curve(target, file_format, exits, rows, *, title="", runtime=None, transparent=False):
+def _save_curve(target, file_format, exits, rows, *, title="", runtime=None, router=None, transparent=False):
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
@@ -152,6 +94,12 @@ def _save_curve(target, file_format, exits, rows, *, title="", runtime=None, tra
             axes.plot(*curve.T, color=CURVE, linewidth=2, label="early exit")
         marker = {"edgecolors": PAPER, "linewidths": 0.8, "zorder": 3}
         axes.scatter(*points.T, s=45, color=EXIT, label="one exit for all images", **marker)
+        spared = [(row["alone"] / unit, 100 * row["acc1"]) for row in exits if row.get("alone", np.inf) < row["macs"]]
+        if router and spared:
+            axes.scatter(*np.array(spared).T, s=45, facecolors="none", edgecolors=EXIT, label="the exit alone")
+        if router:
+            best = (router["oracle"]["macs"] / unit, 100 * router["oracle"]["accuracy"])
+            axes.scatter(*best, s=60, marker="D", facecolors="none", edgecolors=CHOSEN, label="oracle")
         if runtime:
             chosen = np.array([(point["macs"] / unit, 100 * point["accuracy"]) for point in runtime["points"]])
             timed = f"measured, {runtime['num_images']} images"
@@ -196,10 +144,10 @@ def _label_exits(axes, exits, points, line):
         label.set_in_layout(False)
 
 
-def _inline_curve(exits, rows, runtime):
+def _inline_curve(exits, rows, runtime, router):
     """The figure as an ``<svg>`` element in the colours of the page, light or dark."""
     buffer = io.StringIO()
-    _save_curve(buffer, "svg", exits, rows, runtime=runtime, transparent=True)
+    _save_curve(buffer, "svg", exits, rows, runtime=runtime, router=router, transparent=True)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--card)")
 
@@ -277,6 +225,22 @@ def _exit_styles(num_exits):
 
     places = np.linspace(0.2, 1, num_exits)  # darker ones drown in a dark page
     return [f"background:{to_hex(colormaps['viridis'](x))};color:{'#fff' if x < 0.45 else '#000'}" for x in places]
+
+
+def _router_section(router):
+    met = router["four_way"]
+    both = ("right", "wrong")
+    body = [[f"{a} at exit 0", *(f"{met[f'{a}_{b}']:,}" for b in both)] for a in both]
+    table = _table([f"{sum(met.values()):,} images that went on", "then right", "then wrong"], body)
+    kinds = [[kind, *(f"{value:.3f}" for value in values)] for kind, values in router["auroc"].items()]
+    heads = [f"exit {k}" for k in range(len(kinds[0]) - 1)]
+    text = (
+        f"{router['policy']}, {router['confidence']}: {_percent(router['routed'])} of {router['samples']:,} images go "
+        f"beyond exit 0. {_percent(router['accuracy'])} are right at {_macs(router['macs'])}; an oracle that knows the "
+        f"answers would have {_percent(router['oracle']['accuracy'])} at {_macs(router['oracle']['macs'])}."
+    )
+    ranks = _table(["AUROC of knowing the answer", *heads], kinds)
+    return f"<section><h2>What handing on does</h2><p>{escape(text)}</p>{table}<br>{ranks}</section>"
 
 
 def _runtime_section(runtime):

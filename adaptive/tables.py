@@ -22,6 +22,21 @@ def dynamic_lines(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def routing_lines(router: dict[str, Any]) -> list[str]:
+    """What the router did at one operating point, and how each kind of confidence would rank the samples."""
+    n, met = router["samples"], router["four_way"]
+    lines = [
+        f"{router['policy']}, {router['confidence']}: {100 * router['accuracy']:.2f} % of {n} images right at "
+        f"{router['macs'] / 1e6:.2f} M multiply-adds ({router['flops'] / 1e8:.4f} x 10^8 FLOPs by the published count)",
+        f"{n - sum(met.values())} stay at exit 0, {sum(met.values())} ({100 * router['routed']:.2f} %) go on; of these"
+        f" {met['wrong_right']} are mended, {met['right_wrong']} spoilt,"
+        f" {met['right_right']} right and {met['wrong_wrong']} wrong before and after",
+        f"oracle: {100 * router['oracle']['accuracy']:.2f} % at {router['oracle']['macs'] / 1e6:.2f} M",
+        "how well confidence tells what an exit knows (AUROC, by exit):",
+    ]
+    return lines + [f"  {kind:15}" + "".join(f"{v:8.3f}" for v in by_exit) for kind, by_exit in router["auroc"].items()]
+
+
 def runtime_lines(runtime: dict[str, Any]) -> list[str]:
     """The measured policies, and what early exit gains."""
     lines = [

@@ -105,15 +105,31 @@ def sweep(quotas: Iterable[Tensor], calib: Tables, test: Tables, costs: Sequence
 
     Rows of {thresholds, accuracy, macs, shares (on test), calib_accuracy, calib_macs}; `costs` [K] are multiply-adds.
     """
-    rows = []
-    for quota in quotas:
-        thresholds = quota_thresholds(calib.confidence, quota)
-        on_calib = simulate(calib.confidence, calib.correct, thresholds, costs)
-        on_test = simulate(test.confidence, test.correct, thresholds, costs)
-        row = {"thresholds": thresholds.tolist(), "accuracy": on_test.accuracy, "macs": on_test.cost}
-        row |= {"shares": on_test.shares, "calib_accuracy": on_calib.accuracy, "calib_macs": on_calib.cost}
-        rows.append(row)
-    return rows
+    return [operate(quota_thresholds(calib.confidence, quota), calib, test, costs) for quota in quotas]
+
+
+def operate(thresholds: Tensor, calib: Tables, test: Tables, costs: Sequence[float]) -> dict[str, Any]:
+    """What `thresholds` [K] do to calib and to test: a row of `sweep`."""
+    on_calib = simulate(calib.confidence, calib.correct, thresholds, costs)
+    on_test = simulate(test.confidence, test.correct, thresholds, costs)
+    row = {"thresholds": thresholds.tolist(), "accuracy": on_test.accuracy, "macs": on_test.cost}
+    return row | {"shares": on_test.shares, "calib_accuracy": on_calib.accuracy, "calib_macs": on_calib.cost}
+
+
+def share_quotas(shares: Sequence[float], num_exits: int) -> Tensor:
+    """Quotas [K] from the shares meant to leave at every exit but the last, which takes the rest; ValueError if bad."""
+    if len(shares) != num_exits - 1 or sum(shares) > 1:
+        raise ValueError(
+            f"shares {list(shares)} for {num_exits} exits; give one per exit but the last, at most 1 in all"
+        )
+    return torch.tensor([*shares, 1 - sum(shares)])
+
+
+def given_thresholds(values: Sequence[float], num_exits: int) -> Tensor:
+    """Thresholds [K], float64, from those of every exit but the last; ValueError for another number of them."""
+    if len(values) != num_exits - 1:
+        raise ValueError(f"{len(values)} router thresholds for {num_exits} exits; give one per exit but the last")
+    return torch.tensor([*values, EVERYBODY], dtype=torch.float64)
 
 
 def within_budget(accuracies: Sequence[float], costs: Sequence[float], budget: float) -> int:

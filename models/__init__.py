@@ -5,6 +5,7 @@ from models import (  # noqa: F401 (to register names)
     cifar,
     cifar_plain,
     dyn_perceiver,
+    ebjr,
     msdnet,
     plain_cnn,
     ranet,
@@ -12,15 +13,17 @@ from models import (  # noqa: F401 (to register names)
     timm_exits,
 )
 from models.multi_exit import MultiExitModel, State, join, map_leaves, take
-from models.registry import create_model, list_models, model_options, nearest, spelled_out
+from models.registry import create_model, kind_of, list_models, model_class, model_options, nearest, spelled_out
 
 __all__ = [
     "MultiExitModel",
     "State",
     "create_model",
     "join",
+    "kind_of",
     "list_models",
     "map_leaves",
+    "model_class",
     "model_options",
     "nearest",
     "spelled_out",

@@ -41,6 +41,7 @@ class CifarNet(MultiExitModel):
     """One exit; a family writes `features`, images to the last map, and names its linear layer."""
 
     num_exits = 1
+    normalisation = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
     classifier_name = "fc"
 
     def features_of(self, images: Tensor) -> Tensor:
@@ -62,6 +63,8 @@ class CifarNet(MultiExitModel):
 
 class DenseLayer(nn.Module):
     """Batch norm, ReLU, 1x1 convolution to 4 `growth` channels, the same with 3x3 to `growth`, joined to the input."""
+
+    folds = (("conv1", "bn2"),)
 
     def __init__(self, n_in: int, growth: int, drop: float) -> None:
         super().__init__()
@@ -139,6 +142,8 @@ class ResidualBlock(nn.Module):
         convs = [(1, planes, 1), (3, planes, stride), (1, 4 * planes, 1)]
         convs = convs if bottleneck else [(3, planes, stride), (3, planes, 1)]
         self.before, self.count, width = before, len(convs), n_in
+        pairs = [(f"conv{i}", f"bn{i + 1 if before else i}") for i in range(1, len(convs) + 1)]
+        self.folds = pairs[:-1] if before else pairs
         for i, (kernel, n_out, step) in enumerate(convs, 1):
             parts = {f"conv{i}": conv(width, n_out, kernel, step), f"bn{i}": nn.BatchNorm2d(width if before else n_out)}
             for name in sorted(parts, reverse=not before):  # in the order of execution
@@ -209,6 +214,8 @@ class CifarPreResNet(CifarResNet):
 
 class WideBlock(nn.Module):
     """Two pre-activated 3x3 convolutions; a shortcut of another width reads the activated input."""
+
+    folds = (("conv1", "bn2"),)
 
     def __init__(self, n_in: int, n_out: int, stride: int, drop: float) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """The protocol of every network here: an ordered list of stages; stage k turns a state into exit k's answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ class MultiExitModel(nn.Module):
 
     num_exits: int
     loss_weights: tuple[float, ...] = ()  # of the exits' losses, where a family was published with others than 1
+    normalisation: tuple[tuple[float, ...], ...] = ()  # mean and std that released weights read, if not the data set's
     embeddings: tuple[str, ...] = ()  # last part of the names of weights that are added, not multiplied with
 
     def begin(self, images: Tensor) -> State:
@@ -50,6 +51,14 @@ class MultiExitModel(nn.Module):
             logits, state = self.step(k, state)
             exits.append(logits)
         return exits
+
+    def reads_logits(self, k: int) -> bool:
+        """Whether a later stage reads exit k's logits."""
+        return type(self).carry is not MultiExitModel.carry
+
+    def stages_before(self, k: int) -> Iterable[int]:
+        """The stages that must have run before stage k, in order."""
+        return range(k)
 
     def timm_modules(self) -> dict[str, str]:
         """Modules that hold weights to their names in timm's version of the network; empty where they agree."""

@@ -3,7 +3,8 @@
 import difflib
 import inspect
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args, get_origin
 
 from models.multi_exit import MultiExitModel
 
@@ -66,6 +67,18 @@ def model_options(name: str) -> dict[str, inspect.Parameter]:
         del parameters[reserved]
     inner = model_options(entry.options["name"]) if parameters.pop("options", None) else {}
     return {key: p.replace(default=entry.options.get(key, p.default)) for key, p in parameters.items()} | inner
+
+
+def model_class(name: str) -> type[MultiExitModel]:
+    """The class of a registered network; ValueError for an unknown name."""
+    return _find(name).model_class
+
+
+def kind_of(annotation: Any) -> tuple[type, bool]:
+    """The type of an option's value, or of a list's elements, and whether it is a list; `X | None` counts as X."""
+    if isinstance(annotation, UnionType):
+        return kind_of(next(kind for kind in get_args(annotation) if kind is not NoneType))
+    return (get_args(annotation)[0], True) if get_origin(annotation) else (annotation, False)
 
 
 def spelled_out(arch: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ SMALL = {
     "cifar_vgg11_bn": {},
     "cifar_alexnet": {},
     "timm/mobilenetv3_small_050": {},
+    "ebjr": {"networks": ("cifar_resnet:depth=8,size=16", "msdnet:nBlocks=2,nChannels=4,growthRate=4,std=0.5/1/1")},
     "timm_ee": {"backbone": "mobilenetv3_small_050", "head_width": 8},
 }
 
@@ -73,7 +74,7 @@ msdnets = pytest.mark.parametrize("options", MSDNETS.values(), ids=MSDNETS)
 
 def is_cifar(name):
     stem = model_options(name).get("stem")
-    return name.startswith("cifar_") or (stem is not None and stem.default == "cifar")
+    return name.startswith(("cifar_", "ebjr")) or (stem is not None and stem.default == "cifar")
 
 
 def settled(model, images):

@@ -4,8 +4,9 @@ import argparse
 import re
 from collections.abc import Callable, Iterable
 from inspect import Parameter
-from types import NoneType, UnionType
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple
+
+from models import kind_of
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 
@@ -25,6 +26,8 @@ class Flag(NamedTuple):
         """The value that `word` stands for; a list if `many`, of numbers joined by dashes or commas or of one."""
         if self.many:
             one = self._replace(many=False)
+            if self.kind is str:
+                return [one.convert(word)]
             return [one.convert(part) for part in re.split(r"(?<=\d)-|,", word)]
         if self.kind is bool:
             if word.lower() not in TRUE + FALSE:
@@ -65,16 +68,9 @@ def flags_of_signature(parameters: dict[str, Parameter]) -> list[Flag]:
     """The flags that a constructor's keyword parameters make, by their annotations and defaults."""
     flags = []
     for name, parameter in parameters.items():
-        kind, many = _kind(parameter.annotation)
+        kind, many = kind_of(parameter.annotation)
         flags.append(Flag(name, kind, parameter.default, many=many))
     return flags
-
-
-def _kind(annotation: Any) -> tuple[type, bool]:
-    """The type of a value, or of a list's elements, and whether it is a list; `X | None` counts as X."""
-    if isinstance(annotation, UnionType):
-        return _kind(next(kind for kind in get_args(annotation) if kind is not NoneType))
-    return (get_args(annotation)[0], True) if get_origin(annotation) else (annotation, False)
 
 
 def parse_flags(
@@ -200,6 +196,7 @@ OBJECTIVE_FLAGS = [
     Flag("kd_teacher", str, "", "checkpoint of a network that teaches all exits"),
     Flag("T_kd", float, 4.0, "distillation temperature", low=1e-6),
     Flag("alpha_kd", float, 0.5, "distillation weight", low=0),
+    Flag("energy_hinge", float, (), "popular classes: weight, energy of others, energy of these", many=True),
     Flag("regime", str, "joint", "how exits are trained", choices=("joint", "equilibrium", "disjoint", "mixed")),
     Flag("freeze_backbone", bool, False, "train the heads alone, on features that stay as they are"),
     Flag("first_share", float, 0.5, "disjoint, mixed: share of the epochs that train the last exit alone", low=0),
@@ -302,6 +299,8 @@ def check(args: argparse.Namespace) -> None:
     mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixed and args.batch_size % 2:
         raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix need an even number")
+    if args.energy_hinge and (len(args.energy_hinge) != 3 or not args.popular_classes or mixed or args.l2w):
+        raise ValueError("--energy_hinge takes three numbers, with --popular_classes, without mixup, cutmix and L2W")
     if args.l2w:
         _check_l2w(args, mixed)
 

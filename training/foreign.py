@@ -1,6 +1,7 @@
 """Networks from any checkpoint: our own, the published ones of the reproduced papers, and bare state dicts."""
 
 from argparse import ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +75,20 @@ def _renamed(weights: dict[str, Tensor], names: dict[str, str], shapes: dict[str
     return found
 
 
+def named_in_order(weights: dict[str, Tensor], name: str, source: str | Path) -> dict[str, Tensor]:
+    """`weights` under the names of the registered network `name`, whose entries have the same shapes in the same order.
+
+    Batches that batch norms have counted need not be there. Raises ValueError where the shapes differ.
+    """
+    own = create_model(name, next(reversed(weights.values())).shape[0]).state_dict()
+    wanted, given = ([k for k in keys if not k.endswith("num_batches_tracked")] for keys in (own, weights))
+    pairs = list(zip(wanted, given, strict=False))
+    wrong = [f"{b} {list(weights[b].shape)} for {a}" for a, b in pairs if weights[b].shape != own[a].shape]
+    if wrong or len(given) != len(wanted):
+        raise ValueError(f"{source} is not {name}: {len(given)} entries for {len(wanted)}; {'; '.join(wrong[:2])}")
+    return own | {a: weights[b] for a, b in pairs}
+
+
 def stored_flags(content: dict, flags: list[Flag], source: str | Path) -> dict[str, Any]:
     """What checkpoint `source` says of these flags: ours hold a dict of them, Dyn-Perceiver's a Namespace.
 
@@ -92,12 +107,18 @@ def stored_flags(content: dict, flags: list[Flag], source: str | Path) -> dict[s
     return found
 
 
-def architecture(name: str, options: dict[str, Any], num_classes: int, input_size: int) -> dict[str, Any]:
-    """What a checkpoint stores to build its network again; a network that depends on the images' side is told it."""
+def architecture(
+    name: str, options: dict[str, Any], num_classes: int, input_size: int, **stats: Sequence[float]
+) -> dict[str, Any]:
+    """What a checkpoint stores to build its network again.
+
+    A network that depends on the images' side, or on their normalisation (mean, std), is told it.
+    """
     # Published weights to start from are no part of what the network is.
     lasting = {option: value for option, value in options.items() if option != "pretrained"}
-    side = {"input_size": input_size} if "input_size" in model_options(name) else {}
-    return {"name": name, "options": lasting | side, "num_classes": num_classes}
+    told = {"input_size": input_size, **{key: list(value) for key, value in stats.items()}}
+    told = {key: value for key, value in told.items() if key in model_options(name)}
+    return {"name": name, "options": lasting | told, "num_classes": num_classes}
 
 
 def stored_arch(content: dict, source: str | Path) -> dict[str, Any] | None:
@@ -125,22 +146,25 @@ def load_network(
     options: dict[str, Any],
     num_classes: int,
     input_size: int,
+    **stats: Sequence[float],
 ) -> tuple[MultiExitModel, dict[str, Any], str]:
     """The network of checkpoint `source` for evaluation, its architecture, and which weights it has.
 
     `weights` is model, ema, or auto (the moving average if there is one). `name` (or "") and `options` must agree with
-    the file, and are needed if that names no network; the last two describe the images. Raises ValueError.
+    the file, and are needed if that names no network; the rest (with `mean`, `std`) describes the images. ValueError.
     """
     ema = content.get("model_ema") is not None if weights == "auto" else weights == "ema"
     values, arch = weights_of(content, source, ema=ema), stored_arch(content, source)
     if arch is None:
         if not name:
             raise ValueError(f"checkpoint {source} does not name a network known here: give --model and its options")
-        arch = architecture(name, options, num_classes, input_size)
+        arch = architecture(name, options, num_classes, input_size, **stats)
     elif name not in ("", arch["name"]) or not _compared(options).items() <= spelled_out(arch)["options"].items():
         raise ValueError(f"checkpoint {source} holds another network than --model and its options say: {arch}")
     if arch["num_classes"] != num_classes:
         raise ValueError(f"checkpoint {source} has {arch['num_classes']} classes, the data set {num_classes}")
+    told = {key: list(value) for key, value in stats.items() if key in model_options(arch["name"])}
+    arch = {**arch, "options": arch["options"] | told}
     model = create_model(arch["name"], arch["num_classes"], **arch["options"])
     load_weights(model, from_timm(model, values), f"checkpoint {source}")
     return model.eval(), arch, "moving average of the weights" if ema else "weights"
@@ -214,7 +238,7 @@ def load_teacher(source: str | Path, num_classes: int, augment: Augment) -> Mult
     for name, ours in (("mean", augment.mean), ("std", augment.std)):
         if list(stored.get(name) or ours) != list(ours):
             raise ValueError(f"teacher {source} reads images of --{name} {stored[name]}, this run has {list(ours)}")
-    images = {"num_classes": num_classes, "input_size": augment.input_size}
+    images = {"num_classes": num_classes, "input_size": augment.input_size, "mean": augment.mean, "std": augment.std}
     return load_network(content, source, "auto", name="", options={}, **images)[0].requires_grad_(False)
 
 

@@ -83,6 +83,27 @@ def teacher_distillation(
     return distil
 
 
+def with_energy_hinge(objective: Objective, other: int, weight: float, low: float, high: float) -> Objective:
+    """Adds weight * (mean max(0, high - e)^2 of known classes + mean max(0, e - low)^2 of class `other`) at every exit.
+
+    e = log sum exp(logits) is the negated free energy, in nats, which the router may read: known inputs are to have at
+    least `high`, others at most `low` (energy-based out-of-distribution training, arXiv 2010.03759). Targets are
+    classes [B].
+    """
+
+    def hinged(model: nn.Module, images: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        for loss, exits in objective(model, images, targets):
+            known = (targets != other).float()
+            for logits in exits:
+                energy = full_precision(logits).logsumexp(1)
+                inside = (known * F.relu(high - energy) ** 2).sum() / known.sum().clamp(min=1)
+                outside = ((1 - known) * F.relu(energy - low) ** 2).sum() / (1 - known).sum().clamp(min=1)
+                loss = loss + weight * (inside + outside)
+            yield loss, exits
+
+    return hinged
+
+
 def joint_objective(
     *, exit_weights: Sequence[float], smoothing: float, distil: Distillation | None = None
 ) -> Objective:

@@ -323,14 +323,14 @@ def test_tables_take_any_confidence_and_few_classes():
 def numbered(*numbers):
     """Tables of two exits whose every entry tells the sample."""
     row = torch.tensor(numbers)
-    return ExitTables(
-        torch.stack([row, row + 100]), torch.stack([row > 3, row > 4]), row.expand(2, -1) > 0, -row.expand(2, -1)
-    )
+    two = torch.stack([row, row + 100])
+    hits = torch.stack([row > 3, row > 4])
+    return ExitTables(two, hits, row.expand(2, -1) > 0, -row.expand(2, -1), torch.stack([two, -two]), row)
 
 
 def check_samples(tables, *numbers):
     expected = numbered(*numbers)
-    for column in ("confidence", "correct", "correct5", "loss"):
+    for column in ("confidence", "correct", "correct5", "loss", "scores", "targets"):
         assert torch.equal(getattr(tables, column), getattr(expected, column))
     assert len(tables) == len(numbers)
 

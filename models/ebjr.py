@@ -1,0 +1,217 @@
+"""Cascades of any networks: a small one sees every image, the next is asked where that is unsure (EBJR).
+
+Akbari et al., "Energy-Based Joint Reasoning for Adaptive Inference", https://arxiv.org/abs/2110.10343, for two networks
+or more. Routing is thresholding the exits' confidence, as in every network here: an image that stays with the student
+never reaches the teacher, whose answer otherwise replaces the student's.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.multi_exit import MultiExitModel, State
+from models.registry import create_model, kind_of, model_options, nearest, register
+
+NO = -1e4  # logit of a class that is ruled out: no probability, yet a finite loss
+
+
+class Member(NamedTuple):
+    """One network of a cascade, and how it sees the images.
+
+    `mean` and `std` per channel normalise what it reads (None: as the cascade's images are). It reads `size` pixels,
+    cut from the middle of the images resized to `size / crop` (None: the images as they are). Its output j means class
+    `classes[j]` of the cascade, or "none of these" where that is -1 (None: the same classes in the same order).
+    """
+
+    name: str
+    options: dict[str, Any]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: int | None = None
+    crop: float | None = None
+    classes: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        values = {**self.options, **{name: getattr(self, name) for name in VIEW}}
+        words = {key: "/".join(map(str, v)) if isinstance(v, (tuple, list)) else v for key, v in values.items()}
+        return f"{self.name}:{','.join(f'{key}={w}' for key, w in words.items() if w is not None)}".rstrip(":")
+
+
+VIEW = Member._fields[2:]
+
+
+def parse_member(text: str) -> Member:
+    """A network written as "NAME" or "NAME:option=value,option=value", a list as numbers with slashes between.
+
+    Options are the network's own and those of `Member`. Raises ValueError for an unknown network or option, or a value
+    of another type.
+    """
+    name, _, rest = text.partition(":")
+    own = {key: parameter.annotation for key, parameter in model_options(name).items()}
+    hints = get_type_hints(Member)
+    known, found = {**own, **{key: hints[key] for key in VIEW}}, {}
+    for part in filter(None, rest.split(",")):
+        key, equals, word = part.partition("=")
+        if key == "weights":
+            raise ValueError(f"network {text!r}: weights are for eval_dynamic.py --model ebjr, which loads them")
+        if not equals or key not in known:
+            raise ValueError(
+                f"network {text!r}: unknown option {part!r}; {nearest(key, [*VIEW, 'weights', *own])[:300]}"
+            )
+        kind, many = kind_of(known[key])
+        try:
+            values = [_value(one, kind) for one in (re.split(r"/|(?<=\d)-", word) if many else [word])]
+        except ValueError:
+            raise ValueError(f"network {text!r}: {key}={word} is not of type {kind.__name__}") from None
+        found[key] = tuple(values) if many else values[0]
+    options = {key: value for key, value in found.items() if key not in VIEW}
+    member = Member(name, options, **{key: value for key, value in found.items() if key in VIEW})
+    if any(len(stats) != 3 for stats in (member.mean or "rgb", member.std or "rgb")) or min(member.std or (1,)) <= 0:
+        raise ValueError(f"network {text!r}: mean and std are three numbers each, as in mean=0.5/0.5/0.5, std above 0")
+    if not 0 < (member.crop or 1) <= 1 or (member.size or 1) < 1:
+        raise ValueError(f"network {text!r}: size is at least 1, crop above 0 and at most 1")
+    return member
+
+
+def _value(word: str, kind: type) -> Any:
+    if kind is bool:
+        if word.lower() not in ("true", "false"):
+            raise ValueError
+        return word.lower() == "true"
+    return kind(word)
+
+
+class Cascade(MultiExitModel):
+    """Networks in a row; every exit of each is an exit, and the next network begins from the images again.
+
+    Args:
+        networks: each as `parse_member` reads it, the cheapest first; a multi-exit network brings all its exits.
+        mean, std: normalisation per channel of the images that the cascade itself is given.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 10,
+        networks: Sequence[str] = ("cifar_densenet_52_6", "cifar_densenet_64_12"),
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        if len(networks) < 2:
+            raise ValueError(f"networks is {list(networks)}; a cascade has two or more")
+        self.members = [parse_member(text) for text in networks]
+        self.networks = nn.ModuleList(
+            create_model(m.name, len(m.classes or ()) or num_classes, **m.options) for m in self.members
+        )
+        self.views = nn.ModuleList(View(m, mean, std) for m in self.members)
+        self.answers = nn.ModuleList(ClassMap(m.classes, num_classes) for m in self.members)
+        # Of each stage: its network, and the exit there.
+        self.stages = [(i, j) for i, network in enumerate(self.networks) for j in range(network.num_exits)]
+        self.num_exits = len(self.stages)
+        for member, network in zip(self.members, self.networks, strict=True):
+            if member.classes and network.reads_logits(0):
+                raise ValueError(f"classes of {member.name}: it reads its own logits and cannot have them renamed")
+
+    def begin(self, images: Tensor) -> State:
+        """The images [B, 3, H, W], and no state of a network."""
+        return {"images": images, "inner": None}
+
+    def trunk(self, k: int, state: State) -> tuple[Tensor, State]:
+        """What the network's exit reads; a network's first stage reads the images, which its successors see again."""
+        i, j = self.stages[k]
+        network, last = self.networks[i], j == self.networks[i].num_exits - 1
+        inner = network.begin(self.views[i](state["images"])) if j == 0 else state["inner"]
+        features, inner = network.trunk(j, inner)
+        images = state["images"] if i < len(self.networks) - 1 else None
+        return features, {"images": images, "inner": None if last else inner}
+
+    def head(self, k: int, features: Tensor) -> Tensor:
+        """Logits [B, num_classes] over the cascade's classes."""
+        i, j = self.stages[k]
+        return self.answers[i](self.networks[i].head(j, features))
+
+    def carry(self, k: int, state: State, logits: Tensor) -> State:
+        """Hands an exit's logits to the network that may read them."""
+        i, j = self.stages[k]
+        if j == self.networks[i].num_exits - 1:
+            return state
+        return {**state, "inner": self.networks[i].carry(j, state["inner"], logits)}
+
+    def reads_logits(self, k: int) -> bool:
+        """As the network of exit k has it."""
+        i, j = self.stages[k]
+        return self.networks[i].reads_logits(j)
+
+    def stages_before(self, k: int) -> Iterable[int]:
+        """The earlier stages of the same network."""
+        return range(k - self.stages[k][1], k)
+
+
+class View(nn.Module):
+    """The cascade's images as one network reads them: resized (bicubic, antialiased), cut, normalised."""
+
+    def __init__(self, member: Member, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.size, self.side = member.size, round((member.size or 0) / (member.crop or 1))
+        own_mean, own_std = member.mean or mean, member.std or std
+        self.same = (*own_mean, *own_std) == (*mean, *std)
+        values = {
+            "scale": [b / own for b, own in zip(std, own_std, strict=True)],
+            "shift": [(a - own) / b for a, own, b in zip(mean, own_mean, own_std, strict=True)],
+            "black": [-a / b for a, b in zip(mean, std, strict=True)],
+            "white": [(1 - a) / b for a, b in zip(mean, std, strict=True)],
+        }
+        for name, value in values.items():  # what the cascade was told, not what it learned
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] to [B, 3, size, size]."""
+        if self.size and self.side != images.shape[-1]:
+            # In full precision: there is no antialiased kernel for bfloat16.
+            pixels = F.interpolate(images.float(), (self.side, self.side), mode="bicubic", antialias=True)
+            pixels = torch.minimum(torch.maximum(pixels, self.black), self.white)  # bicubic overshoots at edges
+            images = pixels.to(images.dtype)
+        if self.size and self.size < self.side:
+            edge = round((self.side - self.size) / 2)
+            images = images[:, :, edge : edge + self.size, edge : edge + self.size]
+        return images if self.same else images * self.scale + self.shift
+
+
+class ClassMap(nn.Module):
+    """One network's logits as logits over the cascade's classes.
+
+    Classes that it does not know have no probability. Where it says "none of these", nothing has: all logits are equal
+    and low, so that every kind of confidence is at its least and the next network is asked (specialised EBJR).
+    """
+
+    def __init__(self, classes: Sequence[int] | None, num_classes: int) -> None:
+        super().__init__()
+        self.same, self.num_classes = classes is None, num_classes
+        if self.same:
+            return
+        own = [c for c in classes if c >= 0]
+        if not own or len(set(own)) < len(own) or max(own) >= num_classes:
+            raise ValueError(f"classes are {list(classes)}; accepted: different numbers below {num_classes}, or -1")
+        for name, value in {
+            "outputs": torch.tensor([j for j, c in enumerate(classes) if c >= 0]),
+            "meanings": torch.tensor(own),
+            "none": torch.tensor([c < 0 for c in classes]),
+        }.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """[B, outputs of the network] to [B, num_classes]."""
+        if self.same:
+            return logits
+        known = logits.new_full((len(logits), self.num_classes), NO)
+        known = known.index_copy(1, self.meanings, logits.index_select(1, self.outputs))
+        return known.masked_fill(self.none[logits.argmax(1)][:, None], NO)
+
+
+register(Cascade, "ebjr", "cascade of any networks (EBJR); as it is, the published pair for CIFAR-10")
+register(Cascade, "ebjr_cifar100", "EBJR's pair for CIFAR-100", networks=("cifar_densenet_58_6", "cifar_densenet_88_8"))

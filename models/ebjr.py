@@ -170,15 +170,17 @@ class View(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] to [B, 3, size, size]."""
-        if self.size and self.side != images.shape[-1]:
+        """[B, 3, H, W] to [B, 3, size, size]: the short side to `size / crop` pixels, then the middle is cut out."""
+        short = min(images.shape[-2:])
+        if self.size and self.side != short:
+            sides = [int(self.side * side / short) for side in images.shape[-2:]]
             # In full precision: there is no antialiased kernel for bfloat16.
-            pixels = F.interpolate(images.float(), (self.side, self.side), mode="bicubic", antialias=True)
+            pixels = F.interpolate(images.float(), sides, mode="bicubic", antialias=True)
             pixels = torch.minimum(torch.maximum(pixels, self.black), self.white)  # bicubic overshoots at edges
             images = pixels.to(images.dtype)
-        if self.size and self.size < self.side:
-            edge = round((self.side - self.size) / 2)
-            images = images[:, :, edge : edge + self.size, edge : edge + self.size]
+        if self.size and max(images.shape[-2:]) > self.size:
+            top, left = (round((side - self.size) / 2) for side in images.shape[-2:])
+            images = images[:, :, top : top + self.size, left : left + self.size]
         return images if self.same else images * self.scale + self.shift
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,12 +25,12 @@ from adaptive.inference import ExitTables
 from adaptive.routing import auroc, oracle
 from adaptive.thresholds import exit_of, quota_thresholds, share_quotas
 from models import create_model
-from training.augment import Augment, eval_transform
 from training.checkpoint import load
 from training.foreign import named_in_order
 from utils import Progress, run_main
 
 STATS = f"mean={127 / 255}/{127 / 255}/{127 / 255},std={128 / 255}/{128 / 255}/{128 / 255}"
+SUFFIXES = (".jpeg", ".jpg", ".png")
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0)
 
 
@@ -43,29 +43,19 @@ def lite(number):
     return named_in_order(load(path), f"timm/tf_efficientnet_lite{number}", path)
 
 
-class Folder(torch.utils.data.Dataset):
-    """The images of a folder, whose sorted names are in the order of the classes."""
-
-    def __init__(self, path, side):
-        self.files = sorted(p for p in Path(path).glob("*") if p.suffix.lower() in (".jpeg", ".jpg", ".png"))
-        if len(self.files) != 1000:
-            raise ValueError(f"{path} holds {len(self.files)} images, expected 1000, one a class")
-        self.transform = eval_transform(Augment(side, (0.0,) * 3, (1.0,) * 3, crop_pct=1.0))
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        with Image.open(self.files[i]) as image:
-            return self.transform(image.convert("RGB")), i
-
-
 @torch.inference_mode()
 def tables_of(model, folder):
-    """What both networks say about every image."""
-    parts = []
-    for images, labels in Progress(DataLoader(folder, 20), "images", len(folder) // 20, shown=True):
-        parts.append(ExitTables.of(model(images), labels))
+    """What both networks say about every image of a folder, in any order; images of one shape go together."""
+    files, shapes, parts = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in SUFFIXES), {}, []
+    if len(files) != 1000:
+        raise ValueError(f"{folder} holds {len(files)} images, expected 1000, one a class")
+    for label, file in enumerate(files):
+        with Image.open(file) as image:
+            shapes.setdefault(image.size, []).append(label)
+    batches = [labels[i : i + 25] for labels in shapes.values() for i in range(0, len(labels), 25)]
+    for labels in Progress(batches, "batches", len(batches), shown=True):
+        images = [pil_to_tensor(Image.open(files[label]).convert("RGB")) for label in labels]
+        parts.append(ExitTables.of(model(torch.stack(images) / 255), torch.tensor(labels)))
     return ExitTables.cat(parts)
 
 
@@ -83,13 +73,12 @@ def main(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("--side", type=int, default=256, help="short side that the images are read at")
     parser.add_argument("--seed", type=int, default=0, help="of the halves")
     args = parser.parse_args(argv)
     networks = [
         f"timm/tf_efficientnet_lite{number}:size={size},crop=0.875,{STATS}" for number, size in ((0, 224), (2, 260))
     ]
-    model = create_model("ebjr", 1000, networks=networks).eval()
+    model = create_model("ebjr", 1000, networks=networks).eval().to(memory_format=torch.channels_last)
     for network, number in zip(model.networks, (0, 2), strict=True):
         network.load_state_dict(lite(number))
     costs = [
@@ -97,7 +86,7 @@ def main(argv):
         for network, size in zip(model.networks, (224, 260), strict=True)
     ]
     costs[1] += costs[0]
-    tables = tables_of(model, Folder(args.folder, args.side))
+    tables = tables_of(model, args.folder)
     for k, network in enumerate(model.networks):
         top1, top5 = (100 * hits[k].double().mean().item() for hits in (tables.correct, tables.correct5))
         size = sum(p.numel() for p in network.parameters())

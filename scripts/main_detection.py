@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.detection import create_detector, detector_costs
 from models.registry import nearest
 from training.checkpoint import LAST, load, load_weights, save_epoch
-from training.detection import CocoImages, collate, detect, precision, train_epoch
+from training.detection import BUILD, CocoImages, collate, detect, precision, train_epoch
 from training.flags import Flag, parse_flags, with_defaults
 from training.foreign import weights_of
 from training.optim import Update, lr_at, make_optimizer
@@ -56,9 +56,6 @@ FLAGS = [
     Flag("eval", bool, False, "evaluate the last checkpoint in --output_dir instead of training"),
     Flag("flops", bool, False, "print the detector's costs instead of training"),
 ]
-
-
-BUILD = ("freeze_norm", "min_size", "max_size", "smallest_anchor", "proposals", "sampled")
 
 
 def print_costs(name, num_classes):

@@ -15,9 +15,22 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+from models.detection import create_detector
+from training.checkpoint import load_weights
 from utils import Meters, Progress
 
 MEASURES = ("AP", "AP50", "AP75")
+BUILD = ("freeze_norm", "min_size", "max_size", "smallest_anchor", "proposals", "sampled")  # options of a detector
+
+
+def detector_of(content: dict[str, Any], source: str | Path) -> nn.Module:
+    """The detector in a checkpoint of scripts/main_detection.py; ValueError if `content` is of something else."""
+    if not {"model_name", "args", "categories", "model"} <= content.keys():
+        raise ValueError(f"checkpoint {source} holds no detector of scripts/main_detection.py")
+    options = {name: content["args"][name] for name in BUILD}
+    detector = create_detector(content["model_name"], len(content["categories"]) + 1, **options)
+    load_weights(detector, content["model"], f"checkpoint {source}")
+    return detector
 
 
 class CocoImages(Dataset):

@@ -98,3 +98,16 @@ def test_the_kinds_are_those_of_the_command_line():
 def test_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="unknown confidence 'maxprob'; did you mean max_prob"):
         confidence_function("maxprob")
+
+
+def test_an_energy_takes_a_temperature_behind_its_name():
+    logits = torch.tensor([[1.0, 3.0, -2.0]])
+    for name, function in (("energy_logits", energy_logits), ("energy_softmax", energy_softmax)):
+        assert torch.equal(confidence_function(f"{name}:2.5")(logits), function(logits, 2.5))
+        assert torch.equal(confidence_function(name)(logits), function(logits))
+
+
+@pytest.mark.parametrize("kind", ["max_prob:2", "energy_logits:0", "energy_logits:warm", "energy_softmax:"])
+def test_bad_temperatures_are_named(kind):
+    with pytest.raises(ValueError, match="a temperature is a number above 0, behind energy_logits or energy_softmax"):
+        confidence_function(kind)

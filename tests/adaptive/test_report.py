@@ -166,3 +166,23 @@ def test_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         page_of(tmp_path)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+ROUTER = ROWS[1] | {
+    "confidence": "energy_softmax",
+    "samples": 100,
+    "routed": 0.27,
+    "four_way": {"right_right": 11, "right_wrong": 2, "wrong_right": 13, "wrong_wrong": 1},
+    "oracle": {"accuracy": 0.81, "macs": 20e6},
+    "auroc": {"max_prob": [0.912, 0.856], "margin": [0.9, 0.8]},
+}
+
+
+def test_page_tells_what_handing_on_does(tmp_path):
+    exits = [row | {"alone": row["macs"] - 5_000_000 * row["exit"]} for row in EXITS]
+    page = page_of(tmp_path, exits=exits, router=ROUTER)
+    for cells in (["right at exit 0", "11", "2"], ["wrong at exit 0", "13", "1"], ["max_prob", "0.912", "0.856"]):
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+    assert "27.00 % of 100 images go beyond exit 0" in page and "81.00 % at 20.00 M" in page
+    assert "oracle" in page and "the exit alone" in page
+    assert "oracle" not in page_of(tmp_path)

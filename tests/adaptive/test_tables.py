@@ -1,4 +1,4 @@
-from adaptive.tables import anytime_lines, dynamic_lines, runtime_lines
+from adaptive.tables import anytime_lines, dynamic_lines, routing_lines, runtime_lines
 
 
 def test_anytime_lines_hold_every_exit():
@@ -53,3 +53,22 @@ def test_runtime_lines_hold_the_measured_policies():
     assert all(number in lines[4] for number in ("2.35x", "2.83x", "3.50x"))
     assert len(lines) == 5
     assert len({len(line) for line in lines[1:4]}) == 1  # columns line up
+
+
+def test_routing_is_told_in_counts_and_shares():
+    router = {
+        "policy": "threshold 2.46",
+        "confidence": "energy_softmax",
+        "accuracy": 0.95,
+        "macs": 66e6,
+        "flops": 1.3428e8,
+        "samples": 1000,
+        "routed": 0.272,
+        "four_way": {"right_right": 183, "right_wrong": 14, "wrong_right": 45, "wrong_wrong": 30},
+        "oracle": {"accuracy": 0.966, "macs": 33e6},
+        "auroc": {"max_prob": [0.919]},
+    }
+    text = "\n".join(routing_lines(router))
+    assert "95.00 % of 1000 images right at 66.00 M multiply-adds (1.3428 x 10^8 FLOPs" in text
+    assert "728 stay at exit 0, 272 (27.20 %) go on; of these 45 are mended, 14 spoilt, 183 right and 30 wrong" in text
+    assert "oracle: 96.60 % at 33.00 M" in text and "0.919" in text

@@ -6,6 +6,7 @@ from models import (  # noqa: F401 (to register names)
     cifar_plain,
     dyn_perceiver,
     ebjr,
+    mobilenetv2,
     msdnet,
     plain_cnn,
     ranet,

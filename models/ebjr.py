@@ -163,8 +163,8 @@ class View(nn.Module):
         values = {
             "scale": [b / own for b, own in zip(std, own_std, strict=True)],
             "shift": [(a - own) / b for a, own, b in zip(mean, own_mean, own_std, strict=True)],
-            "black": [-a / b for a, b in zip(mean, std, strict=True)],
-            "white": [(1 - a) / b for a, b in zip(mean, std, strict=True)],
+            "given_mean": list(mean),
+            "given_std": list(std),
         }
         for name, value in values.items():  # what the cascade was told, not what it learned
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
@@ -174,14 +174,20 @@ class View(nn.Module):
         short = min(images.shape[-2:])
         if self.size and self.side != short:
             sides = [int(self.side * side / short) for side in images.shape[-2:]]
-            # In full precision: there is no antialiased kernel for bfloat16.
-            pixels = F.interpolate(images.float(), sides, mode="bicubic", antialias=True)
-            pixels = torch.minimum(torch.maximum(pixels, self.black), self.white)  # bicubic overshoots at edges
-            images = pixels.to(images.dtype)
+            images = self.resized(images, sides)
         if self.size and max(images.shape[-2:]) > self.size:
             top, left = (round((side - self.size) / 2) for side in images.shape[-2:])
             images = images[:, :, top : top + self.size, left : left + self.size]
         return images if self.same else images * self.scale + self.shift
+
+    def resized(self, images: Tensor, sides: list[int]) -> Tensor:
+        """[B, 3, H, W] to these sides, of 8-bit pixels as published networks were trained on."""
+        levels = (images.float() * self.given_std + self.given_mean).mul(255).round()
+        if images.device.type == "cpu":  # the one kernel for bytes, which rounds as PIL does
+            levels = F.interpolate(levels.to(torch.uint8), sides, mode="bicubic", antialias=True).float()
+        else:
+            levels = F.interpolate(levels, sides, mode="bicubic", antialias=True).round().clamp(0, 255)
+        return ((levels / 255 - self.given_mean) / self.given_std).to(images.dtype)
 
 
 class ClassMap(nn.Module):

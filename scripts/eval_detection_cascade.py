@@ -92,9 +92,8 @@ def main(argv):
     exits = torch.stack([cascade([images[i][0]])[0]["exit"] for i in range(len(images))])
     spent = 1e3 * (time.perf_counter() - start) / len(images)
     differ = int((exits != (scores < limit).long()).sum())
-    print(
-        f"run for real at {limit:.6g}: {exits.double().mean():.1%} handed on, {spent:.1f} ms an image, {differ} differ"
-    )
+    handed = 100 * exits.double().mean().item()
+    print(f"run for real at {limit:.6g}: {handed:.1f} % handed on, {spent:.1f} ms an image, {differ} differ")
 
 
 if __name__ == "__main__":

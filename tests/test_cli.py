@@ -290,7 +290,7 @@ def test_recipes_parse(command, tmp_path):
         assert args.data_path == "some data" and args.output_dir
         create_model(args.model, 10, **options)
     else:
-        assert given["checkpoint"]
+        assert given.get("checkpoint") or len(options["networks"]) > 1
 
 
 @pytest.mark.parametrize("gpus", [1, 8])
@@ -845,6 +845,27 @@ def test_a_checkpoint_that_names_no_network_needs_one(trained, images, tmp_path,
     evaluate([*map(str, bare), *NETWORK])
     figures = [row["acc1"] for row in read_json(tmp_path / "anytime.json")]
     assert figures == pytest.approx([read_log(trained)[-1][f"test/acc1/exit{k}"] for k in range(2)])
+
+
+def test_a_cascade_is_evaluated_from_its_networks_files_and_then_from_its_own(trained, tmp_path, capsys):
+    words = [f"weights={trained / 'checkpoint-last.pth'}"] * 2
+    flags = ["--router_threshold", "0.9", "0.8", "0.7", "--mode", "dynamic", *RUN]
+    evaluate(["--model", "ebjr", "--networks", *words, "--output_dir", str(tmp_path / "first"), *flags])
+    exits, routing = (read_json(tmp_path / "first" / name) for name in ("anytime.json", "routing.json"))
+    assert [row["acc1"] for row in exits[:2]] == [row["acc1"] for row in exits[2:]] and len(exits) == 4
+    assert exits[3]["macs"] == 2 * exits[1]["macs"] and exits[3]["alone"] == exits[1]["alone"] < exits[1]["macs"]
+    assert routing["policy"] == "threshold 0.9 0.8 0.7" and routing["samples"] == 20
+    assert "probably trained" not in capsys.readouterr().out  # both held out the same images
+    evaluate_into(tmp_path / "second", tmp_path / "first" / "cascade.pth", *flags)
+    assert read_json(tmp_path / "second" / "anytime.json") == exits
+
+
+def test_mistakes_in_a_cascade(trained, error_of):
+    weights = f"weights={trained / 'checkpoint-last.pth'}"
+    known = ["--model", "ebjr", *RUN, "--networks"]
+    assert "a cascade has two or more" in error_of(evaluate, *known, weights)
+    assert "cannot read checkpoint nowhere.pth" in error_of(evaluate, *known, weights, "weights=nowhere.pth")
+    assert "unknown model 'msdnt'" in error_of(evaluate, *known, weights, "msdnt:" + weights)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ SMALL = {
     "cifar_alexnet": {},
     "timm/mobilenetv3_small_050": {},
     "ebjr": {"networks": ("cifar_resnet:depth=8,size=16", "msdnet:nBlocks=2,nChannels=4,growthRate=4,std=0.5/1/1")},
+    "mobilenetv2": {"width_mult": 0.1},
     "timm_ee": {"backbone": "mobilenetv3_small_050", "head_width": 8},
 }
 

@@ -232,7 +232,10 @@ def _router_section(router):
     both = ("right", "wrong")
     body = [[f"{a} at exit 0", *(f"{met[f'{a}_{b}']:,}" for b in both)] for a in both]
     table = _table([f"{sum(met.values()):,} images that went on", "then right", "then wrong"], body)
-    kinds = [[kind, *(f"{value:.3f}" for value in values)] for kind, values in router["auroc"].items()]
+    kinds = [
+        [kind, *("–" if value is None else f"{value:.3f}" for value in values)]
+        for kind, values in router["auroc"].items()
+    ]
     heads = [f"exit {k}" for k in range(len(kinds[0]) - 1)]
     text = (
         f"{router['policy']}, {router['confidence']}: {_percent(router['routed'])} of {router['samples']:,} images go "

@@ -14,17 +14,17 @@ from adaptive.confidence import CONFIDENCES
 from adaptive.thresholds import exit_of
 
 
-def auroc(score: Tensor, positive: Tensor) -> float:
+def auroc(score: Tensor, positive: Tensor) -> float | None:
     """Chance that a positive sample has the higher score than another, ties counting half; score and bool [N].
 
-    NaN where all samples are of one kind.
+    None where all samples are of one kind.
     """
     _, rank, counts = score.unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     mean_rank = (ends - (counts - 1) / 2)[rank]  # of equal scores, from 1
     above, below = int(positive.sum()), int((~positive).sum())
     if not above or not below:
-        return float("nan")
+        return None
     return ((mean_rank[positive].sum() - above * (above + 1) / 2) / (above * below)).item()
 
 

@@ -34,7 +34,9 @@ def routing_lines(router: dict[str, Any]) -> list[str]:
         f"oracle: {100 * router['oracle']['accuracy']:.2f} % at {router['oracle']['macs'] / 1e6:.2f} M",
         "how well confidence tells what an exit knows (AUROC, by exit):",
     ]
-    return lines + [f"  {kind:15}" + "".join(f"{v:8.3f}" for v in by_exit) for kind, by_exit in router["auroc"].items()]
+    for kind, by_exit in router["auroc"].items():
+        lines.append(f"  {kind:15}" + "".join(f"{'-' if value is None else f'{value:.3f}':>8}" for value in by_exit))
+    return lines
 
 
 def runtime_lines(runtime: dict[str, Any]) -> list[str]:

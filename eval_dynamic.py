@@ -54,7 +54,7 @@ EXIT_FLAGS = [
     Flag("mode", str, "all", "what to evaluate", choices=("anytime", "dynamic", "runtime", "all")),
     Flag("confidence", str, "max_prob", f"{', '.join(CONFIDENCES)}; energies with a temperature: energy_logits:2"),
     Flag("calib", str, "held_out", "images for thresholds", choices=("held_out", "train_augmented", "half_test")),
-    Flag("quota_sweep", str, "msdnet", "published list of exit distributions", choices=tuple(SWEEPS)),
+    Flag("quota_sweep", str, "msdnet", "list of exit distributions; all but wide are published", choices=tuple(SWEEPS)),
     Flag("quota_scales", float, (), "factor on the quota of each exit but the last, e.g. 0.85 1 0.5", many=True),
     Flag("router_threshold", float, (), "thresholds of all exits but the last, beside the sweep's", many=True),
     Flag("shares", float, (), "shares to leave at all exits but the last, beside the sweep's", many=True, low=0),

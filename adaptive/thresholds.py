@@ -17,7 +17,9 @@ NOBODY, EVERYBODY = 1e8, -1e8
 # Ratios p of the published sweeps; quota k is proportional to p^k.
 MSDNET_RATIOS = [p / 20 for p in range(1, 40)]
 DYN_PERCEIVER_RATIOS = [(i + 4) / 20 for i in range(17)] + [20 / (i + 4) for i in range(16, 0, -1)]
-SWEEPS = {"msdnet": MSDNET_RATIOS, "dyn_perceiver": DYN_PERCEIVER_RATIOS}
+# With two exits: 99, 98 ... 1 % leave at the first. The published sweeps do not reach far, which cascades need.
+WIDE_RATIOS = [share / (100 - share) for share in range(1, 100)]
+SWEEPS = {"msdnet": MSDNET_RATIOS, "dyn_perceiver": DYN_PERCEIVER_RATIOS, "wide": WIDE_RATIOS}
 
 
 class Tables(Protocol):

@@ -9,6 +9,7 @@ from adaptive.thresholds import (
     EVERYBODY,
     MSDNET_RATIOS,
     NOBODY,
+    WIDE_RATIOS,
     cheapest,
     exit_of,
     geometric_quotas,
@@ -204,3 +205,8 @@ def test_cheapest_is_accurate_enough_or_the_best_there_is(accuracy, index):
 def test_a_quota_per_exit():
     with pytest.raises(ValueError, match="5 quotas for 4 exits"):
         quota_thresholds(torch.rand(4, 10), torch.full((5,), 0.2))
+
+
+def test_the_wide_sweep_reaches_from_nearly_everybody_to_nearly_nobody():
+    shares = [geometric_quotas(ratio, 2)[0].item() for ratio in WIDE_RATIOS]
+    assert shares == pytest.approx([1 - i / 100 for i in range(1, 100)], abs=1e-5)

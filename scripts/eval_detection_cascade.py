@@ -27,10 +27,10 @@ from utils import Progress, run_main
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 
-def opened(name, classes, pretrained):
-    """A detector of effdet by name, or one from a checkpoint."""
+def opened(name, pretrained):
+    """A detector of effdet by name, with COCO's classes, or one from a checkpoint."""
     if "efficientdet" in name:
-        return EffDet(name, 90 if pretrained else classes, pretrained=pretrained).eval()
+        return EffDet(name, pretrained=pretrained).eval()
     return WithLogits(detector_of(load(name), name).eval()).eval()
 
 
@@ -62,7 +62,7 @@ def main(argv):
     sure = confidence_function(args.confidence)
     data = CocoImages(args.data_path, args.val_split)
     images = Subset(data, range(min(args.limit, len(data)))) if args.limit else data
-    detectors = [opened(name, len(data.categories), args.pretrained) for name in (args.student, args.teacher)]
+    detectors = [opened(name, args.pretrained) for name in (args.student, args.teacher)]
     results = [run(d, images, name) for d, name in zip(detectors, ("student", "teacher"), strict=True)]
     (first, student_macs, student_time), (second, teacher_macs, teacher_time) = results
     for name, detector, (_, macs, spent) in zip((args.student, args.teacher), detectors, results, strict=True):

@@ -588,7 +588,7 @@ def test_a_boosted_network_is_trained_and_evaluated(images, tmp_path):
 
 
 def test_every_result_is_written(evaluated):
-    names = {"anytime.json", "dynamic.json", "dynamic.txt", "runtime.json", "curve.png", "report.html"}
+    names = {"anytime.json", "dynamic.json", "dynamic.txt", "routing.json", "runtime.json", "curve.png", "report.html"}
     assert {path.name for path in evaluated.iterdir()} == names
     assert (evaluated / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "8 images held out of the training set" in (evaluated / "report.html").read_text()

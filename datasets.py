@@ -21,7 +21,8 @@ from torchvision import datasets as vision
 
 from utils import ShardSampler, seed_everything
 
-# (mean, std) per channel for pixels in 0..1; CIFAR's as in MSDNet's script, digits' of the training images at 32 x 32
+# (mean, std) per channel for pixels in 0..1; CIFAR's as in MSDNet's script, digits' of the training images at
+# 32 x 32
 CIFAR10_STATS = ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616))
 CIFAR100_STATS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 DIGITS_STATS = ((0.3057,) * 3, (0.3234,) * 3)
@@ -33,7 +34,8 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, zipfile.
 
 @dataclass(frozen=True)
 class Source:
-    """An opened data set: `train[i]` and `test[i]` are (PIL RGB image, label); `calib` is set only for streams."""
+    """An opened data set: `train[i]` and `test[i]` are (PIL RGB image, label); `calib` is set only for
+    streams."""
 
     train: Dataset
     test: Dataset
@@ -55,15 +57,18 @@ def open_data(
     download: bool = False,
     seed: int = 0,
 ) -> Source:
-    """Open a data set by name: a key of `OPENERS`, or a timm name with a slash such as `hfds/user/name` or `wds/name`.
+    """Open a data set by name: a key of `OPENERS`, or a timm name with a slash such as `hfds/user/name` or
+    `wds/name`.
 
-    `splits`, `calib_split` (streams) and `num_classes` (used where the data does not tell) are for timm names only.
-    Raises ValueError in one line for an unknown name and for data that is missing or malformed.
+    `splits`, `calib_split` (streams) and `num_classes` (used where the data does not tell) are for timm names
+    only. Raises ValueError in one line for an unknown name and for data that is missing or malformed.
     """
     if data_set.startswith(("hfds/", "hfids/", "tfds/", "wds/", "torch/")):
         return _open_timm(data_set, data_path, splits, calib_split, num_classes, seed)
     if data_set not in OPENERS:
-        raise ValueError(f"unknown data set {data_set!r}: not {', '.join(OPENERS)}, nor timm's hfds/, tfds/, wds/...")
+        raise ValueError(
+            f"unknown data set {data_set!r}: not {', '.join(OPENERS)}, nor timm's hfds/, tfds/, wds/..."
+        )
     if bool(data_path) == (data_set == "DIGITS"):
         raise ValueError(f"data set {data_set} {'reads no' if data_path else 'needs'} --data_path")
     return OPENERS[data_set](*(Path(p) if p else None for p in (data_path, eval_data_path)), download, seed)
@@ -84,21 +89,28 @@ class ArrayImages(Dataset):
 
 def _resized(images: np.ndarray) -> np.ndarray:
     """Grey images uint8 [N, H, W] -> RGB [N, 32, 32, 3], bilinear."""
-    return np.stack([np.asarray(Image.fromarray(x).resize((32, 32), Image.BILINEAR).convert("RGB")) for x in images])
+    return np.stack(
+        [np.asarray(Image.fromarray(x).resize((32, 32), Image.BILINEAR).convert("RGB")) for x in images]
+    )
 
 
 def _open_digits(*_: object) -> Source:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels and 17 greys; every fifth of a class, in fixed order, is for test."""
+    """scikit-learn's 1,797 digits of 8 x 8 pixels and 17 greys; every fifth of a class, in fixed order, is
+    for test."""
     digits = load_digits()
     images, labels = _resized(np.rint(digits.images * 255 / 16).astype(np.uint8)), digits.target
-    order = np.random.RandomState(0).permutation(len(labels))  # NumPy has frozen this class: the same split for good
+    order = np.random.RandomState(0).permutation(
+        len(labels)
+    )  # NumPy has frozen this class: the same split for good
     order = order[np.argsort(labels[order], kind="stable")]
     rows = {"train": np.setdiff1d(order, order[::5]), "test": np.sort(order[::5])}
     train, test = (ArrayImages(images[r], labels[r], f"DIGITS {name}") for name, r in rows.items())
     return Source(train, test, 10, *DIGITS_STATS, 32)
 
 
-def _open_small(data_class: type, num_classes: int, stats: tuple, path: Path, eval_path: Path | None, download, _):
+def _open_small(
+    data_class: type, num_classes: int, stats: tuple, path: Path, eval_path: Path | None, download, _
+):
     """A data set of small images, from two .npz files or from torchvision's folder."""
     if path.suffix == ".npz":
         if eval_path is None:
@@ -111,12 +123,15 @@ def _open_small(data_class: type, num_classes: int, stats: tuple, path: Path, ev
         except (RuntimeError, OSError) as error:
             raise ValueError(f"no {name} in {path}, --download true fetches it ({error})") from None
         images = np.asarray(data.data)
-        splits.append(ArrayImages(images if images.ndim == 4 else _resized(images), data.targets, f"{name} {split}"))
+        splits.append(
+            ArrayImages(images if images.ndim == 4 else _resized(images), data.targets, f"{name} {split}")
+        )
     return Source(*splits, num_classes, *stats, 32)
 
 
 def load_npz(path: Path, num_classes: int) -> ArrayImages:
-    """Read `images` [N, 32, 32, 3], `labels` [N], or `jpeg` (joined), `offsets` [N + 1], `labels`, or ValueError."""
+    """Read `images` [N, 32, 32, 3], `labels` [N], or `jpeg` (joined), `offsets` [N + 1], `labels`, or
+    ValueError."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -126,26 +141,35 @@ def load_npz(path: Path, num_classes: int) -> ArrayImages:
     except UNREADABLE as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not {"images", "labels"} <= arrays.keys():
-        raise ValueError(f"{path} holds {sorted(arrays)}; expected images and labels, or jpeg, offsets and labels")
+        raise ValueError(
+            f"{path} holds {sorted(arrays)}; expected images and labels, or jpeg, offsets and labels"
+        )
     images, labels = arrays["images"], arrays["labels"]
     if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) == 0:
         raise ValueError(f"{path}: images are {images.dtype} {images.shape}, expected uint8 (N, 32, 32, 3)")
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}, expected integers ({len(images)},)")
+        raise ValueError(
+            f"{path}: labels are {labels.dtype} {labels.shape}, expected integers ({len(images)},)"
+        )
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"{path}: labels go from {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}")
+        raise ValueError(
+            f"{path}: labels go from {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}"
+        )
     return ArrayImages(images, labels, str(path))
 
 
 def _open_folders(path: Path, eval_path: Path | None, _: bool, seed: int) -> Source:
-    """A tree of class folders; without an evaluation tree its train/ and val/ or test/, else a tenth drawn by seed."""
+    """A tree of class folders; without an evaluation tree its train/ and val/ or test/, else a tenth drawn by
+    seed."""
     held_out = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
     if eval_path is None and held_out is not None and (path / "train").is_dir():
         path, eval_path = path / "train", held_out
     if eval_path is not None:
         return _open_trees(path, eval_path)
     images = _image_folder(path)
-    rows = split_train(len(images), max(1, len(images) // 10), seed=0)  # whatever the seed, the same test images
+    rows = split_train(
+        len(images), max(1, len(images) // 10), seed=0
+    )  # whatever the seed, the same test images
     return Source(*(Subset(images, r) for r in rows), len(images.classes), *IMAGENET_STATS, 224)
 
 
@@ -153,7 +177,9 @@ def _open_trees(train_path: Path, test_path: Path) -> Source:
     train, test = _image_folder(train_path), _image_folder(test_path)
     if train.classes != test.classes:
         differ = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:3])
-        raise ValueError(f"{train_path} and {test_path} must have the same class folders; only in one, say: {differ}")
+        raise ValueError(
+            f"{train_path} and {test_path} must have the same class folders; only in one, say: {differ}"
+        )
     return Source(train, test, len(train.classes), *IMAGENET_STATS, 224)
 
 
@@ -165,7 +191,13 @@ def _image_folder(path: Path) -> vision.ImageFolder:
 
 
 def _open_transfer(
-    data_class: type, num_classes: int, train_splits: Sequence[str], path: Path, _: Path | None, download: bool, __: int
+    data_class: type,
+    num_classes: int,
+    train_splits: Sequence[str],
+    path: Path,
+    _: Path | None,
+    download: bool,
+    __: int,
 ) -> Source:
     """A data set that ImageNet networks are usually fine-tuned on, from torchvision's folder."""
     name, parts = data_class.__name__, []
@@ -197,34 +229,50 @@ OPENERS: dict[str, Callable[..., Source]] = {  # each called with data_path, eva
 }
 
 
-def _open_timm(name: str, path: str | None, splits: tuple, calib_split: str | None, num_classes: int | None, seed: int):
-    """Any data set that timm opens; from a stream nothing can be held out, so there calib is a split of its own."""
+def _open_timm(
+    name: str, path: str | None, splits: tuple, calib_split: str | None, num_classes: int | None, seed: int
+):
+    """Any data set that timm opens; from a stream nothing can be held out, so there calib is a split of its
+    own."""
     named = [split for split in (*splits, calib_split) if split]
-    # timm's `import datasets` means Hugging Face's package, which this file hides by its name: step aside meanwhile
+    # timm's `import datasets` means Hugging Face's package, which this file hides by its name: step aside
+    # meanwhile
     here, folders, ours = Path(__file__).resolve().parent, sys.path[:], sys.modules.pop(__name__)
     sys.path[:] = [folder for folder in folders if Path(folder).resolve() != here]
-    if "timm.data.readers.reader_hfds" in sys.modules:  # a second import of the package would give it two lives
+    if (
+        "timm.data.readers.reader_hfds" in sys.modules
+    ):  # a second import of the package would give it two lives
         sys.modules[__name__] = sys.modules["timm.data.readers.reader_hfds"].datasets
     try:
-        opened = [create_dataset(name, path, split, is_training=split == splits[0], seed=seed) for split in named]
+        opened = [
+            create_dataset(name, path, split, is_training=split == splits[0], seed=seed) for split in named
+        ]
     except ImportError as error:
-        raise ValueError(f"data set {name} needs a package: pip install {error.name.replace('_', '-')}") from None
+        raise ValueError(
+            f"data set {name} needs a package: pip install {error.name.replace('_', '-')}"
+        ) from None
     except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"timm cannot open {name} in {path}: {' '.join(str(error).split())}") from None
     finally:
         sys.path[:], sys.modules[__name__] = folders, ours
     if isinstance(opened[0], IterableDataset) and calib_split is None:
-        raise ValueError(f"{name} is a stream from which nothing can be held out: name a third split (--calib_split)")
+        raise ValueError(
+            f"{name} is a stream from which nothing can be held out: name a third split (--calib_split)"
+        )
     num_classes = len(getattr(getattr(opened[0], "reader", opened[0]), "class_to_idx", ())) or num_classes
     if num_classes is None:
         raise ValueError(f"{name} does not say how many classes it has: give --nb_classes")
     for data, split in zip(opened, named, strict=True):
-        data.title, data._max_retries = f"{name} {split}", 1  # else timm puts the next image in a broken one's place
+        data.title, data._max_retries = (
+            f"{name} {split}",
+            1,
+        )  # else timm puts the next image in a broken one's place
     return Source(*opened[:2], num_classes, *IMAGENET_STATS, 224, *opened[2:])
 
 
 def split_train(num_train: int, num_calib: int, seed: int) -> tuple[list[int], list[int]]:
-    """Draw which of `num_train` images to train on and which `num_calib` (fewer) to hold out: sorted index lists."""
+    """Draw which of `num_train` images to train on and which `num_calib` (fewer) to hold out: sorted index
+    lists."""
     if not 0 <= num_calib < num_train:
         raise ValueError(f"cannot hold {num_calib} images out of {num_train}")
     order = torch.randperm(num_train, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -237,7 +285,8 @@ def default_num_calib(data_set: str, num_train: int) -> int:
 
 
 class Split(Dataset):
-    """The rows `indices` of a data set (None: all) behind a transform: [i] -> (tensor [3, H, W], int label)."""
+    """The rows `indices` of a data set (None: all) behind a transform: [i] -> (tensor [3, H, W], int
+    label)."""
 
     def __init__(self, base: Dataset, indices: Sequence[int] | None, transform: Callable):
         self.base, self.transform = base, transform
@@ -273,7 +322,8 @@ def make_split(base: Dataset, indices: Sequence[int] | None, transform: Callable
 def train_loader(
     split, *, batch_size, update_freq, num_workers, pin_memory, collate=None, seed=0, rank=0, world_size=1
 ) -> DataLoader:
-    """Shuffled full micro-batches, equally many a process and a multiple of `update_freq`; ValueError if none."""
+    """Shuffled full micro-batches, equally many a process and a multiple of `update_freq`; ValueError if
+    none."""
     group = batch_size * update_freq
     if isinstance(split, IterableDataset):
         split.reader.batch_size = group  # timm rounds the samples of each worker up to full groups
@@ -282,14 +332,20 @@ def train_loader(
         raise ValueError(f"{len(split)} training images are fewer than one global batch of {product}")
     shard = {"rank": rank, "world_size": world_size, "shuffle": True, "seed": seed, "group": group}
     loader = _loader(
-        split, shard, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory, collate_fn=collate
+        split,
+        shard,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=collate,
     )
     loader.key = (seed, rank)
     return loader
 
 
 def eval_loader(split, *, batch_size, num_workers, pin_memory, rank=0, world_size=1) -> DataLoader:
-    """Every image once over all processes, in order, last batch kept. (timm deals a stream out, evenly but roughly.)"""
+    """Every image once over all processes, in order, last batch kept. (timm deals a stream out, evenly but
+    roughly.)"""
     shard = {"rank": rank, "world_size": world_size}
     return _loader(split, shard, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory)
 
@@ -304,7 +360,8 @@ def _loader(split, shard: dict[str, int], **options) -> DataLoader:
 
 
 def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Fix order and augmentation of a training loader's next pass by (seed, epoch, rank), whatever ran before."""
+    """Fix order and augmentation of a training loader's next pass by (seed, epoch, rank), whatever ran
+    before."""
     seed, rank = loader.key
     (loader.dataset if isinstance(loader.dataset, IterableDataset) else loader.sampler).set_epoch(epoch)
     loader.generator.manual_seed(int(np.random.default_rng((seed, epoch, 1 + rank)).integers(2**63)))

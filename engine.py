@@ -23,12 +23,12 @@ def train_one_epoch(
     print_freq: int = 50,
     on_print: Callable[[dict[str, float]], None] = lambda means: None,
 ) -> dict[str, float]:
-    """Trains once through the loader; means over all processes of `loss` and, for hard targets, `acc1/exit{k}`.
+    """Trains once through the loader; means over all processes of `loss` and, for hard targets,
+    `acc1/exit{k}`.
 
-    `objective(model, images, targets)` yields (loss, every exit's logits) whenever `update` is to act, of the whole
-    batch or of one part of it after another.
-    Raises ValueError on every process once a loss of any is not finite, at the next report (every `print_freq`
-    batches).
+    `objective(model, images, targets)` yields (loss, every exit's logits) whenever `update` is to act, of the
+    whole batch or of one part of it after another. Raises ValueError on every process once a loss of any is
+    not finite, at the next report (every `print_freq` batches).
     """
     model.train()
     meters, watch = Meters(), FiniteWatch(loader, epoch, compute)
@@ -63,7 +63,8 @@ def evaluate(
     confidence: str = "max_prob",
     title: str = "evaluate",
 ) -> ExitTables:
-    """Runs every exit on every sample; the table, on the CPU and the same on all processes, is in the data set's order.
+    """Runs every exit on every sample; the table, on the CPU and the same on all processes, is in the data
+    set's order.
 
     Each process reads its own samples and none is read twice, so counts are exact for every data size.
     """
@@ -79,9 +80,14 @@ def evaluate(
 
 
 def evaluate_all(
-    networks: dict[str, MultiExitModel], loader: Iterable[tuple[Tensor, Tensor]], compute: Compute, *, title: str
+    networks: dict[str, MultiExitModel],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    compute: Compute,
+    *,
+    title: str,
 ) -> dict[str, float]:
-    """`{title}{name}/...` of every named network, as `summarise` has them; a network may be on another device."""
+    """`{title}{name}/...` of every named network, as `summarise` has them; a network may be on another
+    device."""
     figures = {}
     for name, network in networks.items():
         share_buffers(network, compute)
@@ -103,12 +109,15 @@ def summarise(tables: ExitTables) -> dict[str, float]:
     """`loss/exit{k}`, `acc1/exit{k}`, `acc5/exit{k}` (fractions) of every exit."""
     rows = {"loss": tables.loss, "acc1": tables.correct, "acc5": tables.correct5}
     return {
-        f"{name}/exit{k}": row.double().mean().item() for name, table in rows.items() for k, row in enumerate(table)
+        f"{name}/exit{k}": row.double().mean().item()
+        for name, table in rows.items()
+        for k, row in enumerate(table)
     }
 
 
 class FiniteWatch:
-    """Remembers the first batch whose loss was not finite, without waiting for the device, and stops all processes."""
+    """Remembers the first batch whose loss was not finite, without waiting for the device, and stops all
+    processes."""
 
     def __init__(self, loader: Iterable, epoch: int, compute: Compute) -> None:
         self.loader, self.epoch, self.compute = loader, epoch, compute
@@ -127,4 +136,6 @@ class FiniteWatch:
         rank = first.index(min(first))
         names = gather(batch_names(self.loader, min(first)), self.compute)[rank]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        raise ValueError(f"the loss is not finite at epoch {self.epoch}, batch {min(first)}, process {rank}: {shown}")
+        raise ValueError(
+            f"the loss is not finite at epoch {self.epoch}, batch {min(first)}, process {rank}: {shown}"
+        )

@@ -1,4 +1,5 @@
-"""Evaluates a checkpoint: every exit (anytime), thresholds over budgets (dynamic), real early exit (runtime)."""
+"""Evaluates a checkpoint: every exit (anytime), thresholds over budgets (dynamic), real early exit
+(runtime)."""
 
 import copy
 import json
@@ -40,9 +41,25 @@ DATA_FLAGS = [
     Flag("input_size", int, None, "side of the images in pixels; default: the data set's own", low=1),
     Flag("mean", float, None, "mean per channel instead of the data set's own", many=True),
     Flag("std", float, None, "standard deviation per channel instead of the data set's own", many=True),
-    Flag("imagenet_default_mean_and_std", bool, True, "false: normalise with 0.5 / 0.5 instead of the data set's own"),
-    Flag("crop_pct", float, None, "share of the short side that evaluation keeps above 32 pixels; default 224/256"),
-    Flag("num_calib", int, None, "training images held out for calibration; default: a tenth, at most 5,000", low=0),
+    Flag(
+        "imagenet_default_mean_and_std",
+        bool,
+        True,
+        "false: normalise with 0.5 / 0.5 instead of the data set's own",
+    ),
+    Flag(
+        "crop_pct",
+        float,
+        None,
+        "share of the short side that evaluation keeps above 32 pixels; default 224/256",
+    ),
+    Flag(
+        "num_calib",
+        int,
+        None,
+        "training images held out for calibration; default: a tenth, at most 5,000",
+        low=0,
+    ),
     Flag("seed", int, 0, "seed of the splits, the weights and the training", low=0),
     Flag("download", bool, False, "fetch torchvision data sets that are missing"),
     Flag("train_split", str, "train", "timm data sets: name of the training split"),
@@ -50,19 +67,50 @@ DATA_FLAGS = [
     Flag("calib_split", str, None, "timm data sets that are streams: name of the calibration split"),
 ]
 EXIT_FLAGS = [
-    Flag("weights", str, "auto", "auto: the moving average if there is one", choices=("auto", "model", "ema")),
+    Flag(
+        "weights", str, "auto", "auto: the moving average if there is one", choices=("auto", "model", "ema")
+    ),
     Flag("mode", str, "all", "what to evaluate", choices=("anytime", "dynamic", "runtime", "all")),
-    Flag("confidence", str, "max_prob", f"{', '.join(CONFIDENCES)}; energies with a temperature: energy_logits:2"),
-    Flag("calib", str, "held_out", "images for thresholds", choices=("held_out", "train_augmented", "half_test")),
-    Flag("quota_sweep", str, "msdnet", "list of exit distributions; all but wide are published", choices=tuple(SWEEPS)),
-    Flag("quota_scales", float, (), "factor on the quota of each exit but the last, e.g. 0.85 1 0.5", many=True),
-    Flag("router_threshold", float, (), "thresholds of all exits but the last, beside the sweep's", many=True),
-    Flag("shares", float, (), "shares to leave at all exits but the last, beside the sweep's", many=True, low=0),
+    Flag(
+        "confidence",
+        str,
+        "max_prob",
+        f"{', '.join(CONFIDENCES)}; energies with a temperature: energy_logits:2",
+    ),
+    Flag(
+        "calib",
+        str,
+        "held_out",
+        "images for thresholds",
+        choices=("held_out", "train_augmented", "half_test"),
+    ),
+    Flag(
+        "quota_sweep",
+        str,
+        "msdnet",
+        "list of exit distributions; all but wide are published",
+        choices=tuple(SWEEPS),
+    ),
+    Flag(
+        "quota_scales", float, (), "factor on the quota of each exit but the last, e.g. 0.85 1 0.5", many=True
+    ),
+    Flag(
+        "router_threshold", float, (), "thresholds of all exits but the last, beside the sweep's", many=True
+    ),
+    Flag(
+        "shares", float, (), "shares to leave at all exits but the last, beside the sweep's", many=True, low=0
+    ),
     Flag("budget", float, None, "runtime: multiply-adds allowed; default: as good as the last exit", low=0),
     Flag("accuracy", float, None, "runtime: least accuracy wanted, a fraction, instead of a budget", low=0),
     Flag("row", int, (), "runtime: rows of dynamic.json to run instead, from 0", many=True, low=0),
     Flag("runtime_images", int, 2000, "runtime: how many of the test images to time", low=1),
-    Flag("micro_batch", int, None, "runtime: images per call; default: the fastest of 16 to 256, measured", low=1),
+    Flag(
+        "micro_batch",
+        int,
+        None,
+        "runtime: images per call; default: the fastest of 16 to 256, measured",
+        low=1,
+    ),
     Flag("fold_bn", bool, True, "runtime: fold batch norm into the convolutions"),
 ]
 FLAGS = {
@@ -94,7 +142,8 @@ class Splits(NamedTuple):
 
 
 def open_splits(args: Namespace, calib_indices: list[int] | None = None, **augment: Any) -> Splits:
-    """Opens the data that the data flags name and cuts it; `augment` are options of the training transform."""
+    """Opens the data that the data flags name and cuts it; `augment` are options of the training
+    transform."""
     with one_process_first(args.download):
         source = open_data(
             args.data_set,
@@ -107,7 +156,9 @@ def open_splits(args: Namespace, calib_indices: list[int] | None = None, **augme
             seed=args.seed,
         )
     if args.nb_classes not in (None, source.num_classes):
-        raise ValueError(f"--nb_classes {args.nb_classes}, but {args.data_set} has {source.num_classes} classes")
+        raise ValueError(
+            f"--nb_classes {args.nb_classes}, but {args.data_set} has {source.num_classes} classes"
+        )
     if args.popular_classes:
         source = only_popular(source, args.popular_classes)
     mean, std = (source.mean, source.std) if args.imagenet_default_mean_and_std else ((0.5,) * 3, (0.5,) * 3)
@@ -146,7 +197,8 @@ def ordered_loader(split: Dataset, args: Namespace, compute: Compute) -> DataLoa
 
 
 def print_costs(model: MultiExitModel, arch: dict[str, Any], input_size: int) -> None:
-    """The cost of every exit under each convention; a network that can run as published is also built to do so."""
+    """The cost of every exit under each convention; a network that can run as published is also built to do
+    so."""
     published = model
     if "lazy" in model_options(arch["name"]):
         published = create_model(arch["name"], arch["num_classes"], **{**arch["options"], "lazy": False})
@@ -159,7 +211,9 @@ class Evaluation:
     def __init__(self, given: dict[str, Any], options: dict[str, Any]) -> None:
         source, parts = given.get("checkpoint"), []
         if not source and not options.get("networks"):
-            raise ValueError("name the file to evaluate: --checkpoint FILE, or the networks of a cascade: --networks")
+            raise ValueError(
+                "name the file to evaluate: --checkpoint FILE, or the networks of a cascade: --networks"
+            )
         if not source:
             source, parts = "of the cascade", read_parts(options.pop("networks"))
         content = stored_run(parts) if parts else load(source)
@@ -167,11 +221,20 @@ class Evaluation:
         if not parts and given.get("model") and not content.get("args"):  # as its authors saw the images
             stored |= dict(zip(("mean", "std"), model_class(given["model"]).normalisation, strict=False))
         if given.get("data_set", stored.get("data_set")) != stored.get("data_set"):
-            stored |= {"data_path": None, "eval_data_path": None}  # they are of the data set it was trained on
+            stored |= {
+                "data_path": None,
+                "eval_data_path": None,
+            }  # they are of the data set it was trained on
         self.args = args = filled_in(FLAGS, stored, given)
-        confidence_function(args.confidence)  # so that a wrong name is said now, not after the images are read
-        self.compute = start_compute(args.device, args.amp_dtype if args.use_amp else "none", args.channels_last)
-        same_split = all(getattr(args, name) == stored.get(name) for name in ("data_set", "num_calib", "seed"))
+        confidence_function(
+            args.confidence
+        )  # so that a wrong name is said now, not after the images are read
+        self.compute = start_compute(
+            args.device, args.amp_dtype if args.use_amp else "none", args.channels_last
+        )
+        same_split = all(
+            getattr(args, name) == stored.get(name) for name in ("data_set", "num_calib", "seed")
+        )
         held_out = content.get("calib_indices") if same_split else None
         self.trained_on_calib = held_out is None
         if held_out is None and args.calib == "train_augmented":
@@ -189,7 +252,12 @@ class Evaluation:
         self.source = "; ".join(part.source for part in parts) or source
         self.cascade = None
         if parts:  # to be written as a checkpoint that is enough by itself
-            run = {**vars(args), "mean": list(seen.mean), "std": list(seen.std), "input_size": seen.input_size}
+            run = {
+                **vars(args),
+                "mean": list(seen.mean),
+                "std": list(seen.std),
+                "input_size": seen.input_size,
+            }
             run = {flag.name: run[flag.name] for flag in DATA_FLAGS}
             self.cascade = {**content, "arch": self.arch, "args": run, "epoch": "cascade"}
         self.model = model.to(self.compute.device)
@@ -229,7 +297,11 @@ class Evaluation:
         generator = torch.Generator().manual_seed(args.seed)
         if args.calib == "half_test":
             order, half = torch.randperm(len(test), generator=generator), len(test) // 2
-            return test.part(order[:half]), test.part(order[half:]), f"{half} random test images, not reported on"
+            return (
+                test.part(order[:half]),
+                test.part(order[half:]),
+                f"{half} random test images, not reported on",
+            )
         origin = f"{len(calib)} images held out of the training set, evaluation transform"
         if args.calib == "train_augmented" and isinstance(train, IterableDataset):
             raise ValueError("--calib train_augmented needs training images by index; a stream has none")
@@ -254,7 +326,9 @@ class Evaluation:
             test = Subset(test, torch.linspace(0, len(test) - 1, count).long().tolist())
         loader = ordered_loader(test, args, Compute(compute.device))
         parts = islice(loader, -(-count // loader.batch_size))
-        images, targets = (torch.cat(column)[:count].to(compute.device) for column in zip(*parts, strict=True))
+        images, targets = (
+            torch.cat(column)[:count].to(compute.device) for column in zip(*parts, strict=True)
+        )
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         tuned = fold_batch_norm(self.model) if args.fold_bn else copy.deepcopy(self.model)
         tuned = tuned.to(dtype=compute.amp, memory_format=layout)
@@ -266,7 +340,10 @@ class Evaluation:
 
     def write(self, test: ExitTables, calib: ExitTables | None, origin: str) -> None:
         """Prints and writes the tables, the curve and the report."""
-        out = Path(self.args.output_dir or (Path(self.args.checkpoint).parent if self.args.checkpoint else "runs/ebjr"))
+        out = Path(
+            self.args.output_dir
+            or (Path(self.args.checkpoint).parent if self.args.checkpoint else "runs/ebjr")
+        )
         out.mkdir(parents=True, exist_ok=True)
         if self.cascade:
             save(out / "cascade.pth", self.cascade)
@@ -282,7 +359,9 @@ class Evaluation:
         rows, runtime, router = self.policies.rows(calib, test, self.costs, about), None, None
         print("\n".join(dynamic_lines(rows)))
         write_text(out / "dynamic.json", json.dumps(rows, indent=1))
-        write_text(out / "dynamic.txt", "".join(f"{100 * r['accuracy']:.6f}\t{r['macs']:.1f}\n" for r in rows))
+        write_text(
+            out / "dynamic.txt", "".join(f"{100 * r['accuracy']:.6f}\t{r['macs']:.1f}\n" for r in rows)
+        )
         chosen = self.policies.choose(rows, calib, budget=self.args.budget, accuracy=self.args.accuracy)
         if len(exits) > 1:
             router = rows[chosen[0]] | routing(test, rows[chosen[0]]["thresholds"], self.costs, self.papers)
@@ -295,7 +374,11 @@ class Evaluation:
         title = f"{self.arch['name']} on {self.args.data_set}"
         drawn = {"runtime": runtime, "router": router}
         plot_curve(out / "curve.png", exits, rows, title=title, **drawn)
-        page = {"title": title, "subtitle": f"{len(exits)} exits, {len(test)} test images", "facts": self.facts(origin)}
+        page = {
+            "title": title,
+            "subtitle": f"{len(exits)} exits, {len(test)} test images",
+            "facts": self.facts(origin),
+        }
         write_report(out / "report.html", exits=exits, rows=rows, **drawn, **page)
         print(f"wrote the tables, curve.png and report.html to {out}")
 
@@ -304,10 +387,19 @@ class Evaluation:
         args = self.args
         return [
             ("Network", f"{self.arch['name']} {self.arch['options'] or ''}: {self.which} in {self.source}"),
-            ("Test images", f"{args.data_set} {args.eval_data_path or args.data_path or ''}, {self.shape[1]} pixels"),
+            (
+                "Test images",
+                f"{args.data_set} {args.eval_data_path or args.data_path or ''}, {self.shape[1]} pixels",
+            ),
             ("Thresholds", f"chosen on {origin}; confidence {args.confidence}; quotas of {args.quota_sweep}"),
-            ("MACs", f"multiply-adds run for one image, earlier heads included; uncounted: {self.uncounted or 'none'}"),
-            ("Speed", f"{describe_machine(self.compute.device)}; medians of rounds in turn, best micro-batch per kind"),
+            (
+                "MACs",
+                f"multiply-adds run for one image, earlier heads included; uncounted: {self.uncounted or 'none'}",
+            ),
+            (
+                "Speed",
+                f"{describe_machine(self.compute.device)}; medians of rounds in turn, best micro-batch per kind",
+            ),
         ]
 
 

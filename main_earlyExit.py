@@ -15,7 +15,16 @@ from torch.utils.data import DataLoader
 from adaptive.thresholds import geometric_quotas
 from datasets import Split, set_epoch, train_loader
 from engine import epoch_line, evaluate_all, train_one_epoch
-from eval_dynamic import DATA_FLAGS, EXIT_FLAGS, Evaluation, Splits, filled_in, open_splits, ordered_loader, print_costs
+from eval_dynamic import (
+    DATA_FLAGS,
+    EXIT_FLAGS,
+    Evaluation,
+    Splits,
+    filled_in,
+    open_splits,
+    ordered_loader,
+    print_costs,
+)
 from models import MultiExitModel, create_model, model_options, nearest
 from training.augment import mixup_collate
 from training.checkpoint import latest, load, save_epoch
@@ -99,7 +108,9 @@ def make_update(args: Namespace, network: MultiExitModel, steps: int, compute: C
         milestones=sorted(epoch * steps for epoch in args.decay_epochs),
         decay_rate=args.decay_rate,
     )
-    decay = partial(weight_decay_at, base=args.weight_decay, end=args.weight_decay_end, total_steps=args.epochs * steps)
+    decay = partial(
+        weight_decay_at, base=args.weight_decay, end=args.weight_decay_end, total_steps=args.epochs * steps
+    )
     average = {
         "decay": args.model_ema_decay,
         "use_warmup": args.model_ema_warmup,
@@ -136,13 +147,19 @@ class Training:
         seed_everything(args.seed, 0, 0)
         num_classes = self.splits.source.num_classes
         seen = self.splits.augment
-        self.arch = architecture(args.model, options, num_classes, seen.input_size, mean=seen.mean, std=seen.std)
+        self.arch = architecture(
+            args.model, options, num_classes, seen.input_size, mean=seen.mean, std=seen.std
+        )
         # Weights of the network's authors are fetched for a first epoch only.
-        self.network = create_model(args.model, num_classes, **({} if path else options) | self.arch["options"])
+        self.network = create_model(
+            args.model, num_classes, **({} if path else options) | self.arch["options"]
+        )
         if path:
             resume_weights(self.network, self.arch, content, path)
         elif args.finetune:
-            line = fine_tune(self.network, args.finetune, model_key=args.model_key, model_prefix=args.model_prefix)
+            line = fine_tune(
+                self.network, args.finetune, model_key=args.model_key, model_prefix=args.model_prefix
+            )
             if compute.rank == 0:
                 print(line)
         layout = torch.channels_last if compute.channels_last else torch.preserve_format
@@ -213,7 +230,8 @@ class Training:
         self.update.attach(core)
 
     def state(self, epoch: int) -> dict[str, Any]:
-        """What a checkpoint holds after `epoch`; every epoch seeds its own generators, so none need saving."""
+        """What a checkpoint holds after `epoch`; every epoch seeds its own generators, so none need
+        saving."""
         mean, std, size = self.splits.augment.mean, self.splits.augment.std, self.splits.augment.input_size
         return {
             "model": self.network.state_dict(),
@@ -229,7 +247,9 @@ class Training:
     def run(self) -> None:
         """All epochs that are left: train, evaluate on calib, log, save."""
         args, rank = self.args, self.compute.rank
-        board = Board(args.log_dir if rank == 0 else None, args.project if args.enable_wandb else None, vars(args))
+        board = Board(
+            args.log_dir if rank == 0 else None, args.project if args.enable_wandb else None, vars(args)
+        )
         if self.first >= args.epochs and rank == 0:
             print(f"all {args.epochs} epochs are done")
         for epoch in range(self.first, args.epochs):
@@ -246,13 +266,23 @@ class Training:
                 self.compute,
                 epoch=epoch,
                 print_freq=args.print_freq,
-                on_print=lambda means: board.add({**means, **self.update.figures()}, self.update.step, "train/"),
+                on_print=lambda means: board.add(
+                    {**means, **self.update.figures()}, self.update.step, "train/"
+                ),
             )
             figures = {} if args.disable_eval else self.evaluate(last=epoch == args.epochs - 1)
             judged = [value for key, value in figures.items() if key.startswith(self.judge)]
             score = sum(judged) / len(judged) if judged else -1.0
-            best, self.best = score > self.best or not judged, max(score, self.best)  # the last, with none to judge by
-            record = {"epoch": epoch, **{f"train/{k}": v for k, v in means.items()}, **figures, **self.update.figures()}
+            best, self.best = (
+                score > self.best or not judged,
+                max(score, self.best),
+            )  # the last, with none to judge by
+            record = {
+                "epoch": epoch,
+                **{f"train/{k}": v for k, v in means.items()},
+                **figures,
+                **self.update.figures(),
+            }
             record |= {"best": self.best, "seconds": time.monotonic() - start}
             if args.l2w:
                 record |= self.log_weights(board, epoch)
@@ -280,7 +310,8 @@ class Training:
         return "calib_ema/acc1/" if self.args.model_ema and self.args.model_ema_eval else "calib/acc1/"
 
     def evaluate(self, last: bool) -> dict[str, float]:
-        """`calib/...`, after the last epoch also `test/...`, and of the moving average `calib_ema/...` if asked for."""
+        """`calib/...`, after the last epoch also `test/...`, and of the moving average `calib_ema/...` if
+        asked for."""
         average = self.args.model_ema and self.args.model_ema_eval
         networks = {"": self.network, **({"_ema": self.update.ema.module} if average else {})}
         figures = {}
@@ -295,10 +326,14 @@ class Training:
         """Adds the epoch to the log and writes its checkpoints."""
         if self.out is None:
             return
-        append_json(self.out / "log.txt", record)  # first: who is killed in between repeats the epoch, and this line
+        append_json(
+            self.out / "log.txt", record
+        )  # first: who is killed in between repeats the epoch, and this line
         if self.args.save_ckpt:
             freq, keep = self.args.save_ckpt_freq, self.args.save_ckpt_num
-            save_epoch(self.out, self.state(record["epoch"]), epoch=record["epoch"], best=best, freq=freq, keep=keep)
+            save_epoch(
+                self.out, self.state(record["epoch"]), epoch=record["epoch"], best=best, freq=freq, keep=keep
+            )
 
 
 def main(argv: list[str]) -> None:
@@ -308,7 +343,9 @@ def main(argv: list[str]) -> None:
     if args.eval:
         path = args.resume or (args.output_dir and latest(args.output_dir))
         if not path:
-            raise ValueError("nothing to evaluate: give --resume FILE, or an --output_dir that holds a checkpoint")
+            raise ValueError(
+                "nothing to evaluate: give --resume FILE, or an --output_dir that holds a checkpoint"
+            )
         Evaluation({**given, "checkpoint": str(path)}, options).run()
         return
     check(args)

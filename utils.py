@@ -38,7 +38,8 @@ def run_main(main: Callable[[list[str]], None]) -> None:
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how a network runs: `amp` is None or a half-precision type, `rank` one of `world_size` processes."""
+    """Where and how a network runs: `amp` is None or a half-precision type, `rank` one of `world_size`
+    processes."""
 
     device: torch.device
     amp: torch.dtype | None = None
@@ -65,7 +66,8 @@ class Compute:
 def start_compute(device: str, amp: str, channels_last: bool) -> Compute:
     """Joins the processes of torchrun or SLURM, if there are any, and picks the device.
 
-    `amp` is none, bf16, fp16, or auto: fp16 on a GPU and bf16 on a CPU. Raises ValueError for another or absent device.
+    `amp` is none, bf16, fp16, or auto: fp16 on a GPU and bf16 on a CPU. Raises ValueError for another or
+    absent device.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: accepted: auto, cpu, cuda, cuda:N")
@@ -95,14 +97,17 @@ def describe_machine(device: torch.device) -> str:
     model = ""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            model = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
+            model = next(
+                (line.partition(":")[2].strip() for line in file if line.startswith("model name")), ""
+            )
     return f"{model or platform.processor() or 'CPU'}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def seed_everything(seed: int, epoch: int, rank: int) -> None:
     """Seeds Python, NumPy and torch for one epoch of one process.
 
-    Every epoch starts from its own seed, so that a resumed run needs no saved generator states to be the same.
+    Every epoch starts from its own seed, so that a resumed run needs no saved generator states to be the
+    same.
     """
     mixed = int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
     random.seed(mixed)
@@ -112,7 +117,8 @@ def seed_everything(seed: int, epoch: int, rank: int) -> None:
 
 @contextmanager
 def one_process_first(wanted: bool) -> Iterator[None]:
-    """If `wanted`, the first process runs the block before all others, for instance to download what they then find."""
+    """If `wanted`, the first process runs the block before all others, for instance to download what they
+    then find."""
     wanted = wanted and dist.is_initialized()
     if wanted and dist.get_rank() > 0:
         dist.barrier()
@@ -124,7 +130,8 @@ def one_process_first(wanted: bool) -> Iterator[None]:
 
 
 def share_buffers(module: nn.Module, compute: Compute) -> None:
-    """Gives every process the first one's buffers: after a step each has batch-norm statistics of its own images."""
+    """Gives every process the first one's buffers: after a step each has batch-norm statistics of its own
+    images."""
     for buffer in module.buffers() if compute.world_size > 1 else ():
         dist.broadcast(buffer, 0)
 
@@ -139,12 +146,16 @@ def gather(part: Any, compute: Compute) -> list[Any]:
 
 
 class ShardSampler(Sampler[int]):
-    """A process's share of `size` indices, unpadded; in order, or shuffled and cut to full groups of all processes."""
+    """A process's share of `size` indices, unpadded; in order, or shuffled and cut to full groups of all
+    processes."""
 
     def __init__(self, size: int, *, rank=0, world_size=1, shuffle=False, seed=0, group=1):
         self.size, self.rank, self.world_size, self.shuffle, self.seed = size, rank, world_size, shuffle, seed
         self.used = size - size % (world_size * group) if shuffle else size
-        self.epoch, self.chances = 0, None  # of every index, where some are to be drawn more often than others
+        self.epoch, self.chances = (
+            0,
+            None,
+        )  # of every index, where some are to be drawn more often than others
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next pass takes."""
@@ -177,11 +188,14 @@ class Meters:
         """Mean of each value so far; over all processes if `compute` is given."""
         pairs = {name: (float(total), self.counts[name]) for name, total in self.sums.items()}
         everybody = [pairs] if compute is None else gather(pairs, compute)
-        return {name: sum(p[name][0] for p in everybody) / sum(p[name][1] for p in everybody) for name in pairs}
+        return {
+            name: sum(p[name][0] for p in everybody) / sum(p[name][1] for p in everybody) for name in pairs
+        }
 
 
 class Progress:
-    """A loop with a live line (bar, time left, notes), or plain lines every few seconds where there is no terminal."""
+    """A loop with a live line (bar, time left, notes), or plain lines every few seconds where there is no
+    terminal."""
 
     def __init__(
         self, items: Iterable[Any], title: str, total: int | None, *, shown: bool, every: float = 15.0
@@ -209,11 +223,14 @@ class Progress:
             if self.shown and now - last >= self.every:
                 last, spent = now, now - start
                 left = f", {spent / done * (self.total - done):.0f} s left" if self.total else ""
-                print(f"{self.title}: {done}/{self.total or '?'}, {spent:.0f} s{left} {self.text}", flush=True)
+                print(
+                    f"{self.title}: {done}/{self.total or '?'}, {spent:.0f} s{left} {self.text}", flush=True
+                )
 
 
 class Board:
-    """TensorBoard, mirrored to a Weights & Biases project if one is given; without a folder it does nothing."""
+    """TensorBoard, mirrored to a Weights & Biases project if one is given; without a folder it does
+    nothing."""
 
     def __init__(self, log_dir: str | None, wandb_project: str | None, config: dict[str, Any]) -> None:
         self.writer = None

@@ -34,7 +34,8 @@ def energy_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def energy_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """T log sum exp(p / T) of the softmax p (EBJR, the published code): [..., C] to [...].
 
-    In float64: for 10 classes it spans 0.0586 only, and in float32 much of a test set saturates at the top value.
+    In float64: for 10 classes it spans 0.0586 only, and in float32 much of a test set saturates at the top
+    value.
     """
     return temperature * (logits.double().softmax(-1) / temperature).logsumexp(-1)
 
@@ -54,7 +55,8 @@ CONFIDENCES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def confidence_function(kind: str) -> Callable[[Tensor], Tensor]:
-    """The confidence function of that name, an energy's with its temperature behind a colon: "energy_logits:2".
+    """The confidence function of that name, an energy's with its temperature behind a colon:
+    "energy_logits:2".
 
     Raises ValueError for an unknown name or a bad temperature.
     """

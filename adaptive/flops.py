@@ -24,8 +24,8 @@ _LOOKS_COSTLY = re.compile(r"conv|mm$|matmul|bmm|dot|einsum|attention|bilinear$|
 class Costs:
     """Cumulative cost of the answers of exits 0..k for one image, k = 0..K-1.
 
-    `macs` are multiply-adds, `by_operator` the same split by operator, `papers` the count of the MSDNet, RANet and EBJR
-    tools, `uncounted` the costly-looking operators that no formula covers.
+    `macs` are multiply-adds, `by_operator` the same split by operator, `papers` the count of the MSDNet,
+    RANet and EBJR tools, `uncounted` the costly-looking operators that no formula covers.
     """
 
     macs: list[int]
@@ -35,7 +35,8 @@ class Costs:
 
 
 def exit_costs(model: MultiExitModel, input_shape: tuple[int, int, int]) -> list[int]:
-    """Multiply-adds to have the answers of exits 0..k for one image of `input_shape` (C, H, W), for every k."""
+    """Multiply-adds to have the answers of exits 0..k for one image of `input_shape` (C, H, W), for every
+    k."""
     return count(model, input_shape).macs
 
 
@@ -44,7 +45,12 @@ def count(model: MultiExitModel, input_shape: tuple[int, int, int]) -> Costs:
     twin, state = _meta_twin(model), torch.empty(1, *input_shape, device="meta")
     macs, by_operator, papers = [], [], []
     seen = _SeenOperators()
-    with torch.no_grad(), seen, FlopCounterMode(display=False) as counter, _PapersCounter(twin) as papers_counter:
+    with (
+        torch.no_grad(),
+        seen,
+        FlopCounterMode(display=False) as counter,
+        _PapersCounter(twin) as papers_counter,
+    ):
         state = twin.begin(state)
         for k in range(twin.num_exits):
             _, state = twin.step(k, state)
@@ -56,7 +62,8 @@ def count(model: MultiExitModel, input_shape: tuple[int, int, int]) -> Costs:
 
 
 def single_costs(model: MultiExitModel, input_shape: tuple[int, int, int]) -> list[int]:
-    """Multiply-adds of each exit alone: the static network that ends there, without the earlier heads it can spare."""
+    """Multiply-adds of each exit alone: the static network that ends there, without the earlier heads it can
+    spare."""
     twin, images, costs = _meta_twin(model), torch.empty(1, *input_shape, device="meta"), []
     for k in range(twin.num_exits):
         with FlopCounterMode(display=False) as counter:
@@ -66,16 +73,21 @@ def single_costs(model: MultiExitModel, input_shape: tuple[int, int, int]) -> li
 
 
 def fvcore_counts(model: MultiExitModel, input_shape: tuple[int, int, int]) -> list[dict[str, int]]:
-    """fvcore's operator counts of the forward pass cut after exit k, for every k, as a cross-check of `count`.
+    """fvcore's operator counts of the forward pass cut after exit k, for every k, as a cross-check of
+    `count`.
 
-    fvcore traces, so it drops what no exit up to k reads; it adds 2 per batch norm element, 5 per layer norm element.
-    "conv", "linear", "matmul", "bmm" and "attention", for which it has no formula of its own, are plain multiply-adds.
+    fvcore traces, so it drops what no exit up to k reads; it adds 2 per batch norm element, 5 per layer norm
+    element. "conv", "linear", "matmul", "bmm" and "attention", for which it has no formula of its own, are
+    plain multiply-adds.
     """
-    # Tracing turns shapes into tensors, which meta convolutions refuse: the network really runs, once per exit.
+    # Tracing turns shapes into tensors, which meta convolutions refuse: the network really runs, once per
+    # exit.
     twin, images = copy.deepcopy(model).cpu().eval().float(), torch.zeros(1, *input_shape)
     counts = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # fvcore's tracing is deprecated in torch, and still exact
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # fvcore's tracing is deprecated in torch, and still exact
         from fvcore.nn import FlopCountAnalysis
 
         for k in range(model.num_exits):
@@ -86,19 +98,30 @@ def fvcore_counts(model: MultiExitModel, input_shape: tuple[int, int, int]) -> l
     return counts
 
 
-def cost_table(model: MultiExitModel, published: MultiExitModel, input_shape: tuple[int, int, int]) -> list[str]:
-    """Lines that show every exit's cost by each convention, and what the counters disagree on or cannot count.
+def cost_table(
+    model: MultiExitModel, published: MultiExitModel, input_shape: tuple[int, int, int]
+) -> list[str]:
+    """Lines that show every exit's cost by each convention, and what the counters disagree on or cannot
+    count.
 
-    `published` is the same network built to execute as its paper does, for the columns that repeat published figures.
+    `published` is the same network built to execute as its paper does, for the columns that repeat published
+    figures.
     """
-    ours, whole, traced = count(model, input_shape), count(published, input_shape), fvcore_counts(model, input_shape)
+    ours, whole, traced = (
+        count(model, input_shape),
+        count(published, input_shape),
+        fvcore_counts(model, input_shape),
+    )
     lines = [
         f"cost of one image {input_shape} in millions, heads of earlier exits included",
         "exit  multiply-adds  run as published  papers' counter  fvcore total",
     ]
-    for k, row in enumerate(zip(ours.macs, whole.macs, whole.papers, (sum(t.values()) for t in traced), strict=True)):
+    for k, row in enumerate(
+        zip(ours.macs, whole.macs, whole.papers, (sum(t.values()) for t in traced), strict=True)
+    ):
         lines.append(
-            f"{k:4}" + "".join(f"{n / 1e6:{width}.3f}" for n, width in zip(row, (15, 18, 17, 14), strict=True))
+            f"{k:4}"
+            + "".join(f"{n / 1e6:{width}.3f}" for n, width in zip(row, (15, 18, 17, 14), strict=True))
         )
     for k, (macs, operators) in enumerate(zip(ours.macs, traced, strict=True)):
         products = sum(operators.get(name, 0) for name in ("conv", "linear", "matmul", "bmm", "attention"))
@@ -135,7 +158,9 @@ def _meta_twin(model: MultiExitModel) -> MultiExitModel:
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         twin = tensor.detach().to("meta")
-        memo[id(tensor)] = nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+        memo[id(tensor)] = (
+            nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+        )
     return copy.deepcopy(model, memo).eval().float()
 
 
@@ -159,8 +184,9 @@ class _SeenOperators(TorchDispatchMode):
 class _PapersCounter:
     """The counter of the published tools: leaf modules only, a multiply-add is one operation.
 
-    Convolutions without bias, linear layers with it, one per element of a ReLU, k * k per output element of a pooling,
-    one per input element of a global pooling; batch norm, dropout and everything functional are free.
+    Convolutions without bias, linear layers with it, one per element of a ReLU, k * k per output element of a
+    pooling, one per input element of a global pooling; batch norm, dropout and everything functional are
+    free.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -20,8 +20,8 @@ ORDERS = ("latency", "throughput")
 class ExitTables:
     """What every exit says about every sample.
 
-    [K, N] each: the confidence asked for, top-1 and top-5 hits (bool), cross-entropy; besides `scores` [S, K, N], every
-    kind of confidence in the order of `CONFIDENCES`, and `targets` [N].
+    [K, N] each: the confidence asked for, top-1 and top-5 hits (bool), cross-entropy; besides `scores` [S, K,
+    N], every kind of confidence in the order of `CONFIDENCES`, and `targets` [N].
     """
 
     confidence: Tensor
@@ -45,7 +45,9 @@ class ExitTables:
     @classmethod
     def cat(cls, tables: list["ExitTables"]) -> "ExitTables":
         """One table of several, in order of samples."""
-        return cls(*(torch.cat(columns, dim=-1) for columns in zip(*(t._columns() for t in tables), strict=True)))
+        return cls(
+            *(torch.cat(columns, dim=-1) for columns in zip(*(t._columns() for t in tables), strict=True))
+        )
 
     @classmethod
     def interleave(cls, tables: list["ExitTables"]) -> "ExitTables":
@@ -79,11 +81,13 @@ def run_adaptive(
     order: str = "latency",
     micro_batch: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Really exits early: images [N, 3, H, W] and thresholds [K] to logits [N, C] and the exit [N] each sample left at.
+    """Really exits early: images [N, 3, H, W] and thresholds [K] to logits [N, C] and the exit [N] each
+    sample left at.
 
-    A sample leaves at the first exit whose confidence is at least its threshold and costs nothing from there on; the
-    last exit takes the rest. Order "latency" takes the images as one batch and compacts it after every exit. Order
-    "throughput" gives every stage full micro-batches of `micro_batch` images, pooling the survivors of several.
+    A sample leaves at the first exit whose confidence is at least its threshold and costs nothing from there
+    on; the last exit takes the rest. Order "latency" takes the images as one batch and compacts it after
+    every exit. Order "throughput" gives every stage full micro-batches of `micro_batch` images, pooling the
+    survivors of several.
     """
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; accepted: {', '.join(ORDERS)}")
@@ -91,7 +95,9 @@ def run_adaptive(
         raise ValueError("no images to run")
     pooled = order == "throughput"
     batches = images.split(micro_batch) if pooled else [images]
-    answers = stream_adaptive(model, batches, thresholds, confidence, micro_batch=micro_batch if pooled else None)
+    answers = stream_adaptive(
+        model, batches, thresholds, confidence, micro_batch=micro_batch if pooled else None
+    )
     ids, logits, exits = (torch.cat(parts) for parts in zip(*answers, strict=True))
     back = ids.argsort()
     return logits[back], exits[back]
@@ -106,12 +112,15 @@ def stream_adaptive(
     *,
     micro_batch: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Streams batches of images [B, 3, H, W] through the stages and yields samples in the order in which they leave.
+    """Streams batches of images [B, 3, H, W] through the stages and yields samples in the order in which they
+    leave.
 
-    Yields (position in the stream [M], logits [M, C], exit [M]) for a few samples at a time. With `micro_batch`, a
-    stage runs only once that many samples wait for it, and on exactly that many: nearly all calls then have one shape,
-    where every new number of survivors would make CPU libraries prepare each convolution anew and leave a GPU half
-    empty. At most K * 2 * micro_batch samples wait if batches are no larger. Without it, every batch goes on at once.
+    Yields (position in the stream [M], logits [M, C], exit [M]) for a few samples at a time. With
+    `micro_batch`, a
+    stage runs only once that many samples wait for it, and on exactly that many: nearly all calls then have
+    one shape, where every new number of survivors would make CPU libraries prepare each convolution anew and
+    leave a GPU half empty. At most K * 2 * micro_batch samples wait if batches are no larger. Without it,
+    every batch goes on at once.
     """
     if len(thresholds) != model.num_exits:
         raise ValueError(f"{len(thresholds)} thresholds for a network with {model.num_exits} exits")
@@ -144,7 +153,8 @@ def stream_adaptive(
 
 @torch.inference_mode()
 def run_single(model: MultiExitModel, images: Tensor, k: int) -> Tensor:
-    """Logits [N, C] of exit k alone, the static network that ends there: earlier heads run only if stages read them."""
+    """Logits [N, C] of exit k alone, the static network that ends there: earlier heads run only if stages
+    read them."""
     state = model.begin(images)
     for j in model.stages_before(k):
         state = (model.step if model.reads_logits(j) else model.trunk)(j, state)[1]
@@ -161,7 +171,8 @@ def fold_batch_norm(model: MultiExitModel) -> MultiExitModel:
         names = list(module._modules) if isinstance(module, nn.Sequential) else []
         for first, second in [*pairwise(names), *getattr(module, "folds", ())]:
             conv, norm = module._modules[first], module._modules[second]
-            # Not their subclasses, which may do more: timm's batch norm with an activation, standardised weights.
+            # Not their subclasses, which may do more: timm's batch norm with an activation, standardised
+            # weights.
             if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
                 setattr(module, first, fuse_conv_bn_eval(conv, norm))
                 setattr(module, second, nn.Identity())

@@ -1,4 +1,5 @@
-"""Honest timing: warmed up, synchronised, and interleaved, so that a machine that drifts slows every policy alike."""
+"""Honest timing: warmed up, synchronised, and interleaved, so that a machine that drifts slows every policy
+alike."""
 
 import time
 from collections.abc import Callable
@@ -18,10 +19,11 @@ MICRO_BATCHES = (16, 32, 64, 128, 256)
 
 
 class Policy(NamedTuple):
-    """A way to answer for images: `run(images, size)`, `size` of them per call, gives logits [N, C] and exits [N].
+    """A way to answer for images: `run(images, size)`, `size` of them per call, gives logits [N, C] and exits
+    [N].
 
-    `macs` are its mean multiply-adds per image; None stands for early exit's, which depend on who leaves. Policies of
-    one `kind` share a micro-batch.
+    `macs` are its mean multiply-adds per image; None stands for early exit's, which depend on who leaves.
+    Policies of one `kind` share a micro-batch.
     """
 
     kind: str
@@ -30,7 +32,9 @@ class Policy(NamedTuple):
     macs: float | None = None
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], *, rounds: int, device: torch.device) -> dict[str, float]:
+def interleaved(
+    calls: dict[str, Callable[[], Any]], *, rounds: int, device: torch.device
+) -> dict[str, float]:
     """Median seconds per call, run in turn (A B C A B C ...) for `rounds` rounds; warm up before."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -62,8 +66,9 @@ def static_policies(
 ) -> dict[str, Policy]:
     """What early exit competes with: all exits for everybody, and each exit alone.
 
-    `plain` is the network as trained and `images` [N, 3, H, W] what it reads; `tuned` is the one to deploy (folded,
-    channels-last, half precision ...), which all policies but the first use, and `tuned_images` the same images for it.
+    `plain` is the network as trained and `images` [N, 3, H, W] what it reads; `tuned` is the one to deploy
+    (folded, channels-last, half precision ...), which all policies but the first use, and `tuned_images` the
+    same images for it.
     """
     shape, last = tuple(images.shape[1:]), plain.num_exits - 1
 
@@ -116,13 +121,16 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row per policy: {policy, micro_batch, images_per_s, p50_ms, p95_ms, macs, accuracy, exits [N]}.
 
-    Without `micro_batch`, every kind of policy gets the fastest of `MICRO_BATCHES` on a quarter of the images.
-    Latencies are those of batch 1 over `singles` images, None in throughput order, where images wait for others.
+    Without `micro_batch`, every kind of policy gets the fastest of `MICRO_BATCHES` on a quarter of the
+    images. Latencies are those of batch 1 over `singles` images, None in throughput order, where images wait
+    for others.
     """
     device, sizes = targets.device, {}
     for policy in policies.values():
         sizes[policy.kind] = micro_batch or sizes.get(policy.kind) or _fastest_size(policy, device)
-    calls = {name: partial(policy.run, policy.images, sizes[policy.kind]) for name, policy in policies.items()}
+    calls = {
+        name: partial(policy.run, policy.images, sizes[policy.kind]) for name, policy in policies.items()
+    }
     answers = {name: call() for name, call in calls.items()}
     times = interleaved(calls, rounds=rounds, device=device)
     rows = []
@@ -149,11 +157,13 @@ def compare_orders(
     confidence: str,
     micro_batch: int | None = None,
 ) -> dict[str, Any]:
-    """Times early exit at some operating points, `points` (name to thresholds [K]), beside the static networks.
+    """Times early exit at some operating points, `points` (name to thresholds [K]), beside the static
+    networks.
 
-    Returns {num_images, table, points}: rows of `measure`, and for every point {point, thresholds, accuracy, macs,
-    shares, mismatches (samples per order that left elsewhere than simulated with `plain`), speedup and macs_ratio (of
-    throughput order over the network that ends at the last exit), speedup_over_plain (over all exits of `plain`)}.
+    Returns {num_images, table, points}: rows of `measure`, and for every point {point, thresholds, accuracy,
+    macs, shares, mismatches (samples per order that left elsewhere than simulated with `plain`), speedup and
+    macs_ratio (of throughput order over the network that ends at the last exit), speedup_over_plain (over all
+    exits of `plain`)}.
     """
     costs = exit_costs(plain, tuple(images.shape[1:]))
     policies = static_policies(plain, tuned, images, tuned_images)
@@ -168,10 +178,14 @@ def compare_orders(
     for name, thresholds in points.items():
         pooled = rows[f"{name}, throughput order"]
         simulated = exit_of(sure, thresholds)
-        differ = {order: int((rows[f"{name}, {order} order"]["exits"] != simulated).sum()) for order in ORDERS}
+        differ = {
+            order: int((rows[f"{name}, {order} order"]["exits"] != simulated).sum()) for order in ORDERS
+        }
         point = {"point": name, "thresholds": thresholds.tolist(), "mismatches": differ}
         point |= {"accuracy": pooled["accuracy"], "macs": pooled["macs"]}
-        point |= {"shares": (torch.bincount(simulated, minlength=plain.num_exits).double() / len(images)).tolist()}
+        point |= {
+            "shares": (torch.bincount(simulated, minlength=plain.num_exits).double() / len(images)).tolist()
+        }
         point |= {"speedup": pooled["images_per_s"] / static["images_per_s"]}
         point |= {"macs_ratio": static["macs"] / pooled["macs"]}
         point |= {"speedup_over_plain": pooled["images_per_s"] / as_trained["images_per_s"]}

@@ -1,4 +1,5 @@
-"""The operating points that an evaluation looks at: a published sweep of exit quotas, and those asked for by hand."""
+"""The operating points that an evaluation looks at: a published sweep of exit quotas, and those asked for by
+hand."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,8 +22,8 @@ from adaptive.thresholds import (
 class Policies:
     """A published sweep (its rows come first), then the `shares` to leave and the `thresholds` given, if any.
 
-    Both are one number per exit but the last. `picked` are rows to use whatever their figures. Raises ValueError for
-    numbers that do not fit `num_exits`, and for rows that the sweep does not have.
+    Both are one number per exit but the last. `picked` are rows to use whatever their figures. Raises
+    ValueError for numbers that do not fit `num_exits`, and for rows that the sweep does not have.
     """
 
     def __init__(
@@ -50,20 +51,32 @@ class Policies:
         if wrong:
             raise ValueError(f"--row {wrong[0]}, but {name} has rows 0 to {len(ratios) - 1}")
 
-    def rows(self, calib: Tables, test: Tables, costs: Sequence[int], about: dict[str, Any]) -> list[dict[str, Any]]:
-        """A row of `sweep` for every point, quotas met on calib, with its name and what `about` says of all of them."""
+    def rows(
+        self, calib: Tables, test: Tables, costs: Sequence[int], about: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """A row of `sweep` for every point, quotas met on calib, with its name and what `about` says of all
+        of them."""
         rows = sweep(self.quotas, calib, test, costs)
         rows += [operate(thresholds, calib, test, costs) for thresholds in self.fixed]
         return [{"policy": name, **about, **row} for name, row in zip(self.names, rows, strict=True)]
 
     def choose(
-        self, rows: list[dict[str, Any]], calib: Tables, *, budget: float | None = None, accuracy: float | None = None
+        self,
+        rows: list[dict[str, Any]],
+        calib: Tables,
+        *,
+        budget: float | None = None,
+        accuracy: float | None = None,
     ) -> list[int]:
-        """The rows to use: those given by hand or else, judged on calib, the most accurate one within `budget`, or the
-        cheapest one with this `accuracy` (a fraction; by default that of the last exit)."""
+        """The rows to use: those given by hand or else, judged on calib, the most accurate one within
+        `budget`, or the cheapest one with this `accuracy` (a fraction; by default that of the last exit)."""
         if self.picked:
             return self.picked
         accuracies, costs = [row["calib_accuracy"] for row in rows], [row["calib_macs"] for row in rows]
         if budget is not None:
             return [within_budget(accuracies, costs, budget)]
-        return [cheapest(accuracies, costs, calib.correct[-1].double().mean().item() if accuracy is None else accuracy)]
+        return [
+            cheapest(
+                accuracies, costs, calib.correct[-1].double().mean().item() if accuracy is None else accuracy
+            )
+        ]

@@ -1,9 +1,11 @@
 """Evaluation results as a figure and as one HTML page that opens offline. Plain data in, files out:
 
-exits:    [{"exit": k, "loss": float, "acc1": fraction, "acc5": fraction, "macs": int}], k from 0, most expensive last
+exits:    [{"exit": k, "loss": float, "acc1": fraction, "acc5": fraction, "macs": int}], k from 0, most
+expensive last
 rows:     [{"policy": str, "thresholds": [...], "accuracy": fraction, "macs": float, "shares": [K fractions]}]
 runtime:  as `adaptive.latency.compare_orders` returns it: {"num_images", "points": [...],
-          "table": [{"policy", "images_per_s", "p50_ms", "p95_ms", "macs", "accuracy"}]}; a latency may be None
+          "table": [{"policy", "images_per_s", "p50_ms", "p95_ms", "macs", "accuracy"}]}; a latency may be
+          None
 router:   a row as above with what `adaptive.routing.routing` says of it
 
 `exits` may have "alone": multiply-adds of that exit without what only other exits need.
@@ -39,7 +41,8 @@ LABEL_OFFSETS = [
 
 
 def plot_curve(path, exits, rows, *, title, runtime=None, router=None):
-    """Draw top-1 accuracy against MACs to ``path``; the suffix picks the format (``.png``, ``.svg``, ``.pdf``).
+    """Draw top-1 accuracy against MACs to ``path``; the suffix picks the format (``.png``, ``.svg``,
+    ``.pdf``).
 
     Raises:
         ValueError: matplotlib cannot write files of that suffix.
@@ -50,7 +53,8 @@ def plot_curve(path, exits, rows, *, title, runtime=None, router=None):
 
 
 def write_report(path, *, title, subtitle, exits, rows, runtime=None, router=None, facts=()):
-    """Write the page to ``path``: no script, nothing loaded from elsewhere. ``facts`` are (label, text) pairs."""
+    """Write the page to ``path``: no script, nothing loaded from elsewhere. ``facts`` are (label, text)
+    pairs."""
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         subtitle=escape(subtitle),
@@ -94,14 +98,22 @@ def _save_curve(target, file_format, exits, rows, *, title="", runtime=None, rou
             axes.plot(*curve.T, color=CURVE, linewidth=2, label="early exit")
         marker = {"edgecolors": PAPER, "linewidths": 0.8, "zorder": 3}
         axes.scatter(*points.T, s=45, color=EXIT, label="one exit for all images", **marker)
-        spared = [(row["alone"] / unit, 100 * row["acc1"]) for row in exits if row.get("alone", np.inf) < row["macs"]]
+        spared = [
+            (row["alone"] / unit, 100 * row["acc1"])
+            for row in exits
+            if row.get("alone", np.inf) < row["macs"]
+        ]
         if router and spared:
-            axes.scatter(*np.array(spared).T, s=45, facecolors="none", edgecolors=EXIT, label="the exit alone")
+            axes.scatter(
+                *np.array(spared).T, s=45, facecolors="none", edgecolors=EXIT, label="the exit alone"
+            )
         if router:
             best = (router["oracle"]["macs"] / unit, 100 * router["oracle"]["accuracy"])
             axes.scatter(*best, s=60, marker="D", facecolors="none", edgecolors=CHOSEN, label="oracle")
         if runtime:
-            chosen = np.array([(point["macs"] / unit, 100 * point["accuracy"]) for point in runtime["points"]])
+            chosen = np.array(
+                [(point["macs"] / unit, 100 * point["accuracy"]) for point in runtime["points"]]
+            )
             timed = f"measured, {runtime['num_images']} images"
             axes.scatter(*chosen.T, s=150, marker="*", color=CHOSEN, label=timed, **marker)
         axes.set(xlabel=f"multiply-adds per image ({name})", ylabel="top-1 accuracy (%)")
@@ -154,25 +166,33 @@ def _inline_curve(exits, rows, runtime, router):
 
 def _cards(exits, rows, runtime):
     best, last = max(exits, key=lambda row: row["acc1"]), exits[-1]
-    yield _card("Best exit", _percent(best["acc1"]), f"exit {best['exit']}, {_macs(best['macs'])} MACs per image")
+    yield _card(
+        "Best exit", _percent(best["acc1"]), f"exit {best['exit']}, {_macs(best['macs'])} MACs per image"
+    )
     match = cheapest_match(exits, rows)
     target = f"exit {last['exit']} ({_percent(last['acc1'])}, {_macs(last['macs'])})"
     if match:
         figure = f"{last['macs'] / match['macs']:.2f}×"
-        detail = f"{match['policy']}: {_percent(match['accuracy'])} for {_macs(match['macs'])}, against {target}; "
+        detail = (
+            f"{match['policy']}: {_percent(match['accuracy'])} for {_macs(match['macs'])}, against {target}; "
+        )
         detail += f"picked by test accuracy among {len(rows)} operating points"
     else:
         figure, detail = "not reached", f"no operating point is as accurate as {target} for fewer MACs"
     yield _card("Same accuracy for fewer MACs", figure, detail)
     if runtime:
         point = runtime["points"][0]
-        detail = f"over the network that stops at exit {last['exit']}; {point['macs_ratio']:.2f}× fewer MACs, "
+        detail = (
+            f"over the network that stops at exit {last['exit']}; {point['macs_ratio']:.2f}× fewer MACs, "
+        )
         detail += f"{_percent(point['accuracy'])} accuracy, throughput order, {point['point']}"
         yield _card("Measured speed-up", f"{point['speedup']:.2f}×", detail)
 
 
 def _card(label, figure, detail):
-    return f'<div class="card">{escape(label)}<b>{escape(figure)}</b><p class="soft">{escape(detail)}</p></div>'
+    return (
+        f'<div class="card">{escape(label)}<b>{escape(figure)}</b><p class="soft">{escape(detail)}</p></div>'
+    )
 
 
 def _table(head, body):
@@ -224,7 +244,9 @@ def _exit_styles(num_exits):
     from matplotlib.colors import to_hex
 
     places = np.linspace(0.2, 1, num_exits)  # darker ones drown in a dark page
-    return [f"background:{to_hex(colormaps['viridis'](x))};color:{'#fff' if x < 0.45 else '#000'}" for x in places]
+    return [
+        f"background:{to_hex(colormaps['viridis'](x))};color:{'#fff' if x < 0.45 else '#000'}" for x in places
+    ]
 
 
 def _router_section(router):
@@ -257,9 +279,7 @@ def _runtime_section(runtime):
     for point in runtime["points"]:
         differ = " and ".join(f"{n:,} ({order} order)" for order, n in point["mismatches"].items())
         thresholds = " ".join(f"{value:.4g}" for value in point["thresholds"])
-        note = (
-            f"{point['point']}: thresholds {thresholds}; of {runtime['num_images']:,} images, {differ} left elsewhere "
-        )
+        note = f"{point['point']}: thresholds {thresholds}; of {runtime['num_images']:,} images, {differ} left elsewhere "
         notes += f"<p class='soft'>{escape(note + 'than simulated.')}</p>"
     bars = _share_bars([{**point, "policy": point["point"]} for point in runtime["points"]])
     return f"<section><h2>Measured speed</h2>{table}<br>{bars}{notes}</section>"

@@ -1,7 +1,8 @@
-"""What a router does to a set of samples: who is handed on, whether that helped, and what the best router would do.
+"""What a router does to a set of samples: who is handed on, whether that helped, and what the best router
+would do.
 
-Pure functions of the tables that evaluation makes, K exits x N samples; for a cascade of two networks exit 0 is the
-student and exit 1 the teacher (EBJR, https://arxiv.org/abs/2110.10343).
+Pure functions of the tables that evaluation makes, K exits x N samples; for a cascade of two networks exit 0
+is the student and exit 1 the teacher (EBJR, https://arxiv.org/abs/2110.10343).
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from adaptive.thresholds import exit_of
 
 
 def auroc(score: Tensor, positive: Tensor) -> float | None:
-    """Chance that a positive sample has the higher score than another, ties counting half; score and bool [N].
+    """Chance that a positive sample has the higher score than another, ties counting half; score and bool
+    [N].
 
     None where all samples are of one kind.
     """
@@ -29,14 +31,16 @@ def auroc(score: Tensor, positive: Tensor) -> float | None:
 
 
 def oracle(correct: Tensor, costs: Sequence[float]) -> dict[str, float]:
-    """Accuracy and mean cost if each sample left at the first exit that is right, or at exit 0 where none is."""
+    """Accuracy and mean cost if each sample left at the first exit that is right, or at exit 0 where none
+    is."""
     exits = correct.byte().argmax(0)
     macs = torch.tensor(costs, dtype=torch.float64)[exits].mean().item()
     return {"accuracy": correct.any(0).double().mean().item(), "macs": macs}
 
 
 def four_way(correct: Tensor, exits: Tensor) -> dict[str, int]:
-    """Of the samples that did not leave at exit 0, how many exit 0 and the exit where they left know; exits [N].
+    """Of the samples that did not leave at exit 0, how many exit 0 and the exit where they left know; exits
+    [N].
 
     Keys say it of both: right_right, right_wrong (spoilt), wrong_right (mended), wrong_wrong.
     """
@@ -46,12 +50,14 @@ def four_way(correct: Tensor, exits: Tensor) -> dict[str, int]:
     return {f"{a}_{b}": int(((first == x) & (final == y)).sum()) for x, a in words for y, b in words}
 
 
-def routing(tables: Any, thresholds: Sequence[float], costs: Sequence[int], papers: Sequence[int]) -> dict[str, Any]:
+def routing(
+    tables: Any, thresholds: Sequence[float], costs: Sequence[int], papers: Sequence[int]
+) -> dict[str, Any]:
     """All of it for one set of thresholds [K]: {samples, routed, four_way, oracle, auroc, flops}.
 
-    `routed` is the share past exit 0; `auroc` maps every kind of confidence to how well it tells, at each exit but the
-    last, the samples that the exit knows. `flops` is the mean of `papers`, the published tools' count, doubled as EBJR
-    has it.
+    `routed` is the share past exit 0; `auroc` maps every kind of confidence to how well it tells, at each
+    exit but the last, the samples that the exit knows. `flops` is the mean of `papers`, the published tools'
+    count, doubled as EBJR has it.
     """
     exits = exit_of(tables.confidence, torch.tensor(thresholds, dtype=torch.float64))
     kinds = {
@@ -70,4 +76,6 @@ def routing(tables: Any, thresholds: Sequence[float], costs: Sequence[int], pape
 
 def under_mix(values: Tensor, popular: Tensor, share: float) -> float:
     """Mean of values [N] when `share` of the traffic are the samples marked `popular` (bool [N]), evenly."""
-    return share * values[popular].double().mean().item() + (1 - share) * values[~popular].double().mean().item()
+    return (
+        share * values[popular].double().mean().item() + (1 - share) * values[~popular].double().mean().item()
+    )

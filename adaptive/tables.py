@@ -18,7 +18,9 @@ def dynamic_lines(rows: list[dict[str, Any]]) -> list[str]:
     for i in range(0, len(rows), max(1, len(rows) // 8)):
         row = rows[i]
         shares = " ".join(f"{100 * share:5.1f}" for share in row["shares"])
-        lines.append(f"{i:3}  {row['policy']:20}{row['macs'] / 1e6:10.2f}{100 * row['accuracy']:10.2f}   {shares}")
+        lines.append(
+            f"{i:3}  {row['policy']:20}{row['macs'] / 1e6:10.2f}{100 * row['accuracy']:10.2f}   {shares}"
+        )
     return lines
 
 
@@ -35,7 +37,9 @@ def routing_lines(router: dict[str, Any]) -> list[str]:
         "how well confidence tells what an exit knows (AUROC, by exit):",
     ]
     for kind, by_exit in router["auroc"].items():
-        lines.append(f"  {kind:15}" + "".join(f"{'-' if value is None else f'{value:.3f}':>8}" for value in by_exit))
+        lines.append(
+            f"  {kind:15}" + "".join(f"{'-' if value is None else f'{value:.3f}':>8}" for value in by_exit)
+        )
     return lines
 
 

@@ -1,7 +1,7 @@
 """When a sample may leave: exit quotas, the thresholds that meet them, and what these do to a set of samples.
 
-Pure functions of tables: K exits x N samples. A sample leaves at the first exit whose confidence is at least that
-exit's threshold; the last exit takes whoever is left.
+Pure functions of tables: K exits x N samples. A sample leaves at the first exit whose confidence is at least
+that exit's threshold; the last exit takes whoever is left.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,8 @@ NOBODY, EVERYBODY = 1e8, -1e8
 # Ratios p of the published sweeps; quota k is proportional to p^k.
 MSDNET_RATIOS = [p / 20 for p in range(1, 40)]
 DYN_PERCEIVER_RATIOS = [(i + 4) / 20 for i in range(17)] + [20 / (i + 4) for i in range(16, 0, -1)]
-# With two exits: 99, 98 ... 1 % leave at the first. The published sweeps do not reach far, which cascades need.
+# With two exits: 99, 98 ... 1 % leave at the first. The published sweeps do not reach far, which cascades
+# need.
 WIDE_RATIOS = [share / (100 - share) for share in range(1, 100)]
 SWEEPS = {"msdnet": MSDNET_RATIOS, "dyn_perceiver": DYN_PERCEIVER_RATIOS, "wide": WIDE_RATIOS}
 
@@ -33,8 +34,8 @@ class Tables(Protocol):
 class Simulation:
     """What a set of thresholds does to a set of samples.
 
-    `accuracy` is a fraction, `cost` the mean in the unit of the costs given, `shares` [K] the fraction that leaves at
-    each exit, `exit_index` [N] where each sample leaves.
+    `accuracy` is a fraction, `cost` the mean in the unit of the costs given, `shares` [K] the fraction that
+    leaves at each exit, `exit_index` [N] where each sample leaves.
     """
 
     accuracy: float
@@ -46,9 +47,9 @@ class Simulation:
 def geometric_quotas(ratio: float, num_exits: int, scales: Sequence[float] = ()) -> Tensor:
     """Share of the samples meant to leave at each exit, [K] float32 summing to 1: q_k = p^k / sum_j p^j.
 
-    `ratio` p below 1 favours early exits. `scales` (K - 1 numbers, or none) then multiply the quotas of exits 0..K-2
-    one after the other, each time rescaling the later quotas to the total of 1 (Dyn-Perceiver: 0.85, 1, 0.5). Computed
-    in float32 as exp(k log p), as published (MSDNet, "budgeted batch classification").
+    `ratio` p below 1 favours early exits. `scales` (K - 1 numbers, or none) then multiply the quotas of exits
+    0..K-2 one after the other, each time rescaling the later quotas to the total of 1 (Dyn-Perceiver: 0.85,
+    1, 0.5). Computed in float32 as exp(k log p), as published (MSDNet, "budgeted batch classification").
     """
     if scales and len(scales) != num_exits - 1:
         raise ValueError(
@@ -65,11 +66,12 @@ def geometric_quotas(ratio: float, num_exits: int, scales: Sequence[float] = ())
 
 
 def quota_thresholds(confidence: Tensor, quotas: Tensor) -> Tensor:
-    """Thresholds [K] at which floor(N * quota_k) of the samples still there leave at exit k; the papers' rule.
+    """Thresholds [K] at which floor(N * quota_k) of the samples still there leave at exit k; the papers'
+    rule.
 
-    `confidence` [K, N], `quotas` [K]. Nobody leaves at an exit whose quota is zero or larger than what is left; ties
-    leave together; the last threshold always passes. The product N * quota is taken in float32, as published.
-    Raises ValueError unless there is a quota per exit.
+    `confidence` [K, N], `quotas` [K]. Nobody leaves at an exit whose quota is zero or larger than what is
+    left; ties leave together; the last threshold always passes. The product N * quota is taken in float32, as
+    published. Raises ValueError unless there is a quota per exit.
     """
     num_exits, num_samples = confidence.shape
     if len(quotas) != num_exits:
@@ -94,7 +96,8 @@ def exit_of(confidence: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def simulate(confidence: Tensor, correct: Tensor, thresholds: Tensor, costs: Sequence[float]) -> Simulation:
-    """What `thresholds` [K] do to samples with `confidence` and `correct` (bool) [K, N], at `costs` [K] per exit."""
+    """What `thresholds` [K] do to samples with `confidence` and `correct` (bool) [K, N], at `costs` [K] per
+    exit."""
     exits = exit_of(confidence, thresholds)
     shares = torch.bincount(exits, minlength=len(thresholds)).double() / exits.numel()
     accuracy = correct.gather(0, exits[None]).double().mean().item()
@@ -102,10 +105,14 @@ def simulate(confidence: Tensor, correct: Tensor, thresholds: Tensor, costs: Seq
     return Simulation(accuracy, cost, shares.tolist(), exits)
 
 
-def sweep(quotas: Iterable[Tensor], calib: Tables, test: Tables, costs: Sequence[float]) -> list[dict[str, Any]]:
-    """The quota rule for each of `quotas` [K]: thresholds chosen on calib, and what they do to it and to test.
+def sweep(
+    quotas: Iterable[Tensor], calib: Tables, test: Tables, costs: Sequence[float]
+) -> list[dict[str, Any]]:
+    """The quota rule for each of `quotas` [K]: thresholds chosen on calib, and what they do to it and to
+    test.
 
-    Rows of {thresholds, accuracy, macs, shares (on test), calib_accuracy, calib_macs}; `costs` [K] are multiply-adds.
+    Rows of {thresholds, accuracy, macs, shares (on test), calib_accuracy, calib_macs}; `costs` [K] are
+    multiply-adds.
     """
     return [operate(quota_thresholds(calib.confidence, quota), calib, test, costs) for quota in quotas]
 
@@ -119,7 +126,8 @@ def operate(thresholds: Tensor, calib: Tables, test: Tables, costs: Sequence[flo
 
 
 def share_quotas(shares: Sequence[float], num_exits: int) -> Tensor:
-    """Quotas [K] from the shares meant to leave at every exit but the last, which takes the rest; ValueError if bad."""
+    """Quotas [K] from the shares meant to leave at every exit but the last, which takes the rest; ValueError
+    if bad."""
     if len(shares) != num_exits - 1 or sum(shares) > 1:
         raise ValueError(
             f"shares {list(shares)} for {num_exits} exits; give one per exit but the last, at most 1 in all"
@@ -128,9 +136,12 @@ def share_quotas(shares: Sequence[float], num_exits: int) -> Tensor:
 
 
 def given_thresholds(values: Sequence[float], num_exits: int) -> Tensor:
-    """Thresholds [K], float64, from those of every exit but the last; ValueError for another number of them."""
+    """Thresholds [K], float64, from those of every exit but the last; ValueError for another number of
+    them."""
     if len(values) != num_exits - 1:
-        raise ValueError(f"{len(values)} router thresholds for {num_exits} exits; give one per exit but the last")
+        raise ValueError(
+            f"{len(values)} router thresholds for {num_exits} exits; give one per exit but the last"
+        )
     return torch.tensor([*values, EVERYBODY], dtype=torch.float64)
 
 
@@ -141,11 +152,14 @@ def within_budget(accuracies: Sequence[float], costs: Sequence[float], budget: f
     """
     affordable = [i for i, cost in enumerate(costs) if cost <= budget]
     if not affordable:
-        raise ValueError(f"a budget of {budget:.4g} multiply-adds is below the cheapest setting's {min(costs):.4g}")
+        raise ValueError(
+            f"a budget of {budget:.4g} multiply-adds is below the cheapest setting's {min(costs):.4g}"
+        )
     return max(affordable, key=lambda i: (accuracies[i], -costs[i]))
 
 
 def cheapest(accuracies: Sequence[float], costs: Sequence[float], accuracy: float) -> int:
-    """Index of the cheapest setting with at least this accuracy, or of the most accurate one if none has it."""
+    """Index of the cheapest setting with at least this accuracy, or of the most accurate one if none has
+    it."""
     good = [i for i, a in enumerate(accuracies) if a >= accuracy]
     return min(good, key=lambda i: costs[i]) if good else within_budget(accuracies, costs, float("inf"))

@@ -14,7 +14,15 @@ from models import (  # noqa: F401 (to register names)
     timm_exits,
 )
 from models.multi_exit import MultiExitModel, State, join, map_leaves, take
-from models.registry import create_model, kind_of, list_models, model_class, model_options, nearest, spelled_out
+from models.registry import (
+    create_model,
+    kind_of,
+    list_models,
+    model_class,
+    model_options,
+    nearest,
+    spelled_out,
+)
 
 __all__ = [
     "MultiExitModel",

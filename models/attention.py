@@ -1,4 +1,5 @@
-"""Pre-norm cross and self attention layers on tokens, as Perceiver (https://arxiv.org/abs/2103.03206) builds them."""
+"""Pre-norm cross and self attention layers on tokens, as Perceiver (https://arxiv.org/abs/2103.03206) builds
+them."""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +7,13 @@ from torch import Tensor, nn
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for q [B, heads, N, d] and k, v [B, heads, L, d], with `dropout` on the softmax."""
+    """softmax(q k^T / sqrt(d)) v for q [B, heads, N, d] and k, v [B, heads, L, d], with `dropout` on the
+    softmax."""
     if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    # The backward pass of the CPU's kernel takes 2 to 10 times as long in half precision as in float32, at heads as
-    # narrow as here: there is little to multiply, and nothing that half precision would multiply faster.
+    # The backward pass of the CPU's kernel takes 2 to 10 times as long in half precision as in float32, at
+    # heads as narrow as here: there is little to multiply, and nothing that half precision would multiply
+    # faster.
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout).to(q.dtype)
 
@@ -18,12 +21,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention with projections to `inner` channels, which the heads share evenly.
 
-    `num_keys` > 0 adds a learned embedding to that many keys. Published weights call it relative_position_bias; it is
-    an absolute position of the key, added before the heads are split.
+    `num_keys` > 0 adds a learned embedding to that many keys. Published weights call it
+    relative_position_bias; it is an absolute position of the key, added before the heads are split.
     """
 
     def __init__(
-        self, n_queries: int, n_values: int, inner: int, *, heads: int, num_keys: int = 0, dropout: float = 0.0
+        self,
+        n_queries: int,
+        n_values: int,
+        inner: int,
+        *,
+        heads: int,
+        num_keys: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         """`n_queries`, `n_values`: channels of the tokens that ask and of those that are read."""
         super().__init__()
@@ -43,13 +53,16 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(queries), self.k_proj(values), self.v_proj(values)
         if self.embeds_keys:
             k = k + self.relative_position_bias
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, tokens, C / heads)
+        q, k, v = (
+            t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)
+        )  # (B, heads, tokens, C / heads)
         mixed = attend(q, k, v, self.dropout if self.training else 0.0)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, N, inner) in between
 
 
 class TokenMlp(nn.Module):
-    """Layer norm and two linear layers with a GELU between, `factor` times as wide inside: [B, N, C] to [B, N, C]."""
+    """Layer norm and two linear layers with a GELU between, `factor` times as wide inside: [B, N, C] to [B,
+    N, C]."""
 
     def __init__(self, width: int, factor: int) -> None:
         super().__init__()
@@ -77,7 +90,14 @@ class CrossAttentionLayer(nn.Module):
     """Tokens read other tokens through one head, then an MLP; both are added to what came in."""
 
     def __init__(
-        self, n_queries: int, n_values: int, inner: int, *, factor: int = 1, num_keys: int = 0, dropout: float = 0.0
+        self,
+        n_queries: int,
+        n_values: int,
+        inner: int,
+        *,
+        factor: int = 1,
+        num_keys: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         attention = Attention(n_queries, n_values, inner, heads=1, num_keys=num_keys, dropout=dropout)
@@ -103,7 +123,8 @@ class _NormedSelf(nn.Module):
 
 
 class SelfAttentionLayer(nn.Module):
-    """Tokens read each other, then an MLP `factor` times as wide inside; both are added. [B, N, C] to [B, N, C]."""
+    """Tokens read each other, then an MLP `factor` times as wide inside; both are added. [B, N, C] to [B, N,
+    C]."""
 
     def __init__(self, width: int, *, heads: int, factor: int, dropout: float = 0.0) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""Plain CNNs, each cut into a stem and four stages: RegNetY, ResNet and MobileNetV3, the latter two in several widths.
+"""Plain CNNs, each cut into a stem and four stages: RegNetY, ResNet and MobileNetV3, the latter two in
+several widths.
 
 Weights are named as torchvision's RegNet (https://arxiv.org/abs/2003.13678) and MobileNetV3
-(https://arxiv.org/abs/1905.02244) and timm's ResNet (https://arxiv.org/abs/1512.03385, with the stride on the 3x3), and
-networks of the usual widths give the same outputs. They are registered as one-exit baselines.
+(https://arxiv.org/abs/1905.02244) and timm's ResNet (https://arxiv.org/abs/1512.03385, with the stride on the
+3x3), and networks of the usual widths give the same outputs. They are registered as one-exit baselines.
 """
 
 import math
@@ -26,12 +27,15 @@ class Backbone:
         stem, stages: images [B, 3, H, W] to the map that enters stage 1; then four stages, map to map.
         widths: channels of the maps that enter stages 1 to 4, and of the one that leaves stage 4.
         strides: pixels per position of the maps that enter stages 1 to 4.
-        body: names and modules that hold the stages inside a two-stream network; stage i is at `stage_path.format(i)`.
-        plain: names and modules of the CNN alone, in order of execution; its classifier is named `classifier_name`.
+        body: names and modules that hold the stages inside a two-stream network; stage i is at
+            `stage_path.format(i)`.
+        plain: names and modules of the CNN alone, in order of execution; its classifier is named
+            `classifier_name`.
         hidden: width of the hidden layer of its classifiers; 0 where they are linear.
         dropout: rate before the last linear layer of its classifier.
         classifier_before: the part of a two-stream network that its classifier precedes in released files.
-        classifier_std: standard deviation of a linear classifier's initial weights; None is PyTorch's default.
+        classifier_std: standard deviation of a linear classifier's initial weights; None is PyTorch's
+            default.
     """
 
     stem: nn.Sequential
@@ -69,8 +73,8 @@ class Backbone:
 
 
 class RegNetBlock(nn.Module):
-    """1x1, grouped 3x3, squeeze and excitation, 1x1, all `n_out` wide, added to the shortcut: [B, n_in, H, W] to
-    [B, n_out, H / stride, W / stride]."""
+    """1x1, grouped 3x3, squeeze and excitation, 1x1, all `n_out` wide, added to the shortcut: [B, n_in, H, W]
+    to [B, n_out, H / stride, W / stride]."""
 
     def __init__(self, n_in: int, n_out: int, *, stride: int, group_width: int, drop: float) -> None:
         super().__init__()
@@ -92,9 +96,15 @@ class RegNetBlock(nn.Module):
 
 
 def regnet_y(
-    drop_path: float | None, dropout: float | None, *, widths: Sequence[int], depths: Sequence[int], group_width: int
+    drop_path: float | None,
+    dropout: float | None,
+    *,
+    widths: Sequence[int],
+    depths: Sequence[int],
+    group_width: int,
 ) -> Backbone:
-    """RegNetY with these widths, blocks per stage and channels per group; published without dropout of any kind."""
+    """RegNetY with these widths, blocks per stage and channels per group; published without dropout of any
+    kind."""
     stem, n_in, stages = conv_norm(3, 32, 3, stride=2, act=nn.ReLU), 32, []
     rates = iter(rising(drop_path or 0.0, sum(depths)))
     for i, (width, depth) in enumerate(zip(widths, depths, strict=True), 1):
@@ -127,7 +137,8 @@ def regnet_y(
 
 
 class ResNetBlock(nn.Sequential):
-    """Convolutions of the given (kernel, width, stride), each with batch norm, ReLU between, added to the shortcut."""
+    """Convolutions of the given (kernel, width, stride), each with batch norm, ReLU between, added to the
+    shortcut."""
 
     def __init__(self, n_in: int, convs: list[tuple[int, int, int]], drop: float) -> None:
         super().__init__()
@@ -139,7 +150,9 @@ class ResNetBlock(nn.Sequential):
             channels = width
         self.drop_path = drop_path(drop)
         stride = max(stride for _, _, stride in convs)
-        self.downsample = conv_norm(n_in, channels, stride=stride) if stride > 1 or n_in != channels else nn.Identity()
+        self.downsample = (
+            conv_norm(n_in, channels, stride=stride) if stride > 1 or n_in != channels else nn.Identity()
+        )
         self.apply(init_he_out)
         nn.init.zeros_(self.get_submodule(f"bn{len(convs)}").weight)  # every block starts as its shortcut
 
@@ -153,9 +166,15 @@ class ResNetBlock(nn.Sequential):
 
 
 def resnet(
-    drop_path: float | None, dropout: float | None, *, depths: Sequence[int], width_mult: float = 1.0, bottleneck: bool
+    drop_path: float | None,
+    dropout: float | None,
+    *,
+    depths: Sequence[int],
+    width_mult: float = 1.0,
+    bottleneck: bool,
 ) -> Backbone:
-    """ResNet with these blocks per stage, widths times `width_mult`; published with drop path and dropout of 0.2."""
+    """ResNet with these blocks per stage, widths times `width_mult`; published with drop path and dropout of
+    0.2."""
     width, stages, widths = int(64 * width_mult), [], [int(64 * width_mult)]
     stem = conv_norm(3, width, 7, stride=2, act=nn.ReLU)
     stem.append(nn.MaxPool2d(3, stride=2, padding=1)).apply(init_he_out)
@@ -189,7 +208,8 @@ def resnet(
 
 # MobileNetV3
 
-# Kernel, expanded and output channels, squeeze and excitation, activation, stride of every block (tables 1 and 2).
+# Kernel, expanded and output channels, squeeze and excitation, activation, stride of every block (tables 1
+# and 2).
 RE, HS = nn.ReLU, nn.Hardswish
 # fmt: off
 LARGE = (
@@ -207,10 +227,20 @@ SMALL = (
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise convolution, squeeze and excitation, 1x1; added to what came in if shapes agree."""
+    """1x1 expansion, depthwise convolution, squeeze and excitation, 1x1; added to what came in if shapes
+    agree."""
 
     def __init__(
-        self, n_in: int, n_out: int, *, kernel: int, expanded: int, se: bool, act: type, stride: int, drop: float
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        kernel: int,
+        expanded: int,
+        se: bool,
+        act: type,
+        stride: int,
+        drop: float,
     ) -> None:
         super().__init__()
         layers = [_mobile_conv(n_in, expanded, act=act)] if expanded != n_in else []
@@ -241,17 +271,21 @@ def mobilenet_v3(
 ) -> Backbone:
     """MobileNetV3 with all widths times `width_mult`; published with dropout of 0.2 before its last layer.
 
-    Stage i starts at feature `cuts[i - 1]`, feature 0 being the first convolution: in the two-stream networks every
-    stage but the last ends with its block of stride 2.
+    Stage i starts at feature `cuts[i - 1]`, feature 0 being the first convolution: in the two-stream networks
+    every stage but the last ends with its block of stride 2.
     """
     scale = [rounded(width_mult * row[2]) for row in rows]
     inputs = [rounded(width_mult * 16), *scale]
     features = [_mobile_conv(3, inputs[0], 3, stride=2, act=HS)]
     rates = rising(drop_path or 0.0, len(rows))
-    for n_in, n_out, (kernel, expanded, _, se, act, stride), rate in zip(inputs, scale, rows, rates, strict=False):
+    for n_in, n_out, (kernel, expanded, _, se, act, stride), rate in zip(
+        inputs, scale, rows, rates, strict=False
+    ):
         wide = rounded(width_mult * expanded)
         features.append(
-            InvertedResidual(n_in, n_out, kernel=kernel, expanded=wide, se=se, act=act, stride=stride, drop=rate)
+            InvertedResidual(
+                n_in, n_out, kernel=kernel, expanded=wide, se=se, act=act, stride=stride, drop=rate
+            )
         )
     last = 6 * inputs[-1]
     features.append(_mobile_conv(inputs[-1], last, act=HS))
@@ -298,7 +332,8 @@ for _suffix, _width in MOBILENET_WIDTHS.items():
 
 
 def make_backbone(core: str, drop_path: float | None, dropout: float | None) -> Backbone:
-    """The named core; rates of None are those it was published with. Raises ValueError for an unknown name or rate."""
+    """The named core; rates of None are those it was published with. Raises ValueError for an unknown name or
+    rate."""
     if not 0 <= (drop_path or 0.0) < 1:
         raise ValueError(f"drop_path is {drop_path}; accepted: 0 up to, but not, 1")
     if core not in CORES:

@@ -1,4 +1,5 @@
-"""Boosted exits (BoostNet, https://arxiv.org/abs/2211.16726): every exit corrects what the exits before it answered."""
+"""Boosted exits (BoostNet, https://arxiv.org/abs/2211.16726): every exit corrects what the exits before it
+answered."""
 
 from typing import Any
 
@@ -11,11 +12,13 @@ from models.registry import create_model, register
 class Boosted(MultiExitModel):
     """Exit k of a registered network answers P_k = f_k + reweight * P_{k-1}, without a gradient into P_{k-1}.
 
-    Trained with the joint loss, each exit so learns what those before it got wrong: the prediction that the paper's
-    rule trains, f_k + E_{k-1} with E_k = reweight * (f_k + E_{k-1}), is the same number.
+    Trained with the joint loss, each exit so learns what those before it got wrong: the prediction that the
+    paper's rule trains, f_k + E_{k-1} with E_k = reweight * (f_k + E_{k-1}), is the same number.
     """
 
-    def __init__(self, *, name: str, num_classes: int = 1000, reweight: float = 0.5, options: dict[str, Any]) -> None:
+    def __init__(
+        self, *, name: str, num_classes: int = 1000, reweight: float = 0.5, options: dict[str, Any]
+    ) -> None:
         """`name` and `options` are those of the network; the paper's scripts set `reweight` to 0.5."""
         super().__init__()
         if not 0 <= reweight <= 1:

@@ -1,7 +1,8 @@
 """Networks for 32 x 32 images with one exit, as EBJR's model zoo has them (https://arxiv.org/abs/2110.10343).
 
-DenseNet-BC (https://arxiv.org/abs/1608.06993), ResNet (1512.03385), PreResNet (1603.05027), Wide ResNet (1605.07146),
-ResNeXt (1611.05431), VGG (1409.1556) and AlexNet. Weights have the names and shapes of the released files.
+DenseNet-BC (https://arxiv.org/abs/1608.06993), ResNet (1512.03385), PreResNet (1603.05027), Wide ResNet
+(1605.07146), ResNeXt (1611.05431), VGG (1409.1556) and AlexNet. Weights have the names and shapes of the
+released files.
 """
 
 from collections import OrderedDict
@@ -14,7 +15,9 @@ from models.multi_exit import MultiExitModel, State
 from models.registry import register
 
 
-def conv(n_in: int, n_out: int, kernel: int = 3, stride: int = 1, groups: int = 1, bias: bool = False) -> nn.Conv2d:
+def conv(
+    n_in: int, n_out: int, kernel: int = 3, stride: int = 1, groups: int = 1, bias: bool = False
+) -> nn.Conv2d:
     """A convolution that keeps the size of the map, stride aside."""
     return nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, groups=groups, bias=bias)
 
@@ -62,7 +65,8 @@ class CifarNet(MultiExitModel):
 
 
 class DenseLayer(nn.Module):
-    """Batch norm, ReLU, 1x1 convolution to 4 `growth` channels, the same with 3x3 to `growth`, joined to the input."""
+    """Batch norm, ReLU, 1x1 convolution to 4 `growth` channels, the same with 3x3 to `growth`, joined to the
+    input."""
 
     folds = (("conv1", "bn2"),)
 
@@ -133,8 +137,8 @@ class CifarDenseNet(CifarNet):
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions, or 1x1, 3x3 and 1x1 to four times the width, added to the shortcut.
 
-    Batch norm and ReLU come before each convolution if `before`, else behind; a shortcut of another shape is a 1x1
-    convolution, with batch norm where that comes behind, of the block's raw input.
+    Batch norm and ReLU come before each convolution if `before`, else behind; a shortcut of another shape is
+    a 1x1 convolution, with batch norm where that comes behind, of the block's raw input.
     """
 
     def __init__(self, n_in: int, planes: int, stride: int, *, bottleneck: bool, before: bool) -> None:
@@ -145,7 +149,10 @@ class ResidualBlock(nn.Module):
         pairs = [(f"conv{i}", f"bn{i + 1 if before else i}") for i in range(1, len(convs) + 1)]
         self.folds = pairs[:-1] if before else pairs
         for i, (kernel, n_out, step) in enumerate(convs, 1):
-            parts = {f"conv{i}": conv(width, n_out, kernel, step), f"bn{i}": nn.BatchNorm2d(width if before else n_out)}
+            parts = {
+                f"conv{i}": conv(width, n_out, kernel, step),
+                f"bn{i}": nn.BatchNorm2d(width if before else n_out),
+            }
             for name in sorted(parts, reverse=not before):  # in the order of execution
                 self.add_module(name, parts[name])
             width = n_out
@@ -195,7 +202,11 @@ class CifarResNet(CifarNet):
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
         if self.before:
             self.bn = nn.BatchNorm2d(width)
-        self.relu, self.pool, self.fc = nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Linear(width, num_classes)
+        self.relu, self.pool, self.fc = (
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Linear(width, num_classes),
+        )
         self.apply(init_he_out)
 
     def features_of(self, images: Tensor) -> Tensor:
@@ -232,9 +243,12 @@ class WideBlock(nn.Module):
 
 
 class CifarWRN(CifarNet):
-    """Wide ResNet: ResNet's widths times `widen_factor`; depth 6n + 4, dropout of `dropRate` in every block."""
+    """Wide ResNet: ResNet's widths times `widen_factor`; depth 6n + 4, dropout of `dropRate` in every
+    block."""
 
-    def __init__(self, *, num_classes: int = 10, depth: int = 28, widen_factor: int = 1, dropRate: float = 0.0) -> None:
+    def __init__(
+        self, *, num_classes: int = 10, depth: int = 28, widen_factor: int = 1, dropRate: float = 0.0
+    ) -> None:
         super().__init__()
         count = blocks_of(depth, 4, 6, "WRN")
         self.conv1, width = conv(3, 16), 16

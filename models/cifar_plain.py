@@ -1,4 +1,5 @@
-"""ResNeXt, VGG and AlexNet for 32 x 32 images, with the names and shapes of EBJR's model zoo; see `models.cifar`."""
+"""ResNeXt, VGG and AlexNet for 32 x 32 images, with the names and shapes of EBJR's model zoo; see
+`models.cifar`."""
 
 from collections import OrderedDict
 

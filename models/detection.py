@@ -1,8 +1,8 @@
 """Faster R-CNN and Mask R-CNN with a feature pyramid on ReXNet, built from torchvision's detection stack.
 
-https://arxiv.org/abs/1506.01497, https://arxiv.org/abs/1703.06870, https://arxiv.org/abs/1612.03144; the pyramid reads
-ReXNetV1's maps behind blocks 2, 4, 10 and 15, at strides 4, 8, 16 and 32. The detectors of the ReXNet paper were not
-released; its table of results names no more than their backbones.
+https://arxiv.org/abs/1506.01497, https://arxiv.org/abs/1703.06870, https://arxiv.org/abs/1612.03144; the
+pyramid reads ReXNetV1's maps behind blocks 2, 4, 10 and 15, at strides 4, 8, 16 and 32. The detectors of the
+ReXNet paper were not released; its table of results names no more than their backbones.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.registry import create_model, nearest
 
-LEVELS = {5: 38, 7: 61, 13: 128, 18: 185}  # number in ReXNetV1.features of each map, and its channels at width 1
+LEVELS = {
+    5: 38,
+    7: 61,
+    13: 128,
+    18: 185,
+}  # number in ReXNetV1.features of each map, and its channels at width 1
 WIDTHS = ("090", "100", "130", "150", "200", "220", "300")
 KINDS = ("faster_rcnn", "mask_rcnn")
 PYRAMID, PROPOSALS = 256, 1000
@@ -38,15 +43,18 @@ def create_detector(
 ) -> nn.Module:
     """A detector under torchvision's protocol; `num_classes` includes the background, which is class 0.
 
-    In training it maps a list of images [3, H, W] (pixels in 0..1) and a list of dicts (boxes [N, 4] as x1 y1 x2 y2 in
-    pixels, labels [N], for Mask R-CNN masks [N, H, W]) to a dict of losses, in evaluation the images to a list of dicts
-    with boxes, labels, scores and masks [N, 1, H, W].
+    In training it maps a list of images [3, H, W] (pixels in 0..1) and a list of dicts (boxes [N, 4] as x1 y1
+    x2 y2 in pixels, labels [N], for Mask R-CNN masks [N, H, W]) to a dict of losses, in evaluation the images
+    to a list of dicts with boxes, labels, scores and masks [N, 1, H, W].
 
     Args:
         backbone_weights: a ReXNetV1 classifier's state dict, whose features are taken.
-        freeze_norm: the backbone's batch norms keep their weights and statistics, for batches too small to renew them.
-        min_size, max_size: images are resized until the short side has `min_size` or the long one `max_size` pixels.
-        smallest_anchor: side of the finest level's anchors in pixels; each coarser level's are twice as large.
+        freeze_norm: the backbone's batch norms keep their weights and statistics, for batches too small to
+            renew them.
+        min_size, max_size: images are resized until the short side has `min_size` or the long one `max_size`
+            pixels.
+        smallest_anchor: side of the finest level's anchors in pixels; each coarser level's are twice as
+            large.
         proposals: boxes that are classified per image in evaluation; in training twice as many are proposed.
         sampled: of these, boxes per image that training classifies.
 
@@ -69,7 +77,9 @@ def create_detector(
 
         features = freeze_batch_norm_2d(features)
     backbone = BackboneWithFPN(features, {str(i): str(n) for n, i in enumerate(LEVELS)}, channels, PYRAMID)
-    sizes = tuple((smallest_anchor * 2**level,) for level in range(len(LEVELS) + 1))  # one more: the last map, pooled
+    sizes = tuple(
+        (smallest_anchor * 2**level,) for level in range(len(LEVELS) + 1)
+    )  # one more: the last map, pooled
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     network = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN}[kind]
     return network(
@@ -88,7 +98,9 @@ def _load_features(classifier: nn.Module, weights: dict[str, Tensor]) -> None:
     own = {key: value for key, value in classifier.state_dict().items() if key.startswith("features.")}
     wrong = [key for key, value in own.items() if key not in weights or weights[key].shape != value.shape]
     if wrong:
-        raise ValueError(f"these are not the backbone's weights: {len(wrong)} of {len(own)} do not fit, say {wrong[0]}")
+        raise ValueError(
+            f"these are not the backbone's weights: {len(wrong)} of {len(own)} do not fit, say {wrong[0]}"
+        )
     classifier.load_state_dict({key: weights[key] for key in own}, strict=False)
 
 
@@ -110,7 +122,8 @@ class DetectorCosts(NamedTuple):
 
 @torch.no_grad()
 def detector_costs(detector: nn.Module, height: int, width: int) -> DetectorCosts:
-    """Costs of a detector that was built on the meta device, for an image of this size as the backbone reads it."""
+    """Costs of a detector that was built on the meta device, for an image of this size as the backbone reads
+    it."""
 
     def macs(part: nn.Module, *inputs: object) -> tuple[int, object]:
         with FlopCounterMode(display=False) as counter:
@@ -130,4 +143,6 @@ def detector_costs(detector: nn.Module, height: int, width: int) -> DetectorCost
         first, regions = macs(heads.mask_head, regions)
         masks = first + macs(heads.mask_predictor, regions)[0]
     params = sum(p.numel() for p in detector.parameters())
-    return DetectorCosts(params, backbone, pyramid, proposals, box + macs(heads.box_predictor, vectors)[0], masks)
+    return DetectorCosts(
+        params, backbone, pyramid, proposals, box + macs(heads.box_predictor, vectors)[0], masks
+    )

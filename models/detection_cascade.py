@@ -1,8 +1,8 @@
 """Two detectors in a row: the second sees an image again where the first is unsure of what it found in it.
 
 After "Energy-Based Joint Reasoning for Adaptive Inference", https://arxiv.org/abs/2110.10343, which shows
-EfficientDet-D0 and -D4 so. Whole images are routed: all boxes of an image are of one detector, and the second gets the
-original image.
+EfficientDet-D0 and -D4 so. Whole images are routed: all boxes of an image are of one detector, and the second
+gets the original image.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,11 @@ Found = dict[str, Tensor]
 
 
 class WithLogits(nn.Module):
-    """A torchvision detector whose detections also have "class_logits" [N, C], the class vector each came from.
+    """A torchvision detector whose detections also have "class_logits" [N, C], the class vector each came
+    from.
 
-    For Faster and Mask R-CNN, SSD, SSDLite and RetinaNet, in evaluation. Raises ValueError for other detectors.
+    For Faster and Mask R-CNN, SSD, SSDLite and RetinaNet, in evaluation. Raises ValueError for other
+    detectors.
     """
 
     def __init__(self, detector: nn.Module) -> None:
@@ -58,15 +60,18 @@ def _class_logits(out: dict[str, Tensor] | tuple[Tensor, Tensor]) -> Tensor:
 
 
 class EffDet(nn.Module):
-    """An EfficientDet of the package effdet under torchvision's protocol, with class_logits (before the sigmoid).
+    """An EfficientDet of the package effdet under torchvision's protocol, with class_logits (before the
+    sigmoid).
 
-    Images are scaled to fit the network's square, normalised as ImageNet and padded; `net` is what training and weights
-    are for. Raises ValueError without the package or for an unknown name.
+    Images are scaled to fit the network's square, normalised as ImageNet and padded; `net` is what training
+    and weights are for. Raises ValueError without the package or for an unknown name.
     """
 
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, name: str, num_classes: int = 90, *, pretrained: bool = False, floor: float = 0.05) -> None:
+    def __init__(
+        self, name: str, num_classes: int = 90, *, pretrained: bool = False, floor: float = 0.05
+    ) -> None:
         super().__init__()
         try:
             import effdet
@@ -74,7 +79,9 @@ class EffDet(nn.Module):
         except ImportError as error:
             raise ValueError(f"{name} needs a package: pip install effdet") from error
         if name not in effdet.config.model_config.efficientdet_model_param_dict:
-            raise ValueError(f"effdet has no model {name!r}; accepted: tf_efficientdet_d0 to _d7, efficientdet_d0 ...")
+            raise ValueError(
+                f"effdet has no model {name!r}; accepted: tf_efficientdet_d0 to _d7, efficientdet_d0 ..."
+            )
         options = {"pretrained": pretrained, "pretrained_backbone": False, "num_classes": num_classes}
         self.net, self.floor = effdet.create_model(name, bench_task="", **options), floor
         self.anchors = Anchors.from_config(self.net.config)
@@ -100,14 +107,22 @@ class EffDet(nn.Module):
         scale = min(self.size[0] / high, self.size[1] / wide)
         sides = (round(high * scale), round(wide * scale))
         pixels = F.interpolate(image[None], sides, mode="bilinear", antialias=True)
-        padded = F.pad((pixels - self.mean) / self.std, (0, self.size[1] - sides[1], 0, self.size[0] - sides[0]))
+        padded = F.pad(
+            (pixels - self.mean) / self.std, (0, self.size[1] - sides[1], 0, self.size[0] - sides[0])
+        )
         levels, boxes = self.net(padded)
         config, count = self.net.config, self.net.config.num_classes
         top, boxes, places, labels = _post_process(
-            levels, boxes, config.num_levels, count, min(config.max_detection_points, len(self.anchors.boxes) * count)
+            levels,
+            boxes,
+            config.num_levels,
+            count,
+            min(config.max_detection_points, len(self.anchors.boxes) * count),
         )
         places, labels, scores = places[0], labels[0], top[0, :, 0].sigmoid()
-        boxes = decode_box_outputs(boxes[0].float(), self.anchors.boxes[places].to(boxes.device), output_xyxy=True)
+        boxes = decode_box_outputs(
+            boxes[0].float(), self.anchors.boxes[places].to(boxes.device), output_xyxy=True
+        )
         kept = batched_nms(boxes, scores, labels, 0.5)[: config.max_det_per_image]
         kept = kept[scores[kept] > self.floor]
         vectors = torch.cat([level[0].permute(1, 2, 0).reshape(-1, count) for level in levels])
@@ -120,8 +135,11 @@ class EffDet(nn.Module):
         }
 
 
-def image_confidence(found: Found, confidence: Callable[[Tensor], Tensor], top: int = 10, floor: float = 0.05) -> float:
-    """How sure a detector is of an image: the mean confidence of its `top` detections that score `floor` or more.
+def image_confidence(
+    found: Found, confidence: Callable[[Tensor], Tensor], top: int = 10, floor: float = 0.05
+) -> float:
+    """How sure a detector is of an image: the mean confidence of its `top` detections that score `floor` or
+    more.
 
     Minus infinity, so that the next detector is asked, where there are none.
     """
@@ -132,7 +150,8 @@ def image_confidence(found: Found, confidence: Callable[[Tensor], Tensor], top: 
 
 
 class DetectionCascade(nn.Module):
-    """Student and teacher (`WithLogits`, `EffDet`): the teacher answers where the student's confidence is too low.
+    """Student and teacher (`WithLogits`, `EffDet`): the teacher answers where the student's confidence is too
+    low.
 
     Args:
         threshold: least image confidence at which the student's boxes are kept.
@@ -155,7 +174,8 @@ class DetectionCascade(nn.Module):
         self.confidence, self.top, self.floor = confidence, top, floor
 
     def forward(self, images: list[Tensor]) -> list[Found]:
-        """Images [3, H, W] to the detections of one detector each, with "exit" (0 or 1) and its "confidence"."""
+        """Images [3, H, W] to the detections of one detector each, with "exit" (0 or 1) and its
+        "confidence"."""
         answers = []
         for image in images:
             (found,), k = self.student([image]), 0

@@ -1,7 +1,8 @@
 """Dynamic Perceiver: a CNN and a latent branch that classifies early (https://arxiv.org/abs/2306.11248).
 
-A learned array of tokens reads the CNN's maps (x2z), thinks (self attention) and writes back to them (z2x), stage by
-stage. Exits 0 and 1 read the tokens after latent stages 3 and 4, exit 2 the CNN's last map, exit 3 both.
+A learned array of tokens reads the CNN's maps (x2z), thinks (self attention) and writes back to them (z2x),
+stage by stage. Exits 0 and 1 read the tokens after latent stages 3 and 4, exit 2 the CNN's last map, exit 3
+both.
 """
 
 from collections.abc import Sequence
@@ -42,14 +43,17 @@ class DynPerceiver(MultiExitModel):
         SA_widening_factor: hidden width of their MLPs, in multiples of the tokens' width.
         num_SA_heads: their heads, per stage.
         num_latent_channels: width of the latent array; only None or what the CNN's first stage reads.
-        spatial_reduction: tokens read maps pooled to 7 x 7; false = not pooled, for square images of `input_size` only.
-        with_x2z, with_z2x: tokens read maps before latent stages 2 to 4; maps read tokens before CNN stages 2 to 4.
+        spatial_reduction: tokens read maps pooled to 7 x 7; false = not pooled, for square images of
+            `input_size` only.
+        with_x2z, with_z2x: tokens read maps before latent stages 2 to 4; maps read tokens before CNN stages 2
+            to 4.
         with_dwc: a depthwise convolution before tokens read a map.
         with_last_CA: the last map reads the tokens before exit 3.
         with_isc: exits 1 and 3 read the logits of exits 0 and 1.
-        drop_path: stochastic depth in the CNN, rising to this rate; None is the published 0.2 of ResNets, else 0.
-        dropout: rate of all dropout; None is what was published: 0 in the latent branch, 0.2 before the last linear
-            layer of ResNet's exit 2 and of MobileNet's exits 2 and 3.
+        drop_path: stochastic depth in the CNN, rising to this rate; None is the published 0.2 of ResNets,
+            else 0.
+        dropout: rate of all dropout; None is what was published: 0 in the latent branch, 0.2 before the last
+            linear layer of ResNet's exit 2 and of MobileNet's exits 2 and 3.
     """
 
     num_exits = len(EXITS)
@@ -92,7 +96,8 @@ class DynPerceiver(MultiExitModel):
             if before == backbone.classifier_before:
                 self.classifier_cnn = backbone.classifier(num_classes)
 
-        # Modules are made in the order of the published files, which numbers the parameters of their optimizers.
+        # Modules are made in the order of the published files, which numbers the parameters of their
+        # optimizers.
         classifier_cnn("dwc1_x2z")
         latent_rate = dropout or 0.0
         for i, (width, token, stride) in enumerate(zip(widths, tokens, backbone.strides, strict=True), 1):
@@ -124,7 +129,9 @@ class DynPerceiver(MultiExitModel):
             self.isc4 = _inter_stage_connection(num_classes, connected)
         classifier_cnn("classifier_merge")
         merged = last + tokens[3] + connected
-        self.classifier_merge = nn.Sequential(nn.BatchNorm1d(merged), *backbone.classifier_layers(merged, num_classes))
+        self.classifier_merge = nn.Sequential(
+            nn.BatchNorm1d(merged), *backbone.classifier_layers(merged, num_classes)
+        )
         self.token_expander = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(a), nn.Linear(a, b)) for a, b in zip(tokens, tokens[1:], strict=False)
         )
@@ -147,7 +154,8 @@ class DynPerceiver(MultiExitModel):
         return images.contiguous(memory_format=torch.channels_last)  # in which tokens are a view of a map
 
     def trunk(self, k: int, state: State) -> tuple[Tensor, State]:
-        """Exits 0, 1: mean token [B, C] (exit 1 with what exit 0 said); 2: mean of the last map; 3: all of these."""
+        """Exits 0, 1: mean token [B, C] (exit 1 with what exit 0 said); 2: mean of the last map; 3: all of
+        these."""
         if k == 0:
             x = self.cnn_stem(state)
             z = self.latent.expand(len(x), -1, -1)
@@ -169,7 +177,9 @@ class DynPerceiver(MultiExitModel):
 
     def head(self, k: int, features: Tensor) -> Tensor:
         """Logits [B, num_classes]."""
-        return getattr(self, EXITS[k])(self.cnn_dropout(features) if EXITS[k] == "classifier_cnn" else features)
+        return getattr(self, EXITS[k])(
+            self.cnn_dropout(features) if EXITS[k] == "classifier_cnn" else features
+        )
 
     def carry(self, k: int, state: State, logits: Tensor) -> State:
         """Keeps the logits of exits 0 and 1 for the inter-stage connections that read them."""
@@ -208,7 +218,8 @@ class DynPerceiver(MultiExitModel):
 
 
 def rounded_up(width: int) -> int:
-    """The tokens' width beside a map of `width` channels: the next multiple of 8, which all numbers of heads divide."""
+    """The tokens' width beside a map of `width` channels: the next multiple of 8, which all numbers of heads
+    divide."""
     return -(-width // 8) * 8
 
 
@@ -228,9 +239,13 @@ def _check(
     for option, values in (("depth_factor", depth_factor), ("num_SA_heads", heads)):
         values = list(values) if isinstance(values, Sequence) else values
         if not isinstance(values, list) or len(values) != 4 or min(values) < 1:
-            raise ValueError(f"{option} is {values}; it takes four numbers of at least 1, one per latent stage")
+            raise ValueError(
+                f"{option} is {values}; it takes four numbers of at least 1, one per latent stage"
+            )
     if any(width % h for width, h in zip(widths, heads, strict=True)):
-        raise ValueError(f"num_SA_heads is {list(heads)}; the tokens' widths {list(widths)} must be multiples of it")
+        raise ValueError(
+            f"num_SA_heads is {list(heads)}; the tokens' widths {list(widths)} must be multiples of it"
+        )
     if num_latents < 8:
         raise ValueError(f"num_latents is {num_latents}; it must be at least 8, since three stages halve it")
     if widening < 1:
@@ -254,7 +269,10 @@ _VARIANTS = (
     ("resnet50_075", "resnet50_075", (128, 256)),
     ("mobilenetV3", "mobilenet_v3_large", (128, 256, 512)),
     *((f"rexnet{w}", f"rexnet_{w}", (128,)) for w in (100, 130, 150, 200)),
-    *((f"mobilenetV3_{w}", f"mobilenet_v3_large_{w}", (128, 256, 512)) for w in ("0x5", "0x75", "1x25", "1x5", "2x0")),
+    *(
+        (f"mobilenetV3_{w}", f"mobilenet_v3_large_{w}", (128, 256, 512))
+        for w in ("0x5", "0x75", "1x25", "1x5", "2x0")
+    ),
 )
 for _name, _core, _counts in _VARIANTS:
     for _count in _counts:

@@ -1,8 +1,8 @@
 """Cascades of any networks: a small one sees every image, the next is asked where that is unsure (EBJR).
 
-Akbari et al., "Energy-Based Joint Reasoning for Adaptive Inference", https://arxiv.org/abs/2110.10343, for two networks
-or more. Routing is thresholding the exits' confidence, as in every network here: an image that stays with the student
-never reaches the teacher, whose answer otherwise replaces the student's.
+Akbari et al., "Energy-Based Joint Reasoning for Adaptive Inference", https://arxiv.org/abs/2110.10343, for
+two networks or more. Routing is thresholding the exits' confidence, as in every network here: an image that
+stays with the student never reaches the teacher, whose answer otherwise replaces the student's.
 """
 
 import re
@@ -22,9 +22,10 @@ NO = -1e4  # logit of a class that is ruled out: no probability, yet a finite lo
 class Member(NamedTuple):
     """One network of a cascade, and how it sees the images.
 
-    `mean` and `std` per channel normalise what it reads (None: as the cascade's images are). It reads `size` pixels,
-    cut from the middle of the images resized to `size / crop` (None: the images as they are). Its output j means class
-    `classes[j]` of the cascade, or "none of these" where that is -1 (None: the same classes in the same order).
+    `mean` and `std` per channel normalise what it reads (None: as the cascade's images are). It reads `size`
+    pixels, cut from the middle of the images resized to `size / crop` (None: the images as they are). Its
+    output j means class `classes[j]` of the cascade, or "none of these" where that is -1 (None: the same
+    classes in the same order).
     """
 
     name: str
@@ -37,18 +38,23 @@ class Member(NamedTuple):
 
     def __str__(self) -> str:
         values = {**self.options, **{name: getattr(self, name) for name in VIEW}}
-        words = {key: "/".join(map(str, v)) if isinstance(v, (tuple, list)) else v for key, v in values.items()}
-        return f"{self.name}:{','.join(f'{key}={w}' for key, w in words.items() if w is not None)}".rstrip(":")
+        words = {
+            key: "/".join(map(str, v)) if isinstance(v, (tuple, list)) else v for key, v in values.items()
+        }
+        return f"{self.name}:{','.join(f'{key}={w}' for key, w in words.items() if w is not None)}".rstrip(
+            ":"
+        )
 
 
 VIEW = Member._fields[2:]
 
 
 def parse_member(text: str) -> Member:
-    """A network written as "NAME" or "NAME:option=value,option=value", a list as numbers with slashes between.
+    """A network written as "NAME" or "NAME:option=value,option=value", a list as numbers with slashes
+    between.
 
-    Options are the network's own and those of `Member`. Raises ValueError for an unknown network or option, or a value
-    of another type.
+    Options are the network's own and those of `Member`. Raises ValueError for an unknown network or option,
+    or a value of another type.
     """
     name, _, rest = text.partition(":")
     own = {key: parameter.annotation for key, parameter in model_options(name).items()}
@@ -57,7 +63,9 @@ def parse_member(text: str) -> Member:
     for part in filter(None, rest.split(",")):
         key, equals, word = part.partition("=")
         if key == "weights":
-            raise ValueError(f"network {text!r}: weights are for eval_dynamic.py --model ebjr, which loads them")
+            raise ValueError(
+                f"network {text!r}: weights are for eval_dynamic.py --model ebjr, which loads them"
+            )
         if not equals or key not in known:
             raise ValueError(
                 f"network {text!r}: unknown option {part!r}; {nearest(key, [*VIEW, 'weights', *own])[:300]}"
@@ -70,8 +78,13 @@ def parse_member(text: str) -> Member:
         found[key] = tuple(values) if many else values[0]
     options = {key: value for key, value in found.items() if key not in VIEW}
     member = Member(name, options, **{key: value for key, value in found.items() if key in VIEW})
-    if any(len(stats) != 3 for stats in (member.mean or "rgb", member.std or "rgb")) or min(member.std or (1,)) <= 0:
-        raise ValueError(f"network {text!r}: mean and std are three numbers each, as in mean=0.5/0.5/0.5, std above 0")
+    if (
+        any(len(stats) != 3 for stats in (member.mean or "rgb", member.std or "rgb"))
+        or min(member.std or (1,)) <= 0
+    ):
+        raise ValueError(
+            f"network {text!r}: mean and std are three numbers each, as in mean=0.5/0.5/0.5, std above 0"
+        )
     if not 0 < (member.crop or 1) <= 1 or (member.size or 1) < 1:
         raise ValueError(f"network {text!r}: size is at least 1, crop above 0 and at most 1")
     return member
@@ -89,7 +102,8 @@ class Cascade(MultiExitModel):
     """Networks in a row; every exit of each is an exit, and the next network begins from the images again.
 
     Args:
-        networks: each as `parse_member` reads it, the cheapest first; a multi-exit network brings all its exits.
+        networks: each as `parse_member` reads it, the cheapest first; a multi-exit network brings all its
+            exits.
         mean, std: normalisation per channel of the images that the cascade itself is given.
     """
 
@@ -115,14 +129,17 @@ class Cascade(MultiExitModel):
         self.num_exits = len(self.stages)
         for member, network in zip(self.members, self.networks, strict=True):
             if member.classes and network.reads_logits(0):
-                raise ValueError(f"classes of {member.name}: it reads its own logits and cannot have them renamed")
+                raise ValueError(
+                    f"classes of {member.name}: it reads its own logits and cannot have them renamed"
+                )
 
     def begin(self, images: Tensor) -> State:
         """The images [B, 3, H, W], and no state of a network."""
         return {"images": images, "inner": None}
 
     def trunk(self, k: int, state: State) -> tuple[Tensor, State]:
-        """What the network's exit reads; a network's first stage reads the images, which its successors see again."""
+        """What the network's exit reads; a network's first stage reads the images, which its successors see
+        again."""
         i, j = self.stages[k]
         network, last = self.networks[i], j == self.networks[i].num_exits - 1
         inner = network.begin(self.views[i](state["images"])) if j == 0 else state["inner"]
@@ -170,7 +187,8 @@ class View(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] to [B, 3, size, size]: the short side to `size / crop` pixels, then the middle is cut out."""
+        """[B, 3, H, W] to [B, 3, size, size]: the short side to `size / crop` pixels, then the middle is cut
+        out."""
         short = min(images.shape[-2:])
         if self.size and self.side != short:
             sides = [int(self.side * side / short) for side in images.shape[-2:]]
@@ -193,8 +211,9 @@ class View(nn.Module):
 class ClassMap(nn.Module):
     """One network's logits as logits over the cascade's classes.
 
-    Classes that it does not know have no probability. Where it says "none of these", nothing has: all logits are equal
-    and low, so that every kind of confidence is at its least and the next network is asked (specialised EBJR).
+    Classes that it does not know have no probability. Where it says "none of these", nothing has: all logits
+    are equal and low, so that every kind of confidence is at its least and the next network is asked
+    (specialised EBJR).
     """
 
     def __init__(self, classes: Sequence[int] | None, num_classes: int) -> None:
@@ -204,7 +223,9 @@ class ClassMap(nn.Module):
             return
         own = [c for c in classes if c >= 0]
         if not own or len(set(own)) < len(own) or max(own) >= num_classes:
-            raise ValueError(f"classes are {list(classes)}; accepted: different numbers below {num_classes}, or -1")
+            raise ValueError(
+                f"classes are {list(classes)}; accepted: different numbers below {num_classes}, or -1"
+            )
         for name, value in {
             "outputs": torch.tensor([j for j, c in enumerate(classes) if c >= 0]),
             "meanings": torch.tensor(own),
@@ -222,4 +243,9 @@ class ClassMap(nn.Module):
 
 
 register(Cascade, "ebjr", "cascade of any networks (EBJR); as it is, the published pair for CIFAR-10")
-register(Cascade, "ebjr_cifar100", "EBJR's pair for CIFAR-100", networks=("cifar_densenet_58_6", "cifar_densenet_88_8"))
+register(
+    Cascade,
+    "ebjr_cifar100",
+    "EBJR's pair for CIFAR-100",
+    networks=("cifar_densenet_58_6", "cifar_densenet_88_8"),
+)

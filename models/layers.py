@@ -11,15 +11,22 @@ class ConvUnit(nn.Module):
     """Convolution without bias, batch norm, ReLU; behind a 1x1 unit of its own if `bottleneck` is given.
 
     The 1x1 unit reduces to min(n_in, bottleneck * n_out) channels. Maps [B, n_in, H, W] to
-    [B, n_out, ceil(H / stride), ceil(W / stride)]. Keys are `net.{0,1}` alone and `net.{0,1,3,4}` with the bottleneck.
+    [B, n_out, ceil(H / stride), ceil(W / stride)]. Keys are `net.{0,1}` alone and `net.{0,1,3,4}` with the
+    bottleneck.
     """
 
-    def __init__(self, n_in: int, n_out: int, *, kernel: int = 3, stride: int = 1, bottleneck: int = 0) -> None:
+    def __init__(
+        self, n_in: int, n_out: int, *, kernel: int = 3, stride: int = 1, bottleneck: int = 0
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         if bottleneck:
             reduced = min(n_in, bottleneck * n_out)
-            layers += [nn.Conv2d(n_in, reduced, 1, bias=False), nn.BatchNorm2d(reduced), nn.ReLU(inplace=True)]
+            layers += [
+                nn.Conv2d(n_in, reduced, 1, bias=False),
+                nn.BatchNorm2d(reduced),
+                nn.ReLU(inplace=True),
+            ]
             n_in = reduced
         layers += [
             nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=False),
@@ -63,8 +70,8 @@ class ImageNetStem(nn.Sequential):
 class MapClassifier(nn.Module):
     """The exit of MSDNet and RANet: two strided units to `width` channels, average pooling, a linear layer.
 
-    The papers pool 2x2, which at their image sizes leaves 1x1; pooling whatever is left gives the same there and
-    accepts every other size.
+    The papers pool 2x2, which at their image sizes leaves 1x1; pooling whatever is left gives the same there
+    and accepts every other size.
     """
 
     def __init__(self, n_in: int, width: int, num_classes: int) -> None:
@@ -82,11 +89,13 @@ class MapClassifier(nn.Module):
 class MapHead(nn.Sequential):
     """A light exit for a map anywhere in a network: [B, n_in, H, W] to logits [B, num_classes].
 
-    A quarter of the positions (2x2 means), a 1x1 convolution to `width` channels, batch norm, `act`, the mean over
-    positions, dropout and a linear layer.
+    A quarter of the positions (2x2 means), a 1x1 convolution to `width` channels, batch norm, `act`, the mean
+    over positions, dropout and a linear layer.
     """
 
-    def __init__(self, n_in: int, width: int, num_classes: int, *, act: type[nn.Module], dropout: float) -> None:
+    def __init__(
+        self, n_in: int, width: int, num_classes: int, *, act: type[nn.Module], dropout: float
+    ) -> None:
         super().__init__(
             nn.AvgPool2d(2, ceil_mode=True),
             *conv_norm(n_in, width, act=act),
@@ -109,7 +118,8 @@ def rising(rate: float, count: int) -> list[float]:
 
 
 def drop_path(rate: float) -> nn.Module:
-    """Stochastic depth: leaves a sample's branch out with probability `rate` in training (arXiv 1603.09382)."""
+    """Stochastic depth: leaves a sample's branch out with probability `rate` in training (arXiv
+    1603.09382)."""
     if not rate:
         return nn.Identity()
     from timm.layers import DropPath
@@ -134,9 +144,11 @@ class SqueezeExcite(nn.Module):
 def pooled_residual(x: Tensor, conv: nn.Conv2d, side: int) -> Tensor:
     """`adaptive_avg_pool2d(x + conv(x), side)` in one convolution: [B, C, H, W] to [B, C, side, side].
 
-    For a depthwise `conv` that keeps the size of the map, and H and W that are multiples of `side`. Adding, convolving
-    and pooling are linear, so that one kernel, strided, does them all. Computed in the type of the weights, also under
-    autocast: there is little to multiply, and a CPU's kernels for wide depthwise windows are slower in half precision.
+    For a depthwise `conv` that keeps the size of the map, and H and W that are multiples of `side`. Adding,
+    convolving and pooling are linear, so that one kernel, strided, does them all. Computed in the type of the
+    weights, also under
+    autocast: there is little to multiply, and a CPU's kernels for wide depthwise windows are slower in half
+    precision.
     """
     weight, stride = conv.weight, (x.shape[2] // side, x.shape[3] // side)
     with torch.autocast(x.device.type, enabled=False):
@@ -148,7 +160,8 @@ def pooled_residual(x: Tensor, conv: nn.Conv2d, side: int) -> Tensor:
 
 
 def init_he_out(module: nn.Module) -> None:
-    """Convolutions from N(0, sqrt(2 / (k * k * out))), batch norm 1 and 0, linear bias 0; for `Module.apply`."""
+    """Convolutions from N(0, sqrt(2 / (k * k * out))), batch norm 1 and 0, linear bias 0; for
+    `Module.apply`."""
     if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
         nn.init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)

@@ -1,4 +1,5 @@
-"""MobileNetV2 (https://arxiv.org/abs/1801.04381) under the names of EBJR's zoo; torchvision's and timm's are others."""
+"""MobileNetV2 (https://arxiv.org/abs/1801.04381) under the names of EBJR's zoo; torchvision's and timm's are
+others."""
 
 from itertools import chain
 
@@ -9,7 +10,15 @@ from models.layers import rounded
 from models.registry import register
 
 # expansion, channels, blocks, stride of the first
-ROWS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+ROWS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 
 
 def _normed(
@@ -21,7 +30,8 @@ def _normed(
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to `expansion` times the channels, depthwise 3x3, 1x1 to `n_out` without activation; added where it fits."""
+    """1x1 to `expansion` times the channels, depthwise 3x3, 1x1 to `n_out` without activation; added where it
+    fits."""
 
     def __init__(self, n_in: int, n_out: int, stride: int, expansion: int) -> None:
         super().__init__()

@@ -1,8 +1,10 @@
-"""MSDNet: Multi-Scale Dense Networks for Resource Efficient Image Classification (https://arxiv.org/abs/1703.09844).
+"""MSDNet: Multi-Scale Dense Networks for Resource Efficient Image Classification
+(https://arxiv.org/abs/1703.09844).
 
-Feature maps of several scales advance together through dense layers; every exit reads the coarsest one. The last
-layers before an exit therefore make fine maps that this exit never reads. A stage here computes what its exit reads and
-nothing more; what it left out is made by the first later stage that reads it, for the samples that are still there.
+Feature maps of several scales advance together through dense layers; every exit reads the coarsest one. The
+last layers before an exit therefore make fine maps that this exit never reads. A stage here computes what its
+exit reads and nothing more; what it left out is made by the first later stage that reads it, for the samples
+that are still there.
 """
 
 import math
@@ -35,9 +37,12 @@ class Stem(nn.Module):
 
 
 class DenseUnit(nn.Module):
-    """One scale of one layer: appends new channels, made from this scale and, if fused, from the finer one too."""
+    """One scale of one layer: appends new channels, made from this scale and, if fused, from the finer one
+    too."""
 
-    def __init__(self, n_in: int, n_new: int, bottleneck: int, *, finer: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, n_in: int, n_new: int, bottleneck: int, *, finer: tuple[int, int] | None = None
+    ) -> None:
         """`finer`: channels and bottleneck factor of the finer scale for a fused unit."""
         super().__init__()
         if finer:
@@ -70,7 +75,8 @@ class Layer(nn.Module):
         return max(scale - 1, self.arriving)
 
     def forward(self, scale: int, maps: list[Tensor]) -> Tensor:
-        """The new map of `scale` from the maps of the layer before; the last entry of `maps` is the coarsest scale."""
+        """The new map of `scale` from the maps of the layer before; the last entry of `maps` is the coarsest
+        scale."""
         at = scale - self.first - len(self.layers)
         return self.layers[at](maps[at], maps[at - 1] if self.finest_read(scale) < scale else None)
 
@@ -106,8 +112,11 @@ def _finest_scales(layer: int, num_layers: int, num_scales: int, prune: str) -> 
     return max(0, layer - 2) // interval, (layer - 1) // interval
 
 
-def _dense_units(channels: int, growth: int, gr: Sequence[int], bn: Sequence[int], arriving: int, first: int) -> list:
-    """The units of one layer that is entered with `channels` channels per unit of `gr`; see `MSDNet` for the others."""
+def _dense_units(
+    channels: int, growth: int, gr: Sequence[int], bn: Sequence[int], arriving: int, first: int
+) -> list:
+    """The units of one layer that is entered with `channels` channels per unit of `gr`; see `MSDNet` for the
+    others."""
     return [
         DenseUnit(
             channels * gr[s],
@@ -132,12 +141,13 @@ class MSDNet(MultiExitModel):
         nBlocks, base, step, stepmode: the first block has `base` layers, block i then `step` ("even") or
             `step * i + 1` ("lin_grow").
         nChannels, growthRate: channels of the finest scale at the input of layer 1, and added per layer.
-        grFactor, bnFactor: per scale, fine to coarse: multiples of the channels; bottleneck width in multiples of the
-            channels added. Their length is the number of scales.
+        grFactor, bnFactor: per scale, fine to coarse: multiples of the channels; bottleneck width in
+            multiples of the channels added. Their length is the number of scales.
         bottleneck: put a 1x1 reduction before every 3x3 convolution.
         prune: "max" or "min", how fine scales are dropped with depth.
         reduction: channels kept by a transition; 0 = no transitions.
-        init: "default" (PyTorch's, which all published MSDNets were trained from) or "he" (what their code declares).
+        init: "default" (PyTorch's, which all published MSDNets were trained from) or "he" (what their code
+            declares).
         lazy: compute only what an exit reads; false runs whole blocks, the published order of execution.
         bnAfter: only true: batch norm follows its convolution, as in all published networks.
     """
@@ -167,14 +177,22 @@ class MSDNet(MultiExitModel):
         _check_choice("stepmode", stepmode, ("even", "lin_grow"))
         _check_choice("prune", prune, ("max", "min"))
         _check_choice("init", init, ("default", "he"))
-        counts = {"nBlocks": nBlocks, "base": base, "step": step, "nChannels": nChannels, "growthRate": growthRate}
+        counts = {
+            "nBlocks": nBlocks,
+            "base": base,
+            "step": step,
+            "nChannels": nChannels,
+            "growthRate": growthRate,
+        }
         for option, value in counts.items():
             if value < 1:
                 raise ValueError(f"{option} is {value}; it must be at least 1")
         if not bnAfter:
             raise ValueError("bnAfter is False; batch norm always follows its convolution")
         if len(grFactor) == 0 or len(bnFactor) != len(grFactor):
-            raise ValueError(f"bnFactor {list(bnFactor)} and grFactor {list(grFactor)} need one number per scale each")
+            raise ValueError(
+                f"bnFactor {list(bnFactor)} and grFactor {list(grFactor)} need one number per scale each"
+            )
         if any(growthRate * g % 2 for g in grFactor[1:]):
             raise ValueError(
                 f"growthRate {growthRate} times grFactor {list(grFactor)} must be even beyond the first scale"
@@ -223,7 +241,8 @@ class MSDNet(MultiExitModel):
         return dict(reversed(needed.items()))
 
     def _plan(self, lazy: bool) -> tuple[list[list[tuple[int, int, int]]], list[int]]:
-        """Per exit, the (block, index, scale) to run in order, and the number of maps that later exits still read."""
+        """Per exit, the (block, index, scale) to run in order, and the number of maps that later exits still
+        read."""
         done = dict.fromkeys(self._elements(self.num_exits), self.num_scales)
         plan, finest_reads = [], []
         for exits in range(1, self.num_exits + 1):
@@ -234,16 +253,20 @@ class MSDNet(MultiExitModel):
             plan.append([(*at, s) for at in needed for s in reversed(range(needed[at], done[at]))])
             finest_reads.append(min(self.blocks[b][j].finest_read(s) for b, j, s in plan[-1]))
             done |= needed
-        return plan, [self.num_scales - min(finest_reads[k:], default=self.num_scales) for k in range(1, len(plan) + 1)]
+        return plan, [
+            self.num_scales - min(finest_reads[k:], default=self.num_scales) for k in range(1, len(plan) + 1)
+        ]
 
     def _freeze_unread(self) -> None:
-        """Units whose output no exit reads keep their keys, but get no gradient (where more than one scale leaves)."""
+        """Units whose output no exit reads keep their keys, but get no gradient (where more than one scale
+        leaves)."""
         for (b, j), finest in self._finest_needed(self.num_exits).items():
             element = self.blocks[b][j]
             element.units[: finest - element.first].requires_grad_(False)
 
     def begin(self, images: Tensor) -> State:
-        """The state is one map per scale, fine to coarse, each advanced just as far as an exit so far could see."""
+        """The state is one map per scale, fine to coarse, each advanced just as far as an exit so far could
+        see."""
         return self.blocks[0][0](images)
 
     def trunk(self, k: int, state: State) -> tuple[Tensor, State]:

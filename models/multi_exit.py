@@ -1,4 +1,5 @@
-"""The protocol of every network here: an ordered list of stages; stage k turns a state into exit k's answer."""
+"""The protocol of every network here: an ordered list of stages; stage k turns a state into exit k's
+answer."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,13 +14,18 @@ State = Any
 class MultiExitModel(nn.Module):
     """An ordered list of stages; stage k turns a state into exit k's answer and the next state.
 
-    A family writes `begin`, `trunk` and `head`, and `carry` only where a later stage reads an earlier exit's logits.
-    A state holds what later stages read and nothing else; per-batch tensors are never kept on the module.
+    A family writes `begin`, `trunk` and `head`, and `carry` only where a later stage reads an earlier exit's
+    logits. A state holds what later stages read and nothing else; per-batch tensors are never kept on the
+    module.
     """
 
     num_exits: int
-    loss_weights: tuple[float, ...] = ()  # of the exits' losses, where a family was published with others than 1
-    normalisation: tuple[tuple[float, ...], ...] = ()  # mean and std that released weights read, if not the data set's
+    loss_weights: tuple[
+        float, ...
+    ] = ()  # of the exits' losses, where a family was published with others than 1
+    normalisation: tuple[
+        tuple[float, ...], ...
+    ] = ()  # mean and std that released weights read, if not the data set's
     embeddings: tuple[str, ...] = ()  # last part of the names of weights that are added, not multiplied with
 
     def begin(self, images: Tensor) -> State:
@@ -35,7 +41,8 @@ class MultiExitModel(nn.Module):
         raise NotImplementedError
 
     def carry(self, k: int, state: State, logits: Tensor) -> State:
-        """The state for stage k + 1 once exit k has answered; only where later stages read logits is it another."""
+        """The state for stage k + 1 once exit k has answered; only where later stages read logits is it
+        another."""
         return state
 
     def step(self, k: int, state: State) -> tuple[Tensor, State]:
@@ -61,7 +68,8 @@ class MultiExitModel(nn.Module):
         return range(k)
 
     def timm_modules(self) -> dict[str, str]:
-        """Modules that hold weights to their names in timm's version of the network; empty where they agree."""
+        """Modules that hold weights to their names in timm's version of the network; empty where they
+        agree."""
         return {}
 
 
@@ -77,7 +85,8 @@ def join(states: list[State]) -> State:
 
 
 def map_leaves(function: Callable[..., Tensor], *states: State) -> State:
-    """The nest of what `function` makes of each tensor leaf, or of the leaves at one place of several nests."""
+    """The nest of what `function` makes of each tensor leaf, or of the leaves at one place of several
+    nests."""
     first = states[0]
     if isinstance(first, Tensor):
         return function(*states)
@@ -85,5 +94,7 @@ def map_leaves(function: Callable[..., Tensor], *states: State) -> State:
         return {key: map_leaves(function, *(state[key] for state in states)) for key in first}
     if isinstance(first, (list, tuple)):
         return type(first)(map_leaves(function, *parts) for parts in zip(*states, strict=True))
-    assert first is None, f"a state is made of tensors, lists, tuples, dicts and None, not {type(first).__name__}"
+    assert first is None, (
+        f"a state is made of tensors, lists, tuples, dicts and None, not {type(first).__name__}"
+    )
     return None

@@ -13,21 +13,30 @@ class PlainCNN(MultiExitModel):
 
     Args:
         core: which CNN.
-        drop_path: stochastic depth, rising linearly to this rate; None is the published 0.2 of ResNets, else 0.
-        dropout: before the last linear layer; None is the published 0.2 of ResNets and MobileNets, 0 of RegNets.
+        drop_path: stochastic depth, rising linearly to this rate; None is the published 0.2 of ResNets, else
+            0.
+        dropout: before the last linear layer; None is the published 0.2 of ResNets and MobileNets, 0 of
+            RegNets.
     """
 
     num_exits = 1
 
     def __init__(
-        self, *, num_classes: int = 1000, core: str, drop_path: float | None = None, dropout: float | None = None
+        self,
+        *,
+        num_classes: int = 1000,
+        core: str,
+        drop_path: float | None = None,
+        dropout: float | None = None,
     ) -> None:
         super().__init__()
         backbone = make_backbone(core, drop_path, dropout)
         for name, part in backbone.plain:
             self.add_module(name, part)
         self.add_module(backbone.classifier_name, backbone.classifier(num_classes))
-        self.dropout = 0.0 if backbone.hidden else backbone.dropout  # a classifier with a hidden layer has its own
+        self.dropout = (
+            0.0 if backbone.hidden else backbone.dropout
+        )  # a classifier with a hidden layer has its own
 
     def begin(self, images: Tensor) -> State:
         """The state is the images [B, 3, H, W]."""

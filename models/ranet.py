@@ -1,7 +1,8 @@
 """RANet: Resolution Adaptive Networks for Efficient Inference (https://arxiv.org/abs/2003.07326).
 
-Sub-networks ("flows") read the image at rising resolution. Each flow first goes through fusion blocks, which take in
-what the same block of the flow before it made of the image, then through plain blocks, which each have an exit.
+Sub-networks ("flows") read the image at rising resolution. Each flow first goes through fusion blocks, which
+take in what the same block of the flow before it made of the image, then through plain blocks, which each
+have an exit.
 """
 
 import math
@@ -17,7 +18,8 @@ from models.registry import register
 
 
 class Stem(nn.Module):
-    """Images to the map that each flow starts from; `layers` run from fine to coarse, the last flow's map first."""
+    """Images to the map that each flow starts from; `layers` run from fine to coarse, the last flow's map
+    first."""
 
     def __init__(self, stem: str, widths: list[int], levels: Sequence[int]) -> None:
         """`widths`, `levels`: channels and resolution level per flow, low resolution first."""
@@ -68,10 +70,14 @@ class PlainBlock(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """Appends channels made of the lower-resolution flow's map, and of this flow's; `stride` 2 halves the side."""
+    """Appends channels made of the lower-resolution flow's map, and of this flow's; `stride` 2 halves the
+    side."""
 
-    def __init__(self, n_in: int, n_low: int, n_new: int, n_up: int, bottlenecks: tuple[int, int], stride: int) -> None:
-        """`n_up` of the `n_new` channels come from the lower flow's `n_low`; `bottlenecks` of that flow and this."""
+    def __init__(
+        self, n_in: int, n_low: int, n_new: int, n_up: int, bottlenecks: tuple[int, int], stride: int
+    ) -> None:
+        """`n_up` of the `n_new` channels come from the lower flow's `n_low`; `bottlenecks` of that flow and
+        this."""
         super().__init__()
         self.conv_up = ConvUnit(n_low, n_up, bottleneck=bottlenecks[0])
         self.conv_normal = ConvUnit(n_in, n_new - n_up, stride=stride, bottleneck=bottlenecks[1])
@@ -83,7 +89,8 @@ class FusionLayer(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """Fusion layers, then a 1x1 view of the end of the lower flow's trace, and a transition as in `PlainBlock`."""
+    """Fusion layers, then a 1x1 view of the end of the lower flow's trace, and a transition as in
+    `PlainBlock`."""
 
     def __init__(
         self,
@@ -101,7 +108,12 @@ class FusionBlock(nn.Module):
         count, n_up = len(low) - 1, math.floor(compress * growth)
         self.layers = nn.ModuleList(
             FusionLayer(
-                n_in + i * growth, low[i], growth, n_up, bottlenecks, stride=2 if down and i == count - 1 else 1
+                n_in + i * growth,
+                low[i],
+                growth,
+                n_up,
+                bottlenecks,
+                stride=2 if down and i == count - 1 else 1,
             )
             for i in range(count)
         )
@@ -140,16 +152,17 @@ def downs(blocks_before: Sequence[int], level: int) -> set[int]:
 
 
 class RANet(MultiExitModel):
-    """Resolution adaptive network. Options carry the names of the published commands; lists are low resolution first.
+    """Resolution adaptive network. Options carry the names of the published commands; lists are low
+    resolution first.
 
     Args:
         stem: "cifar" (full resolution) or "imagenet" (7x7 convolution and pooling; wider classifiers).
-        nBlocks, block_step: blocks of the first flow, and how many more each further flow has. A flow has an exit at
-            each of the blocks that it has more than the flow before.
+        nBlocks, block_step: blocks of the first flow, and how many more each further flow has. A flow has an
+            exit at each of the blocks that it has more than the flow before.
         nChannels, growthRate: base width, and channels added per layer, before `grFactor`.
         grFactor, bnFactor: per flow: multiples of these; bottleneck width in multiples of the channels added.
-        scale_list: per flow its level, never falling: a flow starts from half the side of the next where that is on a
-            higher level, and has level - 1 transitions and, among its fusion blocks, steps down.
+        scale_list: per flow its level, never falling: a flow starts from half the side of the next where that
+            is on a higher level, and has level - 1 transitions and, among its fusion blocks, steps down.
         step, stepmode: layers per block: `step` ("even"), or `step * j` in a flow's block j, from 1 ("lg").
         compress_factor: share of a fusion layer's new channels that come from the flow of lower resolution.
         reduction: channels kept by a transition.
@@ -175,10 +188,18 @@ class RANet(MultiExitModel):
         bnAfter: bool = True,
     ) -> None:
         super().__init__()
-        for option, value, choices in (("stem", stem, ("cifar", "imagenet")), ("stepmode", stepmode, ("even", "lg"))):
+        for option, value, choices in (
+            ("stem", stem, ("cifar", "imagenet")),
+            ("stepmode", stepmode, ("even", "lg")),
+        ):
             if value not in choices:
                 raise ValueError(f"{option} is {value!r}; accepted: {', '.join(choices)}")
-        counts = {"nBlocks": nBlocks, "block_step": block_step, "nChannels": nChannels, "growthRate": growthRate}
+        counts = {
+            "nBlocks": nBlocks,
+            "block_step": block_step,
+            "nChannels": nChannels,
+            "growthRate": growthRate,
+        }
         for option, value in (counts | {"step": step}).items():
             if value < 1:
                 raise ValueError(f"{option} is {value}; it must be at least 1")
@@ -205,7 +226,9 @@ class RANet(MultiExitModel):
                     block = PlainBlock(n, count, growths[f], bnFactor[f], kept)
                     self.stages.append((f, first, j))
                     first = j
-                    heads.append(MapClassifier(block.n_out, 128 if stem == "cifar" else block.n_out, num_classes))
+                    heads.append(
+                        MapClassifier(block.n_out, 128 if stem == "cifar" else block.n_out, num_classes)
+                    )
                 blocks.append(block)
                 n = block.n_out
             low = blocks
@@ -218,7 +241,8 @@ class RANet(MultiExitModel):
             part.apply(init_he_out)
 
     def begin(self, images: Tensor) -> State:
-        """The state is the maps that later flows start from, this flow's map, the traces it reads and those it made."""
+        """The state is the maps that later flows start from, this flow's map, the traces it reads and those
+        it made."""
         maps = self.FirstLayer(images)
         return maps[1:], maps[0], [], []
 
@@ -247,7 +271,9 @@ def _check(
     reduction: float,
 ) -> None:
     if not len(gr) == len(bn) == len(levels) or not levels:
-        raise ValueError(f"scale_list {list(levels)}, grFactor {list(gr)} and bnFactor {list(bn)}: one number per flow")
+        raise ValueError(
+            f"scale_list {list(levels)}, grFactor {list(gr)} and bnFactor {list(bn)}: one number per flow"
+        )
     if levels[0] < 1 or list(levels) != sorted(levels):
         raise ValueError(f"scale_list is {list(levels)}; levels are at least 1 and never fall")
     if min(*gr, *bn, 1) < 1:

@@ -23,8 +23,9 @@ _ENTRIES: dict[str, Entry] = {}
 def register(model_class: type[MultiExitModel], name: str, about: str, **options: Any) -> None:
     """Registers `name` as `model_class` with other defaults for some of its options; `about` says what it is.
 
-    A name that ends in "/" stands for all names with this prefix: the rest is the class's option `name`. A class with
-    a parameter `options` is a network around the registered network `name`, and takes that one's options too.
+    A name that ends in "/" stands for all names with this prefix: the rest is the class's option `name`. A
+    class with a parameter `options` is a network around the registered network `name`, and takes that one's
+    options too.
     """
     assert name not in _ENTRIES, f"{name} is registered twice"
     _ENTRIES[name] = Entry(model_class, options, about)
@@ -33,8 +34,8 @@ def register(model_class: type[MultiExitModel], name: str, about: str, **options
 def create_model(name: str, num_classes: int = 1000, **options: Any) -> MultiExitModel:
     """Builds the registered network `name` with `num_classes` outputs per exit.
 
-    Options are keyword parameters of the network's class. Raises ValueError for an unknown name and TypeError for an
-    unknown option; both say what comes close.
+    Options are keyword parameters of the network's class. Raises ValueError for an unknown name and TypeError
+    for an unknown option; both say what comes close.
     """
     entry, known = _find(name), model_options(name)
     for option in options:
@@ -57,7 +58,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def model_options(name: str) -> dict[str, inspect.Parameter]:
-    """The options of a registered network: name to parameter, with the preset's default and the type as annotation.
+    """The options of a registered network: name to parameter, with the preset's default and the type as
+    annotation.
 
     Raises ValueError for an unknown name.
     """
@@ -66,7 +68,9 @@ def model_options(name: str) -> dict[str, inspect.Parameter]:
     for reserved in ("num_classes", *(["name"] if "/" in name else [])):
         del parameters[reserved]
     inner = model_options(entry.options["name"]) if parameters.pop("options", None) else {}
-    return {key: p.replace(default=entry.options.get(key, p.default)) for key, p in parameters.items()} | inner
+    return {
+        key: p.replace(default=entry.options.get(key, p.default)) for key, p in parameters.items()
+    } | inner
 
 
 def model_class(name: str) -> type[MultiExitModel]:
@@ -75,7 +79,8 @@ def model_class(name: str) -> type[MultiExitModel]:
 
 
 def kind_of(annotation: Any) -> tuple[type, bool]:
-    """The type of an option's value, or of a list's elements, and whether it is a list; `X | None` counts as X."""
+    """The type of an option's value, or of a list's elements, and whether it is a list; `X | None` counts as
+    X."""
     if isinstance(annotation, UnionType):
         return kind_of(next(kind for kind in get_args(annotation) if kind is not NoneType))
     return (get_args(annotation)[0], True) if get_origin(annotation) else (annotation, False)
@@ -83,12 +88,15 @@ def kind_of(annotation: Any) -> tuple[type, bool]:
 
 def spelled_out(arch: dict[str, Any]) -> dict[str, Any]:
     """The architecture with every option, those at their defaults too, lists for tuples."""
-    options = {name: parameter.default for name, parameter in model_options(arch["name"]).items()} | arch["options"]
+    options = {name: parameter.default for name, parameter in model_options(arch["name"]).items()} | arch[
+        "options"
+    ]
     return {**arch, "options": {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}}
 
 
 def nearest(word: str, words: Any) -> str:
-    """The end of an error message: the words that come close to a misspelt one, or all of them if none does."""
+    """The end of an error message: the words that come close to a misspelt one, or all of them if none
+    does."""
     close = difflib.get_close_matches(word, words, n=5, cutoff=0.5)
     return f"did you mean {', '.join(close)}?" if close else f"accepted: {', '.join(words)}"
 

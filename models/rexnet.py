@@ -1,6 +1,8 @@
-"""ReXNet (https://arxiv.org/abs/2007.00992): every block a little wider than the one before; V1, lite, and with exits.
+"""ReXNet (https://arxiv.org/abs/2007.00992): every block a little wider than the one before; V1, lite, and
+with exits.
 
-Weights have the names and shapes of the published files, which load as they are into every variant without exits.
+Weights have the names and shapes of the published files, which load as they are into every variant without
+exits.
 """
 
 from collections.abc import Sequence
@@ -19,9 +21,11 @@ EXITS = (4, 7, 10)
 
 
 class ReXNet(MultiExitModel):
-    """A sequence of blocks with a classifier at its end and, on request, lighter ones behind some of the blocks.
+    """A sequence of blocks with a classifier at its end and, on request, lighter ones behind some of the
+    blocks.
 
-    A family sets `features` (three layers of stem, the blocks, three layers before the classifier) and `output`.
+    A family sets `features` (three layers of stem, the blocks, three layers before the classifier) and
+    `output`.
     """
 
     features: nn.Sequential
@@ -33,7 +37,9 @@ class ReXNet(MultiExitModel):
         """Light heads behind the blocks `exits`, which put out `outs` channels."""
         last = len(outs) - 1
         if list(exits) != sorted({e for e in exits if 0 <= e < last}):
-            raise ValueError(f"exits is {list(exits)}; accepted: rising numbers of blocks from 0 to {last - 1}")
+            raise ValueError(
+                f"exits is {list(exits)}; accepted: rising numbers of blocks from 0 to {last - 1}"
+            )
         if head_width < 1:
             raise ValueError(f"head_width is {head_width}; it must be at least 1")
         self.num_exits = len(exits) + 1
@@ -47,7 +53,8 @@ class ReXNet(MultiExitModel):
         return images
 
     def trunk(self, k: int, state: State) -> tuple[Tensor, State]:
-        """The map behind the exit's block, which later blocks read too; for the last exit the mean of the last map."""
+        """The map behind the exit's block, which later blocks read too; for the last exit the mean of the
+        last map."""
         start = self.ends[k - 1] if k else 0
         for layer in self.features[start : self.ends[k]]:
             state = layer(state)
@@ -64,11 +71,15 @@ class ReXNet(MultiExitModel):
         return images
 
     def timm_modules(self) -> dict[str, str]:
-        """Modules that hold weights to their names in timm's `rexnet_*`; none for a network that timm does not have."""
+        """Modules that hold weights to their names in timm's `rexnet_*`; none for a network that timm does
+        not have."""
         blocks = {i: layer for i, layer in enumerate(self.features) if isinstance(layer, Block)}
         count, end = len(blocks), len(self.output) - 1
         names = {"features.0": "stem.conv", "features.1": "stem.bn", f"output.{end}": "head.fc"}
-        names |= {f"features.{count + 3}": f"features.{count}.conv", f"features.{count + 4}": f"features.{count}.bn"}
+        names |= {
+            f"features.{count + 3}": f"features.{count}.conv",
+            f"features.{count + 4}": f"features.{count}.bn",
+        }
         for number, (i, block) in enumerate(blocks.items()):
             units = iter(["conv_exp", "conv_dw", "conv_pwl"] if number else ["conv_dw", "conv_pwl"])
             for j, layer in enumerate(block.out):
@@ -79,7 +90,10 @@ class ReXNet(MultiExitModel):
                 elif isinstance(layer, nn.BatchNorm2d):
                     names[at] = f"{there}.{unit}.bn"
                 elif isinstance(layer, Excite):
-                    names |= {f"{at}.fc.{n}": f"{there}.se.{name}" for n, name in ((0, "fc1"), (1, "bn"), (3, "fc2"))}
+                    names |= {
+                        f"{at}.fc.{n}": f"{there}.se.{name}"
+                        for n, name in ((0, "fc1"), (1, "bn"), (3, "fc2"))
+                    }
         return names
 
 
@@ -87,14 +101,16 @@ class ReXNetV1(ReXNet):
     """ReXNetV1: SiLU, squeeze and excitation, ReLU6. Options carry the names of the published constructor.
 
     Args:
-        input_ch, final_ch: width of the first block and what all blocks together add to it, before `width_mult`.
+        input_ch, final_ch: width of the first block and what all blocks together add to it, before
+            `width_mult`.
         width_mult: of all widths; below 1 the stem and the first block keep theirs.
         depth_mult: blocks per stage, in multiples of 1 2 2 3 3 5, rounded up.
         use_se: squeeze and excitation from the third stage on.
         se_ratio: by how much they squeeze the expanded width.
         dropout_ratio: before every classifier.
         bn_momentum: accepted and without effect, as published.
-        exits: numbers, from 0, of the blocks behind which a light exit stands; the network's own is always the last.
+        exits: numbers, from 0, of the blocks behind which a light exit stands; the network's own is always
+            the last.
         head_width: channels that such an exit classifies by.
         drop_path: stochastic depth, rising linearly to this rate.
     """
@@ -133,7 +149,8 @@ class ReXNetV1_lite(ReXNet):  # noqa: N801 (the published name)
     Args:
         fix_head_stem: the stem keeps 32 channels and the last convolution 1280, whatever the multiplier.
         divisible_value: every width is rounded to a multiple of it; 0 or none = not rounded.
-        input_ch, final_ch: width of the first block and what all blocks together add to it, before `multiplier`.
+        input_ch, final_ch: width of the first block and what all blocks together add to it, before
+            `multiplier`.
         multiplier: of all widths; below 1 the stem, the first block and the last convolution keep theirs.
         dropout_ratio: before every classifier.
         bn_momentum, bn_eps: of every batch norm.
@@ -172,7 +189,12 @@ class ReXNetV1_lite(ReXNet):  # noqa: N801 (the published name)
         stem = width_of(STEM if fix_head_stem else STEM / small * multiplier)
         outs = [width_of(width) for width in widths(input_ch, final_ch, multiplier, count, count - 1)]
         last = LAST if fix_head_stem else int(LAST * max(multiplier, 1.0))
-        plan = {"kernels": kernel_conf, "act": nn.ReLU6, "middle": lambda *_: [nn.ReLU6(inplace=True)], "conv": conv}
+        plan = {
+            "kernels": kernel_conf,
+            "act": nn.ReLU6,
+            "middle": lambda *_: [nn.ReLU6(inplace=True)],
+            "conv": conv,
+        }
         blocks = stack(stem, outs, BLOCKS, drop_path, **plan)
         self.features = nn.Sequential(
             *conv(3, stem, 3, stride=2, act=nn.ReLU6), *blocks, *conv(outs[-1], last, act=nn.ReLU6)
@@ -220,7 +242,9 @@ register(ReXNetV1_lite, "rexnetv1_lite", "ReXNetV1-lite")
 for _width in (90, 100, 130, 150, 200, 220, 300):
     _name, _mult = f"{_width:03}", _width / 100
     register(ReXNetV1, f"rexnetv1_{_name}", f"ReXNetV1 {_mult}x", width_mult=_mult)
-    register(ReXNetV1, f"rexnet_ee_{_name}", f"ReXNetV1 {_mult}x with four exits", width_mult=_mult, exits=EXITS)
+    register(
+        ReXNetV1, f"rexnet_ee_{_name}", f"ReXNetV1 {_mult}x with four exits", width_mult=_mult, exits=EXITS
+    )
     CORES[f"rexnet_{_name}"] = partial(rexnet, width_mult=_mult)
 for _width in (100, 130, 150, 200):
     _mult = _width / 100

@@ -15,7 +15,8 @@ STEM, WIDTH, LAST, HIDDEN = 32, 16, 1280, 1024
 
 
 def widths(input_ch: float, final_ch: float, multiplier: float, count: int, parts: int) -> list[float]:
-    """Widths of the outputs of `count` blocks before rounding: each `final_ch / parts` wider, times `multiplier`.
+    """Widths of the outputs of `count` blocks before rounding: each `final_ch / parts` wider, times
+    `multiplier`.
 
     The sum is formed one addition at a time, as published, since rounding is sensitive to the last bit.
     """
@@ -47,7 +48,8 @@ class Excite(nn.Module):
 class Block(nn.Module):
     """1x1 expansion, depthwise convolution, 1x1 projection; the input is added to the first `n_in` channels.
 
-    Nothing is added where the map or its channels shrink. Maps [B, n_in, H, W] to [B, n_out, H / stride, W / stride].
+    Nothing is added where the map or its channels shrink. Maps [B, n_in, H, W] to [B, n_out, H / stride, W /
+    stride].
 
     Args:
         expansion: width between, in multiples of `n_in`; 1 leaves the expansion out.
@@ -103,7 +105,8 @@ def stack(
     kernels: str = "333333",
     conv: Callable[..., nn.Sequential] = conv_norm,
 ) -> list[Block]:
-    """The blocks of six stages of `depths` blocks that put out `outs` channels; `middle` gets the stage, too."""
+    """The blocks of six stages of `depths` blocks that put out `outs` channels; `middle` gets the stage,
+    too."""
     places = [(stage, j) for stage, depth in enumerate(depths) for j in range(depth)]
     return [
         Block(
@@ -117,7 +120,9 @@ def stack(
             conv=conv,
             drop=rate,
         )
-        for a, b, (stage, j), rate in zip([n_in, *outs], outs, places, rising(drop, len(places)), strict=False)
+        for a, b, (stage, j), rate in zip(
+            [n_in, *outs], outs, places, rising(drop, len(places)), strict=False
+        )
     ]
 
 

@@ -1,4 +1,5 @@
-"""Networks from timm (https://github.com/huggingface/pytorch-image-models): as they are, and with exits in between."""
+"""Networks from timm (https://github.com/huggingface/pytorch-image-models): as they are, and with exits in
+between."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,8 @@ from models.registry import nearest, register
 class TimmNet(MultiExitModel):
     """Any timm model as a one-exit network: the trunk is its `forward_features`, the head its `forward_head`.
 
-    `pretrained` loads timm's published weights (needs network access), whose own head is kept if `num_classes` agrees.
+    `pretrained` loads timm's published weights (needs network access), whose own head is kept if
+    `num_classes` agrees.
     """
 
     num_exits = 1
@@ -31,7 +33,11 @@ class TimmNet(MultiExitModel):
         super().__init__()
         _check_name(name)
         self.net: nn.Module = timm.create_model(
-            name, num_classes=num_classes, pretrained=pretrained, drop_rate=drop_rate, **_depth(drop_path_rate)
+            name,
+            num_classes=num_classes,
+            pretrained=pretrained,
+            drop_rate=drop_rate,
+            **_depth(drop_path_rate),
         )
 
     def begin(self, images: Tensor) -> State:
@@ -62,9 +68,9 @@ def _depth(rate: float) -> dict[str, float]:
 class TimmExits(MultiExitModel):
     """Exits on the feature maps of any timm model that offers them (`features_only`).
 
-    The forward pass is traced once and cut at the maps, so that a stage runs just what its exit needs beyond the stages
-    before it, whatever the architecture. Every exit is a `MapHead`. Weights of the backbone have timm's names with
-    "backbone." before them, as `--finetune FILE --model_prefix backbone.` expects.
+    The forward pass is traced once and cut at the maps, so that a stage runs just what its exit needs beyond
+    the stages before it, whatever the architecture. Every exit is a `MapHead`. Weights of the backbone have
+    timm's names with "backbone." before them, as `--finetune FILE --model_prefix backbone.` expects.
 
     Args:
         backbone: timm's name of the model.
@@ -94,16 +100,26 @@ class TimmExits(MultiExitModel):
         _check_name(backbone)
         try:
             maps = len(timm.create_model(backbone, features_only=True).feature_info.info)
-        except (AttributeError, RuntimeError, AssertionError) as error:  # how timm says that a model offers no maps
+        except (
+            AttributeError,
+            RuntimeError,
+            AssertionError,
+        ) as error:  # how timm says that a model offers no maps
             raise ValueError(f"timm's {backbone} offers no feature maps to put exits on: {error}") from error
         if not 1 <= exits <= maps:
-            raise ValueError(f"exits is {exits}; {backbone} has {maps} feature maps, so accepted: 1 to {maps}")
+            raise ValueError(
+                f"exits is {exits}; {backbone} has {maps} feature maps, so accepted: 1 to {maps}"
+            )
         chosen = range(maps - exits, maps) if out_indices is None else out_indices
         if not chosen or list(chosen) != sorted({i for i in chosen if 0 <= i < maps}):
             raise ValueError(f"out_indices is {list(chosen)}; accepted: rising numbers from 0 to {maps - 1}")
         self.num_exits = len(chosen)
         self.backbone: nn.Module = timm.create_model(
-            backbone, features_only=True, out_indices=tuple(chosen), pretrained=pretrained, **_depth(drop_path_rate)
+            backbone,
+            features_only=True,
+            out_indices=tuple(chosen),
+            pretrained=pretrained,
+            **_depth(drop_path_rate),
         )
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
         widths = self.backbone.feature_info.channels()
@@ -113,7 +129,9 @@ class TimmExits(MultiExitModel):
         # Functions that read a module's mode, such as dropout, have it fixed when they are traced.
         try:
             self.spans = {mode: cut(self.backbone.train(mode)) for mode in (False, True)}
-        except Exception as error:  # tracing runs timm's code on stand-ins for tensors, which may fail in any way
+        except (
+            Exception
+        ) as error:  # tracing runs timm's code on stand-ins for tensors, which may fail in any way
             raise ValueError(f"timm's {backbone} cannot be cut at its feature maps: {error}") from error
 
     def begin(self, images: Tensor) -> State:
@@ -138,16 +156,18 @@ class _Tracer(fx.Tracer):
         self.whole = (nn.modules.batchnorm._BatchNorm, *get_notrace_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Modules without parts, batch norms (timm's have an activation inside) and what timm marks run as a whole."""
+        """Modules without parts, batch norms (timm's have an activation inside) and what timm marks run as a
+        whole."""
         return isinstance(m, self.whole) or not any(True for _ in m.children())
 
 
 def cut(backbone: nn.Module) -> list[Callable[..., tuple[Tensor, ...]]]:
     """The forward pass of a network that returns a list of maps, in as many parts, in the mode that it is in.
 
-    Part k, called with the network and the values that part k - 1 returned after its map (the images for part 0),
-    returns map k and the values that later parts read: tensors with the batch on dim 0. Sizes and what does not depend
-    on the images are computed where they are read.
+    Part k, called with the network and the values that part k - 1 returned after its map (the images for part
+    0),
+    returns map k and the values that later parts read: tensors with the batch on dim 0. Sizes and what does
+    not depend on the images are computed where they are read.
     """
     nodes = list(_Tracer().trace(backbone).nodes)
     images, maps = nodes[0], nodes[-1].args[0]
@@ -180,7 +200,11 @@ def _carried(nodes: list[fx.Node]) -> set[fx.Node]:
     for node in nodes:
         inputs = node.all_input_nodes
         asks = node.target is getattr and node.args[1] == "shape" or node.target in ("size", "dim")
-        counts = inputs and all(i in sizes for i in inputs) and getattr(node.target, "__module__", "") == "_operator"
+        counts = (
+            inputs
+            and all(i in sizes for i in inputs)
+            and getattr(node.target, "__module__", "") == "_operator"
+        )
         if asks or counts:
             sizes.add(node)
         elif any(i in depends or i in sizes for i in inputs):
@@ -191,7 +215,8 @@ def _carried(nodes: list[fx.Node]) -> set[fx.Node]:
 def _function(
     nodes: list[fx.Node], takes: list[fx.Node], made: set[fx.Node], gives: list[fx.Node]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """The part that computes the nodes `made` from the values `takes`, as a function of the network and these."""
+    """The part that computes the nodes `made` from the values `takes`, as a function of the network and
+    these."""
     graph, env = fx.Graph(), {}
     for node in takes:
         env[node] = graph.placeholder(node.name)

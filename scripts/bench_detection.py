@@ -2,9 +2,9 @@
 
     python scripts/bench_detection.py runs/shapes [--model faster_rcnn_rexnet_090] [--epochs 4] [--count 480]
 
-Draws circles, squares and triangles with polygons around them, in COCO's format; trains from random weights through
-scripts/main_detection.py; prints the average precision on held-out drawings and writes predictions.png: three of them
-with the boxes that score above 0.5.
+Draws circles, squares and triangles with polygons around them, in COCO's format; trains from random weights
+through scripts/main_detection.py; prints the average precision on held-out drawings and writes
+predictions.png: three of them with the boxes that score above 0.5.
 """
 
 import argparse
@@ -32,7 +32,8 @@ CORNERS = {"circle": 24, "square": 4, "triangle": 3}
 
 
 def draw_shapes(folder, split, count, seed):
-    """Writes `count` pictures of one to three shapes each, and their annotations, as a split in COCO's layout."""
+    """Writes `count` pictures of one to three shapes each, and their annotations, as a split in COCO's
+    layout."""
     rng, images, objects = np.random.default_rng(seed), [], []
     (folder / split).mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
@@ -100,7 +101,13 @@ def main(argv):
     draw_shapes(data, "val", 100, seed=1)
     build = {"min_size": SIDE, "max_size": SIDE, "smallest_anchor": 8, "proposals": 50, "sampled": 32}
     flags = build | {"epochs": args.epochs, "decay_epochs": args.epochs - 1, "batch_size": 4, "lr": 0.01}
-    flags |= {"warmup_steps": 60, "clip_grad": 10, "num_workers": 1, "train_split": "train", "val_split": "val"}
+    flags |= {
+        "warmup_steps": 60,
+        "clip_grad": 10,
+        "num_workers": 1,
+        "train_split": "train",
+        "val_split": "val",
+    }
     flags |= {"model": args.model, "data_path": data, "output_dir": args.output_dir}
     start = time.monotonic()
     program = [sys.executable, str(Path(__file__).with_name("main_detection.py"))]
@@ -109,8 +116,12 @@ def main(argv):
     )
     seconds = time.monotonic() - start
     figures = json.loads((args.output_dir / "log.txt").read_text().splitlines()[-1])
-    print(f"{describe_machine(torch.device('cpu'))}\n{args.model}, {args.count} drawings, {args.epochs} epochs")
-    print("  ".join(f"{name} {figures[name]:.3f}" for name in figures if "AP" in name) + f"  in {seconds:.0f} s")
+    print(
+        f"{describe_machine(torch.device('cpu'))}\n{args.model}, {args.count} drawings, {args.epochs} epochs"
+    )
+    print(
+        "  ".join(f"{name} {figures[name]:.3f}" for name in figures if "AP" in name) + f"  in {seconds:.0f} s"
+    )
 
     detector = create_detector(args.model, len(CORNERS) + 1, **build).eval()
     detector.load_state_dict(load(args.output_dir / LAST)["model"])

@@ -1,10 +1,11 @@
-"""How fast a cascade of two networks answers real images: the published way, the teacher alone, and really routed.
+"""How fast a cascade of two networks answers real images: the published way, the teacher alone, and really
+routed.
 
     python scripts/bench_ebjr.py "$DATA/cifar10_test.npz" STUDENT.pth TEACHER.pth
 
-The published way is batch 1: student, a test in Python, teacher. The teacher alone and the cascade run at their fastest
-micro-batch, as trained and as deployed (batch norm folded, channels-last), all in turn in one run. The floor is the
-multiply-adds at the speed of a large matrix product.
+The published way is batch 1: student, a test in Python, teacher. The teacher alone and the cascade run at
+their fastest micro-batch, as trained and as deployed (batch norm folded, channels-last), all in turn in one
+run. The floor is the multiply-adds at the speed of a large matrix product.
 """
 
 import argparse
@@ -62,9 +63,13 @@ def peak(dtype):
 
 def main(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("images", help="an .npz file of 32 x 32 test images")
-    parser.add_argument("networks", nargs=2, help="student, teacher: NAME:weights=FILE, or a checkpoint of ours")
+    parser.add_argument(
+        "networks", nargs=2, help="student, teacher: NAME:weights=FILE, or a checkpoint of ours"
+    )
     parser.add_argument("--confidence", default="energy_softmax")
     parser.add_argument("--threshold", type=float, default=2.46)
     parser.add_argument("--classes", type=int, default=10)
@@ -72,7 +77,10 @@ def main(argv):
     args = parser.parse_args(argv)
     data = load_npz(Path(args.images), args.classes)
     images = torch.from_numpy(data.images).permute(0, 3, 1, 2).contiguous() / 255
-    labels, thresholds = torch.from_numpy(data.labels), torch.tensor([args.threshold, -1e8], dtype=torch.float64)
+    labels, thresholds = (
+        torch.from_numpy(data.labels),
+        torch.tensor([args.threshold, -1e8], dtype=torch.float64),
+    )
     parts = read_parts([text if "weights=" in text else f"weights={text}" for text in args.networks])
     content = assemble(parts, args.classes, Augment(32, (0.0,) * 3, (1.0,) * 3))
     plain = create_model("ebjr", args.classes, **content["arch"]["options"])
@@ -103,8 +111,12 @@ def main(argv):
     times = interleaved(calls, rounds=args.rounds, device=CPU)
     peaks = {dtype: peak(dtype) for dtype in (torch.float32, torch.bfloat16)}
     print(f"{describe_machine(CPU)}; {len(images)} images, {100 * share:.1f} % routed")
-    print(f"matrix product {peaks[torch.float32] / 1e9:.0f} GFLOP/s in fp32, {peaks[torch.bfloat16] / 1e9:.0f} in bf16")
-    print(f"{'':42}{'images/s':>9}{'of (a)':>8}{'MACs, M':>9}{'top-1, %':>9}{'floor, images/s':>17}{'of floor':>9}")
+    print(
+        f"matrix product {peaks[torch.float32] / 1e9:.0f} GFLOP/s in fp32, {peaks[torch.bfloat16] / 1e9:.0f} in bf16"
+    )
+    print(
+        f"{'':42}{'images/s':>9}{'of (a)':>8}{'MACs, M':>9}{'top-1, %':>9}{'floor, images/s':>17}{'of floor':>9}"
+    )
     first = len(images) / times["(a) the published way"]
     for name, time_taken in times.items():
         speed, floor = len(images) / time_taken, peaks[kinds[name]] / 2 / macs[name]
@@ -117,7 +129,9 @@ def main(argv):
             for kind in ("student alone", "(b) teacher alone", "(c) cascade")
         )
         gain, ideal, parts = teacher / cascade, single[1] / mean, teacher / (student + share * teacher)
-        print(f"{form}: (c) / (b) {gain:.2f}; by multiply-adds {ideal:.2f}, by the speeds of both networks {parts:.2f}")
+        print(
+            f"{form}: (c) / (b) {gain:.2f}; by multiply-adds {ideal:.2f}, by the speeds of both networks {parts:.2f}"
+        )
 
 
 def seconds(call):

@@ -2,15 +2,16 @@
 
     python scripts/bench_l2w.py [--model msdnet_cifar_lin5] [--batch_size 64] [--rounds 7]
 
-An iteration is what one batch of random images costs, data loading aside: two optimizer steps on half the batch each
-for the learned weights, one on the whole batch for plain joint training. "published" builds a copy of the network,
-takes the look-ahead step in a graph of second order, and runs the training half once more for the real step, as the
-published program does. "second order" is our path for networks without forward-mode derivatives, "plain, in halves"
-takes two plain steps.
+An iteration is what one batch of random images costs, data loading aside: two optimizer steps on half the
+batch each for the learned weights, one on the whole batch for plain joint training. "published" builds a copy
+of the network, takes the look-ahead step in a graph of second order, and runs the training half once more for
+the real step, as the published program does. "second order" is our path for networks without forward-mode
+derivatives, "plain, in halves" takes two plain steps.
 
-Floor, in passes over half a batch, a backward pass counted as two: forward, gradient, look-ahead forward and gradient,
-two products per operator for the directional derivative, gradient: 1 + 2 + 3 + 2 + 2 = 10, against 3 for plain: 3.33.
-Memory is the peak of a process of its own, less what it held before it made the network.
+Floor, in passes over half a batch, a backward pass counted as two: forward, gradient, look-ahead forward and
+gradient,
+two products per operator for the directional derivative, gradient: 1 + 2 + 3 + 2 + 2 = 10, against 3 for
+plain: 3.33. Memory is the peak of a process of its own, less what it held before it made the network.
 """
 
 import argparse
@@ -147,9 +148,13 @@ def main():
     memory = {variant: peak_memory(variant, sys.argv[1:]) for variant in VARIANTS}
 
     plain = times["plain"]
-    print(f"{describe_machine(device)}\n{args.model}, batch {args.batch_size}, {args.input_size} pixels, fp32")
+    print(
+        f"{describe_machine(device)}\n{args.model}, batch {args.batch_size}, {args.input_size} pixels, fp32"
+    )
     print(f"floor of learning weights exactly: {FLOOR:.2f} plain steps")
-    print(f"{'iteration':20}{'ms':>8}{'plain steps':>14}{'of published':>14}{'peak, MiB':>12}{'of plain':>10}")
+    print(
+        f"{'iteration':20}{'ms':>8}{'plain steps':>14}{'of published':>14}{'peak, MiB':>12}{'of plain':>10}"
+    )
     for variant in VARIANTS:
         t, m = times[variant], memory[variant]
         print(

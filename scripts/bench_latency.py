@@ -2,10 +2,10 @@
 
     python scripts/bench_latency.py [--models rexnetv1_100 timm/efficientnet_b0 ...] [--rounds 30]
 
-Without --models: the ReXNets of the paper beside timm's EfficientNets, with the published CPU times (arXiv 2007.00992:
-one image on a Xeon E5-2630 v4) next to ours. The networks have random weights; every exit is timed as what it takes
-from the image to its answer, in turn with all the others, so that a machine that drifts slows all alike. Channels-last,
-batch norm as it stands.
+Without --models: the ReXNets of the paper beside timm's EfficientNets, with the published CPU times (arXiv
+2007.00992: one image on a Xeon E5-2630 v4) next to ours. The networks have random weights; every exit is
+timed as what it takes from the image to its answer, in turn with all the others, so that a machine that
+drifts slows all alike. Channels-last, batch norm as it stands.
 """
 
 import argparse
@@ -65,7 +65,9 @@ def main(argv):
     interleaved(calls, rounds=3, device=device)  # warm up
     times = interleaved(calls, rounds=args.rounds, device=device)
 
-    print(f"{describe_machine(device)}\nbatch 1, {args.input_size} pixels, fp32, median of {args.rounds} rounds")
+    print(
+        f"{describe_machine(device)}\nbatch 1, {args.input_size} pixels, fp32, median of {args.rounds} rounds"
+    )
     print(f"{'network':34}{'exit':>5}{'M MACs':>9}{'ms':>8}{'ratio':>7}{'published ratio':>17}")
     reference = None
     for (name, k), seconds in times.items():

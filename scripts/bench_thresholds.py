@@ -2,9 +2,10 @@
 
     python scripts/bench_thresholds.py [--exits 5] [--samples 50000]
 
-Floor: per setting, each exit but the last reads its row of confidences once to select the survivors and once to find
-the threshold, so about 2 * 4 * 50,000 * 4 bytes * 39 settings = 62 MB, some 10 ms at 6 GB/s; selection (not sorting)
-keeps the work linear. The loop is what the published tools do: it sorts per setting and walks samples in Python.
+Floor: per setting, each exit but the last reads its row of confidences once to select the survivors and once
+to find the threshold, so about 2 * 4 * 50,000 * 4 bytes * 39 settings = 62 MB, some 10 ms at 6 GB/s;
+selection (not sorting) keeps the work linear. The loop is what the published tools do: it sorts per setting
+and walks samples in Python.
 """
 
 import argparse

@@ -1,15 +1,16 @@
-"""Time of one training step: a network as it is here, and the same network written out plainly, in the same run.
+"""Time of one training step: a network as it is here, and the same network written out plainly, in the same
+run.
 
     python scripts/bench_train.py [--model reg800m_perceiver_t128] [--depth_factor 1 1 1 2] [--batch_size 16]
 
-A step is the forward pass, the loss of all exits with distillation, the backward pass and AdamW, on random images; no
-data loading. "ours" is what main_earlyExit.py does by default. "plain" is written as the published code is: attention
-as two einsums with a softmax between, weights and images contiguous, convolution and pooling one after the other,
-AdamW without a fused kernel. (Maps made of tokens are views, channels-last in both.) A network that is not a Dynamic
-Perceiver differs in the optimizer only.
+A step is the forward pass, the loss of all exits with distillation, the backward pass and AdamW, on random
+images; no data loading. "ours" is what main_earlyExit.py does by default. "plain" is written as the published
+code is: attention as two einsums with a softmax between, weights and images contiguous, convolution and
+pooling one after the other, AdamW without a fused kernel. (Maps made of tokens are views, channels-last in
+both.) A network that is not a Dynamic Perceiver differs in the optimizer only.
 
-Floor: a backward pass takes about two forward passes, so a step costs 3 * multiply-adds of all exits * batch. The
-share of peak sets this against a large square matrix product of the same type, timed in the same rounds.
+Floor: a backward pass takes about two forward passes, so a step costs 3 * multiply-adds of all exits * batch.
+The share of peak sets this against a large square matrix product of the same type, timed in the same rounds.
 """
 
 import argparse
@@ -61,7 +62,9 @@ class Variant:
         else:
             extra = {"opt": "adamw", "momentum": 0.9, "eps": 1e-8, "betas": None, "filter_bias_and_bn": True}
             optimizer = make_optimizer(self.model, **given, **extra)
-        self.update = Update(self.model, optimizer, **{name: lambda step, x=x: x for name, x in given.items()})
+        self.update = Update(
+            self.model, optimizer, **{name: lambda step, x=x: x for name, x in given.items()}
+        )
 
     @contextmanager
     def written_plainly(self):
@@ -118,7 +121,9 @@ def main():
 
     macs = 3 * exit_costs(model, tuple(images.shape[1:]))[-1] * args.batch_size
     print(describe_machine(device))
-    print(f"{args.model}{f' {options}' if options else ''}, batch {args.batch_size}, {args.input_size} pixels")
+    print(
+        f"{args.model}{f' {options}' if options else ''}, batch {args.batch_size}, {args.input_size} pixels"
+    )
     print(f"one step: 3 x multiply-adds of all exits x batch = {macs / 1e9:.1f} G multiply-adds")
 
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -129,8 +134,12 @@ def main():
             variants[f"{kind} {name}"] = Variant(model, kind == "plain", compute)
     answers = {name: variant.answers(images) for name, variant in variants.items()}
     reference = answers["plain fp32"]
-    differ = {name: ((a - reference).abs().max() / reference.abs().max()).item() for name, a in answers.items()}
-    print(f"largest difference of the logits, plain and ours in fp32, of the largest logit: {differ['ours fp32']:.1e}")
+    differ = {
+        name: ((a - reference).abs().max() / reference.abs().max()).item() for name, a in answers.items()
+    }
+    print(
+        f"largest difference of the logits, plain and ours in fp32, of the largest logit: {differ['ours fp32']:.1e}"
+    )
     if not differ["ours fp32"] < 1e-3:
         raise ValueError("plain and ours are not the same network")
     calls = {name: partial(v.step, objective, images, targets) for name, v in variants.items()}

@@ -2,12 +2,14 @@
 
     python scripts/compare_cascades.py --networks A B C --cascades 0,2 1,2 0,1,2 --budgets 20e6 40e6 80e6 \
         --data_set CIFAR10 --data_path "$DATA"
-    python scripts/compare_cascades.py --networks A B C --cascades 0,2 1,2 --popular 0 1 2 --mixes 0.5 0.7 0.9 ...
+    python scripts/compare_cascades.py --networks A B C --cascades 0,2 1,2 --popular 0 1 2 --mixes 0.5 0.7 0.9
+    ...
 
-Networks are written as for eval_dynamic.py, whose other flags apply; each runs once on every image. Thresholds are
-chosen on one half of the test images among all combinations of quantiles, for the least cost or the best accuracy
-there, and reported on the other half. `--popular` with `--mixes` weighs the images so that these classes are that share
-of the traffic, and asks for the least cost at most `--drop` below the accuracy of the last network.
+Networks are written as for eval_dynamic.py, whose other flags apply; each runs once on every image.
+Thresholds are chosen on one half of the test images among all combinations of quantiles, for the least cost
+or the best accuracy there, and reported on the other half. `--popular` with `--mixes` weighs the images so
+that these classes are that share of the traffic, and asks for the least cost at most `--drop` below the
+accuracy of the last network.
 """
 
 import argparse
@@ -29,7 +31,8 @@ from utils import run_main
 
 
 class Point(NamedTuple):
-    """What a set of thresholds does: accuracy (a fraction), mean multiply-adds, share that leaves at every exit."""
+    """What a set of thresholds does: accuracy (a fraction), mean multiply-adds, share that leaves at every
+    exit."""
 
     accuracy: float
     macs: float
@@ -41,7 +44,9 @@ def operate(tables, weights, thresholds, costs):
     exits = exit_of(tables.confidence, thresholds)
     right = tables.correct.gather(0, exits[None])[0].double()
     shares = [(weights * (exits == k)).sum().item() for k in range(len(costs))]
-    return Point((weights * right).sum().item(), sum(s * c for s, c in zip(shares, costs, strict=True)), shares)
+    return Point(
+        (weights * right).sum().item(), sum(s * c for s, c in zip(shares, costs, strict=True)), shares
+    )
 
 
 def candidates(confidence, steps):
@@ -52,7 +57,8 @@ def candidates(confidence, steps):
 
 
 def traffic(tables, popular, share):
-    """The weight of every sample [N], summing to 1, when the popular classes make up `share` (None: as they come)."""
+    """The weight of every sample [N], summing to 1, when the popular classes make up `share` (None: as they
+    come)."""
     if share is None:
         return torch.full((len(tables),), 1 / len(tables), dtype=torch.float64)
     wanted = torch.isin(tables.targets, torch.tensor(popular))
@@ -96,7 +102,9 @@ def shown(name, point):
 
 def main(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--networks", nargs="+", required=True, metavar="NAME:weights=FILE")
     parser.add_argument("--cascades", nargs="+", required=True, help="numbers of networks, as in 0,2")
     parser.add_argument("--budgets", nargs="*", type=float, default=[], help="multiply-adds per image")
@@ -109,21 +117,28 @@ def main(argv):
     evaluation = Evaluation(*parse_flags(FLAGS, words, model_options, nearest))
     stages = [[int(i) for i in text.split(",")] for text in args.cascades]
     known = range(evaluation.model.num_exits)
-    wrong = [text for text, row in zip(args.cascades, stages, strict=True) if not row or not set(row) <= set(known)]
+    wrong = [
+        text for text, row in zip(args.cascades, stages, strict=True) if not row or not set(row) <= set(known)
+    ]
     if wrong or bool(args.popular) != bool(args.mixes):
         raise ValueError(
-            f"--cascades {wrong[0]}: accepted: numbers from 0 to {known[-1]}" if wrong else "--popular needs --mixes"
+            f"--cascades {wrong[0]}: accepted: numbers from 0 to {known[-1]}"
+            if wrong
+            else "--popular needs --mixes"
         )
     test = evaluation.tables(evaluation.splits.test, "test")
     half, other, _ = evaluation.calibrate(test)
     alone = single_costs(evaluation.model, evaluation.shape)
-    print(f"thresholds from {len(half)} test images, figures of the other {len(other)}; {evaluation.args.confidence}")
+    print(
+        f"thresholds from {len(half)} test images, figures of the other {len(other)}; {evaluation.args.confidence}"
+    )
     for k in known:
         print(
             f"network {k}: {100 * other.correct[k].double().mean():.2f} %, {alone[k] / 1e6:.2f} M, {args.networks[k]}"
         )
     cascades = {
-        text: Cascade(row, (half, other), alone, args.steps) for text, row in zip(args.cascades, stages, strict=True)
+        text: Cascade(row, (half, other), alone, args.steps)
+        for text, row in zip(args.cascades, stages, strict=True)
     }
     for budget in args.budgets:
         print(f"at most {budget / 1e6:.1f} M per image")

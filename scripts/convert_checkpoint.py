@@ -1,11 +1,12 @@
 """Rewrites a checkpoint so that it loads safely: tensors and plain types only, on the CPU.
 
     python scripts/convert_checkpoint.py checkpoint.pth.tar converted.pth
-    python scripts/convert_checkpoint.py lite0.pth lite0_timm.pth --model timm/tf_efficientnet_lite0  # rename in order
+    python scripts/convert_checkpoint.py lite0.pth lite0_timm.pth --model timm/tf_efficientnet_lite0  # rename
+    in order
 
-Reads with torch's restricted unpickler and, besides what that allows, NumPy scalars, which become Python numbers; a
-file that holds anything else is refused by name and nothing in it is run. With `--model` the weights, which must be
-the network's in number, order and shape, get the network's names.
+Reads with torch's restricted unpickler and, besides what that allows, NumPy scalars, which become Python
+numbers; a file that holds anything else is refused by name and nothing in it is run. With `--model` the
+weights, which must be the network's in number, order and shape, get the network's names.
 """
 
 import argparse
@@ -66,7 +67,9 @@ def plain(value):
 
 def main(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source")
     parser.add_argument("target")
     parser.add_argument("--model", help="registered network whose names the weights get")

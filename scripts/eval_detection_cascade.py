@@ -1,10 +1,13 @@
-"""A cascade of two detectors on data in COCO's format: average precision and cost by the share of images handed on.
+"""A cascade of two detectors on data in COCO's format: average precision and cost by the share of images
+handed on.
 
-    python scripts/eval_detection_cascade.py "$DATA/coco" runs/small/checkpoint-last.pth runs/large/checkpoint-last.pth
-    python scripts/eval_detection_cascade.py "$DATA/coco" tf_efficientdet_d0 tf_efficientdet_d4 --limit 4   # effdet
+    python scripts/eval_detection_cascade.py "$DATA/coco" runs/small/checkpoint-last.pth
+    runs/large/checkpoint-last.pth python scripts/eval_detection_cascade.py "$DATA/coco" tf_efficientdet_d0
+    tf_efficientdet_d4 --limit 4   # effdet
 
-Detectors are checkpoints of scripts/main_detection.py or names of effdet (random weights unless `--pretrained`). Both
-run on every image, whose multiply-adds are counted as it runs. The last line runs the cascade for real.
+Detectors are checkpoints of scripts/main_detection.py or names of effdet (random weights unless
+`--pretrained`). Both run on every image, whose multiply-adds are counted as it runs. The last line runs the
+cascade for real.
 """
 
 import argparse
@@ -49,7 +52,9 @@ def run(detector, images, title):
 
 def main(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data_path", type=Path)
     parser.add_argument("student")
     parser.add_argument("teacher")
@@ -65,16 +70,26 @@ def main(argv):
     detectors = [opened(name, args.pretrained) for name in (args.student, args.teacher)]
     results = [run(d, images, name) for d, name in zip(detectors, ("student", "teacher"), strict=True)]
     (first, student_macs, student_time), (second, teacher_macs, teacher_time) = results
-    for name, detector, (_, macs, spent) in zip((args.student, args.teacher), detectors, results, strict=True):
+    for name, detector, (_, macs, spent) in zip(
+        (args.student, args.teacher), detectors, results, strict=True
+    ):
         size = sum(p.numel() for p in detector.parameters()) / 1e6
-        print(f"{name}: {size:.2f} M parameters, {macs.mean() / 1e9:.4f} G, {1e3 * sum(spent) / len(spent):.1f} ms")
+        print(
+            f"{name}: {size:.2f} M parameters, {macs.mean() / 1e9:.4f} G, {1e3 * sum(spent) / len(spent):.1f} ms"
+        )
     scores = torch.tensor([image_confidence(found, sure, args.top) for found in first], dtype=torch.float64)
     order = scores.argsort()
     ids = [int(images[i][1]["image_id"]) for i in range(len(images))]
-    print(f"{'routed':>8}{'threshold':>12}{'mean G':>9}" + ("" if args.limit else f"{'AP':>8}{'AP50':>8}{'AP75':>8}"))
+    print(
+        f"{'routed':>8}{'threshold':>12}{'mean G':>9}"
+        + ("" if args.limit else f"{'AP':>8}{'AP50':>8}{'AP75':>8}")
+    )
 
     def row(name, routed, cost, threshold=""):
-        answers = {number: (second if at else first)[i] for i, (number, at) in enumerate(zip(ids, routed, strict=True))}
+        answers = {
+            number: (second if at else first)[i]
+            for i, (number, at) in enumerate(zip(ids, routed, strict=True))
+        }
         figures = "" if args.limit else "".join(f"{v:8.3f}" for v in precision(data, answers).values())
         print(f"{name:>8}{threshold:>12}{cost / 1e9:9.4f}{figures}", flush=True)
 

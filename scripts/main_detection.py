@@ -1,11 +1,12 @@
 """Trains a detector of models/detection.py on data in COCO's format and evaluates it with COCO's measures.
 
-    python scripts/main_detection.py --model faster_rcnn_rexnet_100 --data_path "$DATA/coco" --output_dir runs/coco \
-        --backbone_weights rexnetv1_1.0.pth --freeze_norm true
+    python scripts/main_detection.py --model faster_rcnn_rexnet_100 --data_path "$DATA/coco" --output_dir
+        runs/coco \ --backbone_weights rexnetv1_1.0.pth --freeze_norm true
 
-`--data_path` holds annotations/instances_{split}.json and the images in {split}/, as https://cocodataset.org has it.
-The same command goes on where a run was stopped; `--eval true` only evaluates; `--flops true` only prints what the
-detector costs. Average precision needs pycocotools (requirements-extra.txt); training does not.
+`--data_path` holds annotations/instances_{split}.json and the images in {split}/, as https://cocodataset.org
+has it. The same command goes on where a run was stopped; `--eval true` only evaluates; `--flops true` only
+prints what the detector costs. Average precision needs pycocotools (requirements-extra.txt); training does
+not.
 """
 
 import sys
@@ -65,8 +66,12 @@ def print_costs(name, num_classes):
     print(f"{name}: {num_classes} classes, multiply-adds in G on one image, 1,000 proposals")
     for height, width in ((800, 1200), (800, 1280)):
         costs = detector_costs(detector, height, width)
-        parts = ", ".join(f"{part} {value / 1e9:.1f}" for part, value in costs._asdict().items() if part != "params")
-        print(f"{height} x {width}: {costs.params / 1e6:.2f} M parameters; {parts}; total {costs.total / 1e9:.1f}")
+        parts = ", ".join(
+            f"{part} {value / 1e9:.1f}" for part, value in costs._asdict().items() if part != "params"
+        )
+        print(
+            f"{height} x {width}: {costs.params / 1e6:.2f} M parameters; {parts}; total {costs.total / 1e9:.1f}"
+        )
 
 
 def given_weights(path):
@@ -82,7 +87,9 @@ class Run:
         self.device = start_compute(args.device, "none", False).device
         masks = args.model.startswith("mask_rcnn")
         self.val = CocoImages(args.data_path, args.val_split, masks=masks)
-        self.train = self.val if args.eval else CocoImages(args.data_path, args.train_split, masks=masks, flip=True)
+        self.train = (
+            self.val if args.eval else CocoImages(args.data_path, args.train_split, masks=masks, flip=True)
+        )
         if self.train.categories != self.val.categories:
             raise ValueError(f"{self.train.path} and {self.val.path} have different categories")
         seed_everything(args.seed, 0, 0)
@@ -98,14 +105,28 @@ class Run:
         self.loader = DataLoader(self.train, sampler=self.sampler, generator=torch.Generator(), **options)
         self.val_loader = DataLoader(self.val, **options)
         if not self.sampler.used:
-            raise ValueError(f"{len(self.train)} training images are fewer than --batch_size {args.batch_size}")
+            raise ValueError(
+                f"{len(self.train)} training images are fewer than --batch_size {args.batch_size}"
+            )
         settings = {"lr": args.lr, "weight_decay": args.weight_decay, "momentum": args.momentum}
-        optimizer = make_optimizer(self.detector, opt="sgd", eps=None, betas=None, filter_bias_and_bn=False, **settings)
+        optimizer = make_optimizer(
+            self.detector, opt="sgd", eps=None, betas=None, filter_bias_and_bn=False, **settings
+        )
         steps = len(self.loader)
-        schedule = {"schedule": "multistep", "base": args.lr, "minimum": 0.0, "warmup_steps": args.warmup_steps}
-        schedule |= {"total_steps": args.epochs * steps, "milestones": sorted(e * steps for e in args.decay_epochs)}
+        schedule = {
+            "schedule": "multistep",
+            "base": args.lr,
+            "minimum": 0.0,
+            "warmup_steps": args.warmup_steps,
+        }
+        schedule |= {
+            "total_steps": args.epochs * steps,
+            "milestones": sorted(e * steps for e in args.decay_epochs),
+        }
         rate, decay = partial(lr_at, **schedule), lambda step: args.weight_decay
-        self.update = Update(self.detector, optimizer, lr=rate, weight_decay=decay, clip_grad=args.clip_grad or None)
+        self.update = Update(
+            self.detector, optimizer, lr=rate, weight_decay=decay, clip_grad=args.clip_grad or None
+        )
         self.first, self.best = 0, -1.0
         last = self.out / LAST
         if last.exists():
@@ -116,7 +137,9 @@ class Run:
     def restore(self, content, source):
         """Goes on from a checkpoint of this program."""
         if content.get("model_name") != self.args.model or not isinstance(content.get("epoch"), int):
-            raise ValueError(f"checkpoint {source} holds {content.get('model_name')}, not --model {self.args.model}")
+            raise ValueError(
+                f"checkpoint {source} holds {content.get('model_name')}, not --model {self.args.model}"
+            )
         for name in BUILD:
             here, there = getattr(self.args, name), content["args"][name]
             if here != there:
@@ -136,7 +159,9 @@ class Run:
             start = time.monotonic()
             seed_everything(self.args.seed, epoch, 0)
             self.sampler.set_epoch(epoch)
-            self.loader.generator.manual_seed(int(np.random.default_rng((self.args.seed, epoch)).integers(2**63)))
+            self.loader.generator.manual_seed(
+                int(np.random.default_rng((self.args.seed, epoch)).integers(2**63))
+            )
             means = train_epoch(self.detector, self.loader, self.update, self.device, epoch)
             figures = self.evaluate() if find_spec("pycocotools") else {}
             score = figures.get("AP", -1.0)
@@ -144,10 +169,21 @@ class Run:
             losses = {f"train/{name}": value for name, value in means.items()}
             seconds = time.monotonic() - start
             append_json(self.out / "log.txt", {"epoch": epoch, **losses, **figures, "seconds": seconds})
-            state = {"model": self.detector.state_dict(), **self.update.state_dict(), "epoch": epoch, "best": self.best}
-            state |= {"model_name": self.args.model, "args": vars(self.args), "categories": self.train.categories}
+            state = {
+                "model": self.detector.state_dict(),
+                **self.update.state_dict(),
+                "epoch": epoch,
+                "best": self.best,
+            }
+            state |= {
+                "model_name": self.args.model,
+                "args": vars(self.args),
+                "categories": self.train.categories,
+            }
             save_epoch(self.out, state, epoch=epoch, best=best, freq=1, keep=0)
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items()) or "no pycocotools, no AP"
+            shown = (
+                ", ".join(f"{name} {value:.3f}" for name, value in figures.items()) or "no pycocotools, no AP"
+            )
             print(f"epoch {epoch + 1}/{self.args.epochs}: loss {means['loss']:.4f}, {shown}")
 
 

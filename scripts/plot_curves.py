@@ -24,16 +24,23 @@ def read(folder, name):
 
 
 def table(runs):
-    """Top-1 of every exit, and of the best row of the dynamic curve that costs no more than each exit but the first."""
+    """Top-1 of every exit, and of the best row of the dynamic curve that costs no more than each exit but the
+    first."""
     costs = {label: [e["macs"] for e in exits] for label, (exits, _) in runs.items()}
     first = next(iter(costs))
     for label, other in costs.items():
         if other != costs[first]:
-            raise ValueError(f"{label} is another network than {first}: exits cost {other}, not {costs[first]}")
+            raise ValueError(
+                f"{label} is another network than {first}: exits cost {other}, not {costs[first]}"
+            )
     rows = []
     for label, (exits, curve) in runs.items():
-        best = [max((r["accuracy"] for r in curve if r["macs"] <= e["macs"]), default=None) for e in exits[1:]]
-        words = [f"{100 * e['acc1']:.2f}" for e in exits] + ["–" if b is None else f"{100 * b:.2f}" for b in best]
+        best = [
+            max((r["accuracy"] for r in curve if r["macs"] <= e["macs"]), default=None) for e in exits[1:]
+        ]
+        words = [f"{100 * e['acc1']:.2f}" for e in exits] + [
+            "–" if b is None else f"{100 * b:.2f}" for b in best
+        ]
         rows.append(f"| {label} | {' | '.join(words)} |")
     exits = next(iter(runs.values()))[0]
     heads = [f"exit {e['exit']}" for e in exits] + [f"up to {e['macs'] / 1e6:.1f} M" for e in exits[1:]]

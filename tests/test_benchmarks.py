@@ -24,11 +24,15 @@ def script(name):
     return module
 
 
-@pytest.mark.parametrize(("heads", "queries", "keys", "width"), [(4, 32, 32, 26), (1, 128, 49, 32), (1, 60, 16, 5)])
+@pytest.mark.parametrize(
+    ("heads", "queries", "keys", "width"), [(4, 32, 32, 26), (1, 128, 49, 32), (1, 60, 16, 5)]
+)
 def test_the_plain_attention_is_the_fused_one(heads, queries, keys, width):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, n, width, dtype=torch.float64) for n in (queries, keys, keys))
-    assert_close(script("bench_train").plain_attend(q, k, v, 0.0), attend(q, k, v, 0.0), rtol=1e-12, atol=1e-12)
+    assert_close(
+        script("bench_train").plain_attend(q, k, v, 0.0), attend(q, k, v, 0.0), rtol=1e-12, atol=1e-12
+    )
 
 
 @torch.inference_mode()
@@ -49,7 +53,10 @@ def test_torchvisions_baseline_is_tuned_like_ours():
 
 def test_curves_of_runs_are_drawn_and_tabled(tmp_path, capsys):
     exits = [{"exit": k, "macs": macs, "acc1": acc} for k, (macs, acc) in enumerate([(1e6, 0.5), (2e6, 0.6)])]
-    rows = [{"macs": 1.5e6, "accuracy": 0.625}, {"macs": 2.5e6, "accuracy": 0.9}]  # the second costs more than exit 1
+    rows = [
+        {"macs": 1.5e6, "accuracy": 0.625},
+        {"macs": 2.5e6, "accuracy": 0.9},
+    ]  # the second costs more than exit 1
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "anytime.json").write_text(json.dumps(exits))

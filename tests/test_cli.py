@@ -196,7 +196,9 @@ def images(tmp_path_factory):
 
 def on(images, *words):
     """Arguments for training on a folder, 32 images for training and 8 for calibration."""
-    data = f"--data_set image_folder --input_size 32 --num_calib 8 --batch_size 4 --data_path {images}".split()
+    data = (
+        f"--data_set image_folder --input_size 32 --num_calib 8 --batch_size 4 --data_path {images}".split()
+    )
     return [*NETWORK, *data, *RUN, *map(str, words)]
 
 
@@ -204,7 +206,9 @@ def on(images, *words):
 def trained(images, tmp_path_factory):
     """The folder of a run of two epochs."""
     out = tmp_path_factory.mktemp("trained")
-    flags = "--epochs 2 --warmup_epochs 0 --model_ema true --model_ema_decay 0.5 --model_ema_eval true --lr 0.01"
+    flags = (
+        "--epochs 2 --warmup_epochs 0 --model_ema true --model_ema_decay 0.5 --model_ema_eval true --lr 0.01"
+    )
     train(on(images, *flags.split(), *PLAIN, "--output_dir", out))
     return out
 
@@ -225,7 +229,9 @@ def evaluate_into(out, checkpoint, *words):
 @pytest.fixture(scope="module")
 def evaluated(trained, tmp_path_factory):
     """The results of evaluating the run's last checkpoint in every mode."""
-    return evaluate_into(tmp_path_factory.mktemp("evaluated"), trained / "checkpoint-last.pth", "--row", 3, 35)
+    return evaluate_into(
+        tmp_path_factory.mktemp("evaluated"), trained / "checkpoint-last.pth", "--row", 3, 35
+    )
 
 
 # Flags
@@ -295,7 +301,9 @@ def test_recipes_parse(command, tmp_path):
 
 @pytest.mark.parametrize("gpus", [1, 8])
 @pytest.mark.parametrize(("name", "millions"), [("regnet", 21.798), ("resnet", 20.283), ("mobilenet", 9.299)])
-def test_dyn_perceiver_recipes_train_the_published_networks_on_1024_images_a_step(name, millions, gpus, tmp_path):
+def test_dyn_perceiver_recipes_train_the_published_networks_on_1024_images_a_step(
+    name, millions, gpus, tmp_path
+):
     command = f"bash scripts/train_dyn_perceiver_{name}_imagenet.sh out"
     launcher, _, words = started_by(command, tmp_path, GPUS=str(gpus))
     given, options = parse_flags(main_earlyExit.FLAGS, words, model_options, nearest)
@@ -313,7 +321,11 @@ def test_log_has_a_line_per_epoch(trained):
     first, last = read_log(trained)
     assert (first["epoch"], last["epoch"]) == (0, 1)
     exits = [f"acc1/exit{k}" for k in range(2)]
-    wanted = {"train/loss", "opt/lr", *(f"{part}/{key}" for part in ("train", "calib", "calib_ema") for key in exits)}
+    wanted = {
+        "train/loss",
+        "opt/lr",
+        *(f"{part}/{key}" for part in ("train", "calib", "calib_ema") for key in exits),
+    }
     assert wanted <= first.keys() and wanted <= last.keys()
     assert not any(key.startswith("test") for key in first)
     assert {f"{part}/{key}" for part in ("test", "test_ema") for key in exits} <= last.keys()
@@ -327,7 +339,16 @@ def test_checkpoint_is_plain_and_complete(trained, images):
         f"checkpoint-{name}.pth" for name in ("last", "best", "0", "1")
     }
     content = torch.load(trained / "checkpoint-last.pth", weights_only=True)
-    assert {"model", "model_ema", "arch", "optimizer", "scaler", "epoch", "args", "calib_indices"} <= content.keys()
+    assert {
+        "model",
+        "model_ema",
+        "arch",
+        "optimizer",
+        "scaler",
+        "epoch",
+        "args",
+        "calib_indices",
+    } <= content.keys()
     options = {"nBlocks": 2, "nChannels": 8, "growthRate": 4, "grFactor": [1, 2], "bnFactor": [1, 2]}
     assert content["arch"] == {"name": "msdnet", "options": options, "num_classes": 2}
     assert (content["epoch"], content["step"], len(set(content["calib_indices"]))) == (1, 16, 8)
@@ -353,7 +374,9 @@ def test_other_flags_of_training_run(images, trained, tmp_path, capsys):
 
 
 def test_a_resumed_run_equals_an_unbroken_one(images, tmp_path, monkeypatch):
-    flags = shlex.split("--epochs 3 --warmup_epochs 1 --update_freq 2 --model_ema true --model_ema_decay 0.5 --lr 0.01")
+    flags = shlex.split(
+        "--epochs 3 --warmup_epochs 1 --update_freq 2 --model_ema true --model_ema_decay 0.5 --lr 0.01"
+    )
     train(on(images, *flags, "--output_dir", tmp_path / "whole"))
     train_one_epoch = main_earlyExit.train_one_epoch
 
@@ -421,7 +444,8 @@ def check_same(out, other, *keys):
 
 @pytest.fixture(scope="module")
 def weighted(images, tmp_path_factory):
-    """The folder of a run that learned sample weights; per epoch, what its two exits lost per image, and the rates."""
+    """The folder of a run that learned sample weights; per epoch, what its two exits lost per image, and the
+    rates."""
     out, seen, train_one_epoch = tmp_path_factory.mktemp("weighted"), [], main_earlyExit.train_one_epoch
 
     def watched(model, loader, objective, update, *rest, **options):
@@ -505,7 +529,9 @@ def test_a_resumed_run_with_sample_weights_equals_an_unbroken_one(weighted, imag
 def test_a_plain_run_may_go_on_with_sample_weights(trained, images, tmp_path, capsys):
     words = [*SHORT, *WEIGHTED, "--epochs", 3, "--output_dir", tmp_path, "--regime", "equilibrium"]
     train(on(images, *words, "--resume", trained / "checkpoint-last.pth"))
-    assert re.search(r"^checkpoint \S+ holds no weight net: it starts anew$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(
+        r"^checkpoint \S+ holds no weight net: it starts anew$", capsys.readouterr().out, re.MULTILINE
+    )
     content = last_of(tmp_path)
     # Two epochs of the stored run had other steps; rates are those of the third epoch all the same.
     assert (content["epoch"], content["step"], content["l2w"]["batch"]) == (2, 3 * 4, 3 * 2)
@@ -515,7 +541,8 @@ def test_disjoint_training_freezes_the_trunk_and_can_be_resumed(images, tmp_path
     words = on(images, *SHORT, *shlex.split("--regime disjoint --epochs 2 --opt sgd"), "--output_dir")
     train([*words, str(tmp_path / "whole")])
     first, last = (
-        torch.load(tmp_path / "whole" / f"checkpoint-{name}.pth", weights_only=True)["model"] for name in (0, "last")
+        torch.load(tmp_path / "whole" / f"checkpoint-{name}.pth", weights_only=True)["model"]
+        for name in (0, "last")
     )
     for name, value in first.items():
         assert torch.equal(value, last[name]) == (not name.startswith("classifier")), name
@@ -543,7 +570,10 @@ def test_published_weights_are_fine_tuned_under_new_heads_on_a_frozen_backbone(i
     ("words", "message"),
     [
         ("--freeze_backbone true --regime mixed", "--freeze_backbone true trains heads, jointly"),
-        ("--lr_scales bloc_=0.1", "no parameter's name starts with 'bloc_'; they start with blocks, classifier"),
+        (
+            "--lr_scales bloc_=0.1",
+            "no parameter's name starts with 'bloc_'; they start with blocks, classifier",
+        ),
         ("--lr_scales blocks", "learning rate scale 'blocks': give START=FACTOR"),
     ],
 )
@@ -555,18 +585,29 @@ def test_what_cannot_be_frozen_or_scaled_is_said(images, words, message):
 def test_mixed_training_goes_from_the_last_exit_to_all(images, tmp_path):
     words = shlex.split("--regime mixed --first_share 0.67 --epochs 3 --weight_decay 0 --save_ckpt_num 9")
     train(on(images, *SHORT, *words, "--output_dir", tmp_path))
-    contents = [torch.load(tmp_path / f"checkpoint-{epoch}.pth", weights_only=True)["model"] for epoch in range(3)]
+    contents = [
+        torch.load(tmp_path / f"checkpoint-{epoch}.pth", weights_only=True)["model"] for epoch in range(3)
+    ]
     for name, moves in (("classifier.0.linear.weight", False), ("classifier.1.linear.weight", True)):
         assert torch.equal(contents[0][name], contents[1][name]) != moves
         assert not torch.equal(contents[1][name], contents[2][name])
-    assert read_log(tmp_path)[2]["train/loss"] > 1.3 * read_log(tmp_path)[1]["train/loss"]  # of two exits, and of one
+    assert (
+        read_log(tmp_path)[2]["train/loss"] > 1.3 * read_log(tmp_path)[1]["train/loss"]
+    )  # of two exits, and of one
 
 
 def test_a_teacher_adds_to_the_loss_of_all_exits(trained, images, tmp_path):
     losses = []
-    for name, teacher in (("alone", []), ("taught", ["--kd_teacher", trained / "checkpoint-last.pth", "--T_kd", 2])):
-        train(on(images, *SHORT, "--epochs", 1, "--batch_size", 32, "--output_dir", tmp_path / name, *teacher))
-        losses.append(read_log(tmp_path / name)[0]["train/loss"])  # of one step: the same answers, the same labels
+    for name, teacher in (
+        ("alone", []),
+        ("taught", ["--kd_teacher", trained / "checkpoint-last.pth", "--T_kd", 2]),
+    ):
+        train(
+            on(images, *SHORT, "--epochs", 1, "--batch_size", 32, "--output_dir", tmp_path / name, *teacher)
+        )
+        losses.append(
+            read_log(tmp_path / name)[0]["train/loss"]
+        )  # of one step: the same answers, the same labels
     assert losses[1] > losses[0] + 1e-3
     assert last_of(tmp_path / "taught")["model"].keys() == last_of(trained)["model"].keys()
 
@@ -575,12 +616,17 @@ def test_a_boosted_network_is_trained_and_evaluated(images, tmp_path):
     words = shlex.split("--model boosted/msdnet --reweight 0.7 --epochs 1 --disable_eval false")
     train(on(images, *SHORT, *words, "--output_dir", tmp_path))
     arch = last_of(tmp_path)["arch"]
-    assert arch["name"] == "boosted/msdnet" and (arch["options"]["reweight"], arch["options"]["nBlocks"]) == (0.7, 2)
+    assert arch["name"] == "boosted/msdnet" and (arch["options"]["reweight"], arch["options"]["nBlocks"]) == (
+        0.7,
+        2,
+    )
     evaluate_into(tmp_path / "out", tmp_path / "checkpoint-last.pth", "--row", 3)
     (line,) = read_log(tmp_path)
     exits, runtime = (read_json(tmp_path / "out" / f"{name}.json") for name in ("anytime", "runtime"))
     assert [row["acc1"] for row in exits] == pytest.approx([line[f"test/acc1/exit{k}"] for k in range(2)])
-    assert [row["loss"] for row in exits] == pytest.approx([line[f"test/loss/exit{k}"] for k in range(2)], abs=1e-6)
+    assert [row["loss"] for row in exits] == pytest.approx(
+        [line[f"test/loss/exit{k}"] for k in range(2)], abs=1e-6
+    )
     assert runtime["points"][0]["mismatches"]["throughput"] <= 1
 
 
@@ -588,7 +634,15 @@ def test_a_boosted_network_is_trained_and_evaluated(images, tmp_path):
 
 
 def test_every_result_is_written(evaluated):
-    names = {"anytime.json", "dynamic.json", "dynamic.txt", "routing.json", "runtime.json", "curve.png", "report.html"}
+    names = {
+        "anytime.json",
+        "dynamic.json",
+        "dynamic.txt",
+        "routing.json",
+        "runtime.json",
+        "curve.png",
+        "report.html",
+    }
     assert {path.name for path in evaluated.iterdir()} == names
     assert (evaluated / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "8 images held out of the training set" in (evaluated / "report.html").read_text()
@@ -623,7 +677,9 @@ def test_dynamic_results_agree_with_each_other(evaluated):
     assert rows[0]["macs"] < rows[-1]["macs"]
     lines = (evaluated / "dynamic.txt").read_text().splitlines()
     pairs = [tuple(map(float, line.split("\t"))) for line in lines]
-    assert pairs == [(pytest.approx(100 * r["accuracy"], abs=1e-5), pytest.approx(r["macs"], abs=0.1)) for r in rows]
+    assert pairs == [
+        (pytest.approx(100 * r["accuracy"], abs=1e-5), pytest.approx(r["macs"], abs=0.1)) for r in rows
+    ]
 
 
 def test_real_early_exit_agrees_with_the_simulation(evaluated):
@@ -698,7 +754,10 @@ def error_of(monkeypatch, capsys):
         ("--lr -1", r"--lr: -1 is below the least value accepted, 0"),
         ("--layer_decay 0.9", r"--layer_decay 0.9 is not supported: defined for ConvNeXt only"),
         ("--cka true", r"--cka True is not supported: "),
-        ("--dist_on_itp true", r"--dist_on_itp True is not supported: start processes with torchrun or SLURM"),
+        (
+            "--dist_on_itp true",
+            r"--dist_on_itp True is not supported: start processes with torchrun or SLURM",
+        ),
         ("--classifier_type latent", r"--classifier_type latent is not supported: .*--exit_weights"),
         ("--batch_size 5", r"--batch_size 5: mixup and cutmix need an even number"),
         ("--batch_size 34", r"32 training images are fewer than one global batch of batch size 34"),
@@ -718,7 +777,10 @@ def error_of(monkeypatch, capsys):
         ("--device gpu", r"--device gpu: accepted: auto, cpu, cuda"),
         ("--finetune nowhere.pth", r"cannot read checkpoint nowhere.pth: No such file or directory"),
         ("--resume nowhere.pth", r"cannot read checkpoint nowhere.pth: No such file or directory"),
-        ("--eval true", r"nothing to evaluate: give --resume FILE, or an --output_dir that holds a checkpoint"),
+        (
+            "--eval true",
+            r"nothing to evaluate: give --resume FILE, or an --output_dir that holds a checkpoint",
+        ),
     ],
 )
 def test_mistakes_in_training_flags(images, error_of, words, complaint):
@@ -730,16 +792,34 @@ def test_mistakes_in_training_flags(images, error_of, words, complaint):
     [
         ("--l2w true --mixup 0.8", r"--l2w true weighs samples of one class each: give --mixup 0 --cutmix 0"),
         ("--l2w true --cutmix_minmax 0.2 0.8", r"--l2w true weighs samples of one class each"),
-        ("--l2w true --regime disjoint", r"--regime disjoint: L2W weighs all exits at once; accepted: joint, equi"),
-        ("--l2w true --regime mixed", r"--regime mixed: L2W weighs all exits at once; accepted: joint, equilibrium"),
+        (
+            "--l2w true --regime disjoint",
+            r"--regime disjoint: L2W weighs all exits at once; accepted: joint, equi",
+        ),
+        (
+            "--l2w true --regime mixed",
+            r"--regime mixed: L2W weighs all exits at once; accepted: joint, equilibrium",
+        ),
         ("--l2w true --target_p_index 40", r"--target_p_index 40: accepted: 1 to 39, 20 for equal shares"),
         ("--l2w true --target_p_index 0", r"--target_p_index: 0 is below the least value accepted, 1"),
-        ("--l2w true --batch_size 2", r"--batch_size 2: L2W trains on halves of a batch and needs at least 4"),
+        (
+            "--l2w true --batch_size 2",
+            r"--batch_size 2: L2W trains on halves of a batch and needs at least 4",
+        ),
         ("--l2w true --compile true", r"--compile true compiles the plain forward pass: not for --l2w true"),
         ("--l2w true --opt Lookahead_sgd", r"--opt Lookahead_sgd: L2W looks one step of SGD ahead"),
-        ("--l2w true --constraint_dimension diag", r"--constraint_dimension: 'diag' is not one of mat, row, col"),
-        ("--l2w true --meta_net_input_type logits", r"--meta_net_input_type: 'logits' is not one of loss, conf, both"),
-        ("--regime equilibrium --compile true", r"--compile true compiles the plain forward pass: .* another --regime"),
+        (
+            "--l2w true --constraint_dimension diag",
+            r"--constraint_dimension: 'diag' is not one of mat, row, col",
+        ),
+        (
+            "--l2w true --meta_net_input_type logits",
+            r"--meta_net_input_type: 'logits' is not one of loss, conf, both",
+        ),
+        (
+            "--regime equilibrium --compile true",
+            r"--compile true compiles the plain forward pass: .* another --regime",
+        ),
         ("--regime joined", r"--regime: 'joined' is not one of joint, equilibrium, disjoint, mixed"),
         ("--first_share 2", r"--first_share 2.0: .*at most 1"),
         ("--kd_teacher nowhere.pth", r"cannot read checkpoint nowhere.pth: No such file or directory"),
@@ -752,7 +832,9 @@ def test_mistakes_in_flags_of_objectives(images, error_of, words, complaint):
 def test_a_teacher_of_other_classes_or_images_is_refused(trained, images, error_of):
     teacher = trained / "checkpoint-last.pth"
     line = error_of(train, *NETWORK, *PLAIN, *RUN, "--data_set", "DIGITS", "--kd_teacher", teacher)
-    assert line.startswith(f"teacher {teacher} reads images of --mean [0.485, 0.456, 0.406], this run has [0.3057, ")
+    assert line.startswith(
+        f"teacher {teacher} reads images of --mean [0.485, 0.456, 0.406], this run has [0.3057, "
+    )
     stats = shlex.split("--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225")
     line = error_of(train, *NETWORK, *PLAIN, *RUN, "--data_set", "DIGITS", "--kd_teacher", teacher, *stats)
     assert line == f"checkpoint {teacher} has 2 classes, the data set 10"
@@ -770,7 +852,9 @@ def test_a_folder_of_unnamed_images_is_imagenet(images, tmp_path, error_of):
     folder = ["--data_path", "nowhere", *RUN]
     assert error_of(train, *NETWORK, *folder).startswith("image folder nowhere/train: ")
     torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "bare.pth")
-    assert error_of(evaluate, "--checkpoint", tmp_path / "bare.pth", *folder).startswith("image folder nowhere/train: ")
+    assert error_of(evaluate, "--checkpoint", tmp_path / "bare.pth", *folder).startswith(
+        "image folder nowhere/train: "
+    )
 
 
 def test_a_network_must_be_named(error_of):
@@ -809,7 +893,9 @@ def test_bare_weights_are_not_resumed(images, trained, tmp_path, error_of):
 
 
 def test_evaluating_as_another_network_is_refused(trained, error_of):
-    line = error_of(evaluate, *RUN, "--checkpoint", trained / "checkpoint-last.pth", "--model", "msdnet_cifar_even7")
+    line = error_of(
+        evaluate, *RUN, "--checkpoint", trained / "checkpoint-last.pth", "--model", "msdnet_cifar_even7"
+    )
     assert "holds another network than --model and its options say" in line
 
 
@@ -836,7 +922,8 @@ def test_files_that_are_no_checkpoints(trained, tmp_path, error_of):
 
 def test_a_checkpoint_that_names_no_network_needs_one(trained, images, tmp_path, error_of):
     torch.save(
-        {"model": torch.load(trained / "checkpoint-last.pth", weights_only=True)["model"]}, tmp_path / "bare.pth"
+        {"model": torch.load(trained / "checkpoint-last.pth", weights_only=True)["model"]},
+        tmp_path / "bare.pth",
     )
     data = f"--data_set image_folder --input_size 32 --data_path {images}".split()
     bare = ["--checkpoint", tmp_path / "bare.pth", *data, *RUN, "--mode", "anytime", "--output_dir", tmp_path]
@@ -853,7 +940,9 @@ def test_a_cascade_is_evaluated_from_its_networks_files_and_then_from_its_own(tr
     evaluate(["--model", "ebjr", "--networks", *words, "--output_dir", str(tmp_path / "first"), *flags])
     exits, routing = (read_json(tmp_path / "first" / name) for name in ("anytime.json", "routing.json"))
     assert [row["acc1"] for row in exits[:2]] == [row["acc1"] for row in exits[2:]] and len(exits) == 4
-    assert exits[3]["macs"] == 2 * exits[1]["macs"] and exits[3]["alone"] == exits[1]["alone"] < exits[1]["macs"]
+    assert (
+        exits[3]["macs"] == 2 * exits[1]["macs"] and exits[3]["alone"] == exits[1]["alone"] < exits[1]["macs"]
+    )
     assert routing["policy"] == "threshold 0.9 0.8 0.7" and routing["samples"] == 20
     assert "probably trained" not in capsys.readouterr().out  # both held out the same images
     evaluate_into(tmp_path / "second", tmp_path / "first" / "cascade.pth", *flags)
@@ -878,7 +967,10 @@ def test_mistakes_in_a_cascade(trained, error_of):
         ("--row -1", r"--row: -1 is below the least value accepted, 0"),
         ("--budget 1", r"a budget of 1 multiply-adds is below the cheapest setting's"),
         ("--quota_scales 1 2", r"2 quota scales .* for 2 exits; give one per exit but the last"),
-        ("--num_calib 0", r"no images were held out for calibration \(--num_calib 0\); use --calib half_test"),
+        (
+            "--num_calib 0",
+            r"no images were held out for calibration \(--num_calib 0\); use --calib half_test",
+        ),
         ("--confidence sure", r"unknown confidence 'sure'; accepted: max_prob"),
         ("--router_threshold 1 2", r"2 router thresholds for 2 exits; give one per exit but the last"),
         ("--shares 1.5", r"shares \[1.5\] for 2 exits"),
@@ -887,7 +979,15 @@ def test_mistakes_in_a_cascade(trained, error_of):
     ],
 )
 def test_mistakes_in_evaluation_flags(trained, tmp_path, error_of, words, complaint):
-    known = ["--checkpoint", trained / "checkpoint-last.pth", "--output_dir", tmp_path, "--mode", "runtime", *RUN]
+    known = [
+        "--checkpoint",
+        trained / "checkpoint-last.pth",
+        "--output_dir",
+        tmp_path,
+        "--mode",
+        "runtime",
+        *RUN,
+    ]
     assert re.match(complaint, error_of(evaluate, *known, *words.split()))
 
 
@@ -895,7 +995,9 @@ def test_mistakes_in_evaluation_flags(trained, tmp_path, error_of, words, compla
 
 
 def script(*words, **options):
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, **options)
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, **options
+    )
 
 
 def test_a_script_ends_with_one_line_for_its_user():
@@ -905,7 +1007,9 @@ def test_a_script_ends_with_one_line_for_its_user():
 
 
 def test_torchrun_trains_in_two_processes(images, trained, tmp_path):
-    flags = on(images, "--epochs", 1, "--warmup_epochs", 0, *PLAIN, "--output_dir", tmp_path, "--num_calib", 7)
+    flags = on(
+        images, "--epochs", 1, "--warmup_epochs", 0, *PLAIN, "--output_dir", tmp_path, "--num_calib", 7
+    )
     flags += ["--finetune", trained / "checkpoint-last.pth"]
     launch = shlex.split("-m torch.distributed.run --standalone --nproc_per_node 2 main_earlyExit.py")
     end = script(*launch, *flags, env=os.environ | {"OMP_NUM_THREADS": "1"})

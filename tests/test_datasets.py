@@ -57,7 +57,9 @@ def as_tensor(image):
 
 
 def cifar(tmp_path):
-    return open_data("CIFAR10", str(write_npz(tmp_path / "a.npz")), str(write_npz(tmp_path / "b.npz", 10, seed=1)))
+    return open_data(
+        "CIFAR10", str(write_npz(tmp_path / "a.npz")), str(write_npz(tmp_path / "b.npz", 10, seed=1))
+    )
 
 
 def augmented_loader(source, num_workers, *, rank=0, world_size=1):
@@ -75,7 +77,14 @@ def augmented_loader(source, num_workers, *, rank=0, world_size=1):
     split = Split(source.train, None, train_transform(augment))
     shard = {"rank": rank, "world_size": world_size}
     return train_loader(
-        split, batch_size=4, update_freq=1, num_workers=num_workers, pin_memory=False, collate=mix, seed=7, **shard
+        split,
+        batch_size=4,
+        update_freq=1,
+        num_workers=num_workers,
+        pin_memory=False,
+        collate=mix,
+        seed=7,
+        **shard,
     )
 
 
@@ -101,7 +110,13 @@ def test_split_train_refuses_to_hold_out_everything(num_calib):
 
 
 def test_default_num_calib():
-    given = [("DIGITS", 1437), ("CIFAR10", 50_000), ("image_folder", 90_000), ("IMNET", 1_281_167), ("IMNET", 1000)]
+    given = [
+        ("DIGITS", 1437),
+        ("CIFAR10", 50_000),
+        ("image_folder", 90_000),
+        ("IMNET", 1_281_167),
+        ("IMNET", 1000),
+    ]
     assert [datasets.default_num_calib(*pair) for pair in given] == [143, 5000, 5000, 50_000, 100]
 
 
@@ -175,7 +190,8 @@ def test_reading_data_leaves_the_global_generator_alone(tmp_path):
 def test_eval_loader_keeps_order_and_the_last_batch(tmp_path):
     split = Split(cifar(tmp_path).test, None, as_tensor)
     shards = [
-        eval_loader(split, batch_size=4, num_workers=0, pin_memory=False, rank=rank, world_size=2) for rank in (0, 1)
+        eval_loader(split, batch_size=4, num_workers=0, pin_memory=False, rank=rank, world_size=2)
+        for rank in (0, 1)
     ]
     batches = [[labels.tolist() for _, labels in shard] for shard in shards]
     assert batches == [[[0, 2, 4, 6], [8]], [[1, 3, 5, 7], [9]]]
@@ -310,8 +326,13 @@ def write_jpegs(folder, *names):
 
 def fake_food101(root):
     for split, name in (("train", "a"), ("test", "b")):
-        write_text(root / f"food-101/meta/{split}.json", json.dumps({"pie": [f"pie/{name}"], "soup": [f"soup/{name}"]}))
-    write_jpegs(root / "food-101/images", *(f"{kind}/{name}.jpg" for kind in ("pie", "soup") for name in "ab"))
+        write_text(
+            root / f"food-101/meta/{split}.json",
+            json.dumps({"pie": [f"pie/{name}"], "soup": [f"soup/{name}"]}),
+        )
+    write_jpegs(
+        root / "food-101/images", *(f"{kind}/{name}.jpg" for kind in ("pie", "soup") for name in "ab")
+    )
 
 
 def fake_stanford_cars(root):
@@ -319,7 +340,10 @@ def fake_stanford_cars(root):
     (base / "devkit").mkdir(parents=True)
     savemat(base / "devkit/cars_meta.mat", {"class_names": np.array(["A", "B"], object)})
     rows = np.array([("1.jpg", 1), ("2.jpg", 2)], dtype=[("fname", object), ("class", int)])
-    for name, folder in (("devkit/cars_train_annos.mat", "train"), ("cars_test_annos_withlabels.mat", "test")):
+    for name, folder in (
+        ("devkit/cars_train_annos.mat", "train"),
+        ("cars_test_annos_withlabels.mat", "test"),
+    ):
         savemat(base / name, {"annotations": rows})
         write_jpegs(base / f"cars_{folder}", "1.jpg", "2.jpg")
 
@@ -360,10 +384,15 @@ def test_transfer_sets_are_read_from_torchvisions_folders(tmp_path, monkeypatch,
     with pytest.raises(ValueError, match=rf"no {name} in {tmp_path}.*--download true"):
         open_data(name, str(tmp_path))
     fake(tmp_path)
-    monkeypatch.setattr("torchvision.datasets.flowers102.check_integrity", lambda *_: True)  # compares with real files
+    monkeypatch.setattr(
+        "torchvision.datasets.flowers102.check_integrity", lambda *_: True
+    )  # compares with real files
     source = open_data(name, str(tmp_path))
     assert (source.num_classes, source.input_size) == (classes, 224)
-    assert [sorted(source.train[i][1] for i in range(2)), [source.test[i][1] for i in range(2)]] == [[0, 1], [0, 1]]
+    assert [sorted(source.train[i][1] for i in range(2)), [source.test[i][1] for i in range(2)]] == [
+        [0, 1],
+        [0, 1],
+    ]
     split = make_split(source.train, None, np.asarray)
     assert split[1][0].shape == (7, 9, 3) and split.name(1) == f"{title}[1]"
 
@@ -373,7 +402,9 @@ def test_fashion_mnist_becomes_rgb_of_32_pixels(tmp_path):
     folder.mkdir(parents=True)
     for part, count in (("train", 3), ("t10k", 2)):
         header = np.array([2051, count, 28, 28], ">i4").tobytes()
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + np.full(count * 784, 99, np.uint8).tobytes())
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(
+            header + np.full(count * 784, 99, np.uint8).tobytes()
+        )
         labels = np.array([2049, count], ">i4").tobytes() + bytes(range(count))
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
     source = open_data("FashionMNIST", str(tmp_path))
@@ -414,7 +445,10 @@ def test_image_folder_finds_its_own_train_and_held_out_trees(tmp_path, held_out)
 def test_image_folder_without_evaluation_tree_holds_out_a_tenth(tmp_path):
     write_tree(tmp_path, count=15)
     source = open_data("image_folder", str(tmp_path), seed=1)
-    names = [{Split(data, [i], as_tensor).name(0) for i in range(len(data))} for data in (source.train, source.test)]
+    names = [
+        {Split(data, [i], as_tensor).name(0) for i in range(len(data))}
+        for data in (source.train, source.test)
+    ]
     assert [len(part) for part in names] == [27, 3] and len(names[0] | names[1]) == 30
     assert open_data("image_folder", str(tmp_path), seed=1).test.indices == source.test.indices
 

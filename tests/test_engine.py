@@ -73,7 +73,9 @@ def number_of(name):
 
 def loader_of(split, batch_size, compute=CPU, epoch=0):
     shard = {"rank": compute.rank, "world_size": compute.world_size}
-    loader = train_loader(split, batch_size=batch_size, update_freq=1, num_workers=0, pin_memory=False, seed=5, **shard)
+    loader = train_loader(
+        split, batch_size=batch_size, update_freq=1, num_workers=0, pin_memory=False, seed=5, **shard
+    )
     set_epoch(loader, epoch)
     return loader
 
@@ -157,7 +159,9 @@ def test_the_second_loss_sees_the_first_update():
 
     split, losses = dark_and_bright(8), []
     update = make_update(model)
-    train_one_epoch(model, loader_of(split, 8), twice, lambda loss: (losses.append(loss.item()), update(loss)), CPU)
+    train_one_epoch(
+        model, loader_of(split, 8), twice, lambda loss: (losses.append(loss.item()), update(loss)), CPU
+    )
     assert update.step == 2 and losses[1] < losses[0]
 
 
@@ -169,7 +173,13 @@ def test_a_loss_that_is_not_finite_stops_at_the_next_report_and_names_its_images
     update = make_update(model)
     with pytest.raises(ValueError) as error:
         train_one_epoch(
-            model, loader, JOINT, lambda loss: (updates.append(loss), update(loss)), CPU, epoch=3, print_freq=print_freq
+            model,
+            loader,
+            JOINT,
+            lambda loss: (updates.append(loss), update(loss)),
+            CPU,
+            epoch=3,
+            print_freq=print_freq,
         )
     shown = f"{', '.join(names[:8])} and 2 more"
     assert str(error.value) == f"the loss is not finite at epoch 3, batch 2, process 0: {shown}"
@@ -180,7 +190,8 @@ def test_a_loss_that_is_not_finite_stops_at_the_next_report_and_names_its_images
 
 
 class Mirror(MultiExitModel):
-    """Exit 0 answers (x, -x, 0 ...) for the first pixel x in -1..1 of an image, exit 1 (-2x, 2x, 0 ...); 7 classes."""
+    """Exit 0 answers (x, -x, 0 ...) for the first pixel x in -1..1 of an image, exit 1 (-2x, 2x, 0 ...); 7
+    classes."""
 
     num_exits = 2
 
@@ -207,7 +218,9 @@ def test_the_table_is_in_order_and_exact():
     x = torch.tensor(levels) / 127.5 - 1
     for k, scaled in enumerate((x, -2 * x)):
         logits = torch.stack([scaled, -scaled, 0 * x], 1).double()
-        torch.testing.assert_close(tables.confidence[k].double(), logits.softmax(1).amax(1), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            tables.confidence[k].double(), logits.softmax(1).amax(1), rtol=1e-6, atol=1e-6
+        )
         torch.testing.assert_close(
             tables.loss[k].double(), -logits.log_softmax(1)[range(7), labels], rtol=1e-5, atol=1e-6
         )
@@ -216,7 +229,9 @@ def test_the_table_is_in_order_and_exact():
     assert tables.correct5.all()  # of three classes
     figures = summarise(tables)
     assert figures["acc1/exit0"] == pytest.approx(2 / 7) and figures["acc1/exit1"] == pytest.approx(4 / 7)
-    assert figures["acc5/exit0"] == 1.0 and figures["loss/exit1"] == pytest.approx(tables.loss[1].mean().item())
+    assert figures["acc5/exit0"] == 1.0 and figures["loss/exit1"] == pytest.approx(
+        tables.loss[1].mean().item()
+    )
     assert len(figures) == 6
 
 
@@ -254,7 +269,8 @@ def tables_of_sizes(compute):
 
 
 def message_of_bad_loss(compute, black):
-    """What a process says when only the process that reads sample `black` meets a loss that is not a number."""
+    """What a process says when only the process that reads sample `black` meets a loss that is not a
+    number."""
     network = toy()
     model, seen = DistributedDataParallel(network), []
     update = make_update(model)

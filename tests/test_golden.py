@@ -15,7 +15,13 @@ from torch.func import functional_call
 
 from adaptive.confidence import max_prob
 from adaptive.flops import count, exit_costs
-from adaptive.thresholds import DYN_PERCEIVER_RATIOS, MSDNET_RATIOS, geometric_quotas, quota_thresholds, simulate
+from adaptive.thresholds import (
+    DYN_PERCEIVER_RATIOS,
+    MSDNET_RATIOS,
+    geometric_quotas,
+    quota_thresholds,
+    simulate,
+)
 from models import create_model, list_models, model_options
 from training.directional import buffers_of, tangent_of
 from training.l2w import SampleWeighting, Weighting, confidence_table
@@ -104,7 +110,9 @@ def create_published(name, options):
 def check_costs(net, published, golden):
     shape = tuple(golden["input_shape"][1:])
     if "fvcore_by_operator_per_exit" in golden:  # fvcore drops what an exit does not read
-        assert exit_costs(net, shape) == [ops["conv"] + ops["linear"] for ops in golden["fvcore_by_operator_per_exit"]]
+        assert exit_costs(net, shape) == [
+            ops["conv"] + ops["linear"] for ops in golden["fvcore_by_operator_per_exit"]
+        ]
     if "macs_executed_per_exit" in golden:
         whole = count(published, shape)
         assert whole.macs == golden["macs_executed_per_exit"]
@@ -116,7 +124,9 @@ def check_costs(net, published, golden):
 
 
 def check_manifests(golden, fill):
-    ours = {name for name in list_models("*perceiver*") if not name.startswith("rexnet")}  # which were never published
+    ours = {
+        name for name in list_models("*perceiver*") if not name.startswith("rexnet")
+    }  # which were never published
     assert set(golden["models"]) == ours
     wrong = []
     for name, manifest in golden["models"].items():
@@ -155,14 +165,17 @@ def norm(tensors):
 
 
 class MetaStep:
-    """The set-up of the L2W golden, and one half of an iteration, made of the pure functions called in order."""
+    """The set-up of the L2W golden, and one half of an iteration, made of the pure functions called in
+    order."""
 
     def __init__(self, golden, case, fill, forward_mode):
         self.fill, self.options = fill, case["options"]
         options = self.options
         self.net = fill.fill_(create_model(golden["model"], **our_options(golden["model_kwargs"]))).train()
         given = {name: options[name] for name in ("lr", "weight_decay", "momentum")}
-        optimizer = make_optimizer(self.net, opt="sgd", eps=None, betas=None, filter_bias_and_bn=False, **given)
+        optimizer = make_optimizer(
+            self.net, opt="sgd", eps=None, betas=None, filter_bias_and_bn=False, **given
+        )
         rates = {name: lambda step, value=options[name]: value for name in ("lr", "weight_decay")}
         self.update = Update(self.net, optimizer, **rates)
         self.proportions = geometric_quotas(options["target_p_index"] / 20, self.net.num_exits)
@@ -203,7 +216,9 @@ class MetaStep:
         leaf = weights.detach().requires_grad_()
         pseudo_loss = (leaf * losses).mean(0).sum()
         assert pseudo_loss.item() == near(half["5_pseudo_loss"])
-        found = torch.autograd.grad(pseudo_loss, named.values(), create_graph=not self.forward_mode, retain_graph=True)
+        found = torch.autograd.grad(
+            pseudo_loss, named.values(), create_graph=not self.forward_mode, retain_graph=True
+        )
         assert norm(found) == near(half["6_pseudo_grad_norm"])
         gradients = {p: g.detach() for p, g in zip(named.values(), found, strict=True)}
         moved, rates = look_ahead(self.update.optimizer, gradients)
@@ -219,7 +234,9 @@ class MetaStep:
         towards = torch.autograd.grad(meta_loss, moved.values())
         directions = {name: rates[named[name]] * g for name, g in zip(moved, towards, strict=True)}
         if self.forward_mode:
-            by_weights = tangent_of(lambda e: loss_table(e, targets), self.net, directions, images) / len(images)
+            by_weights = tangent_of(lambda e: loss_table(e, targets), self.net, directions, images) / len(
+                images
+            )
         else:
             (by_weights,) = torch.autograd.grad(found, leaf, list(directions.values()))
         meta_gradients = torch.autograd.grad(weights, list(self.weight_net.parameters()), by_weights)
@@ -249,7 +266,9 @@ class MetaStep:
         after = {name: p.norm().item() for name, p in self.weight_net.named_parameters()}
         assert after == near(half["12_meta_param_norm_after"])
         assert {name: d.norm().item() for name, d in deltas.items()} == near(half["12_meta_delta_norm"])
-        assert {name: d.sum().item() for name, d in deltas.items()} == near(half["12_meta_delta_sum"], atol=1e-9)
+        assert {name: d.sum().item() for name, d in deltas.items()} == near(
+            half["12_meta_delta_sum"], atol=1e-9
+        )
 
     def check_after(self, half):
         self.check_weight_net(half)

@@ -33,7 +33,9 @@ SMALL = {
     "cifar_vgg11_bn": {},
     "cifar_alexnet": {},
     "timm/mobilenetv3_small_050": {},
-    "ebjr": {"networks": ("cifar_resnet:depth=8,size=16", "msdnet:nBlocks=2,nChannels=4,growthRate=4,std=0.5/1/1")},
+    "ebjr": {
+        "networks": ("cifar_resnet:depth=8,size=16", "msdnet:nBlocks=2,nChannels=4,growthRate=4,std=0.5/1/1")
+    },
     "mobilenetv2": {"width_mult": 0.1},
     "timm_ee": {"backbone": "mobilenetv3_small_050", "head_width": 8},
 }
@@ -64,8 +66,16 @@ PUBLISHED = {
     "msdnet_cifar_even7": (100, 3.068, [15.14, 25.51, 37.10, 46.33, 57.34, 66.96, 75.94]),
     "ranet_cifar": (10, 3.262, [15.81, 31.28, 44.66, 50.36, 60.65, 63.65, 90.17, 94.90]),
     "ranet_cifar_lg": (10, 2.548, [8.36, 21.77, 32.84, 41.52, 53.23, 58.92]),
-    "ranet_imagenet_script": (1000, 87.973, [168.07, 520.47, 731.89, 903.79, 1052.25, 1118.80, 1589.01, 1680.98]),
-    "ranet_imagenet_readme": (1000, 131.124, [246.47, 631.16, 860.40, 1041.14, 1869.85, 2160.38, 2734.28, 2828.31]),
+    "ranet_imagenet_script": (
+        1000,
+        87.973,
+        [168.07, 520.47, 731.89, 903.79, 1052.25, 1118.80, 1589.01, 1680.98],
+    ),
+    "ranet_imagenet_readme": (
+        1000,
+        131.124,
+        [246.47, 631.16, 860.40, 1041.14, 1869.85, 2160.38, 2734.28, 2828.31],
+    ),
     "ranet_imagenet": (1000, 149.144, [434.97, 888.67, 1153.36, 1352.45, 2279.91, 2588.47, 3235.52, 3333.48]),
 }
 
@@ -216,7 +226,9 @@ def check_that_states_hold_only_what_is_read(net, images):
         for leaf, put in leaves(state):
             assert len(leaf) == len(images)
             spoilt = rest(net, k, put(torch.full_like(leaf, torch.nan)))
-            assert any(logits.isnan().any() for logits in spoilt), f"stage {k} is given a tensor that nobody reads"
+            assert any(logits.isnan().any() for logits in spoilt), (
+                f"stage {k} is given a tensor that nobody reads"
+            )
         _, state = net.step(k, state)
     assert leaves(state) == []
 
@@ -234,7 +246,8 @@ def test_msdnet_states_hold_only_what_later_stages_read(options):
 
 
 def shorthand(element):
-    """A layer is its units, plain or fused, fine to coarse; a transition the number of scales that it compresses."""
+    """A layer is its units, plain or fused, fine to coarse; a transition the number of scales that it
+    compresses."""
     if isinstance(element, Transition):
         return f"T{len(element.m)}"
     return "".join("F" if hasattr(unit, "conv_down") else "P" for unit in element.layers)
@@ -284,7 +297,8 @@ def test_msdnet_freezes_exactly_the_units_that_no_exit_reads(options):
 def test_msdnet_with_two_scales_leaving_has_frozen_units():
     net, _, _ = small_msdnet(**MSDNETS["max, two scales leave"])
     frozen = {key.split(".conv")[0] for key, p in net.named_parameters() if not p.requires_grad}
-    # 4 layers, 3 scales: scales 1 and 2 leave layer 4 (element 2 of block 1, behind a transition), exits read scale 2.
+    # 4 layers, 3 scales: scales 1 and 2 leave layer 4 (element 2 of block 1, behind a transition), exits read
+    # scale 2.
     assert frozen == {"blocks.1.2.layers.0"}
 
 
@@ -376,7 +390,9 @@ def test_unknown_name_is_a_value_error(name):
 
 
 def test_unknown_name_lists_close_ones():
-    with pytest.raises(ValueError, match="unknown model 'msdnet_cifar_lin'; did you mean .*msdnet_cifar_lin5"):
+    with pytest.raises(
+        ValueError, match="unknown model 'msdnet_cifar_lin'; did you mean .*msdnet_cifar_lin5"
+    ):
         create_model("msdnet_cifar_lin")
 
 

@@ -62,7 +62,8 @@ def no_launcher():
 
 
 def write_images(root, classes, **counts):
-    """Folders `train` and `val` with so many images of 40 x 32 pixels in each class: links to one noise per class."""
+    """Folders `train` and `val` with so many images of 40 x 32 pixels in each class: links to one noise per
+    class."""
     rng = np.random.default_rng(0)
     for i, name in enumerate(classes):
         pixels = rng.integers(0, 120, (32, 40, 3)) + 120 * i // len(classes)
@@ -84,7 +85,9 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def thousand(tmp_path_factory):
     """One image for training and one for the test in each of a thousand classes."""
-    return write_images(tmp_path_factory.mktemp("thousand"), [f"n{i:04d}" for i in range(1000)], train=1, val=1)
+    return write_images(
+        tmp_path_factory.mktemp("thousand"), [f"n{i:04d}" for i in range(1000)], train=1, val=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +179,9 @@ LAUNCH = shlex.split("-m torch.distributed.run --standalone --nproc_per_node 2 m
 )
 def test_published_recipes_in_two_processes(images, tmp_path, capfd, flags):
     out = tmp_path / "out"
-    words = shlex.split(f"{flags} {RECIPE} --data_path {images} --output_dir {out} --batch_size 4 --input_size 64")
+    words = shlex.split(
+        f"{flags} {RECIPE} --data_path {images} --output_dir {out} --batch_size 4 --input_size 64"
+    )
     for epochs in ("1", "2"):
         command = [sys.executable, *LAUNCH, *words, *RUN, "--epochs", epochs]
         subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
@@ -185,9 +190,9 @@ def test_published_recipes_in_two_processes(images, tmp_path, capfd, flags):
     lines, steps = read_log(out), 27 // (2 * 4)  # 3 images are held out
     assert [line["epoch"] for line in lines] == [0, 1]
     assert all(np.isfinite(value) for line in lines for value in line.values())
-    assert {f"{part}/acc1/exit{k}" for part in ("calib", "calib_ema", "test", "test_ema") for k in range(4)} <= {
-        *lines[1]
-    }
+    assert {
+        f"{part}/acc1/exit{k}" for part in ("calib", "calib_ema", "test", "test_ema") for k in range(4)
+    } <= {*lines[1]}
     content = torch.load(out / "checkpoint-last.pth", weights_only=True)
     assert content["step"] == 2 * steps and content["arch"]["options"]["input_size"] == 64
     assert {float(state["step"]) for state in content["optimizer"]["state"].values()} == {2.0 * steps}
@@ -195,7 +200,9 @@ def test_published_recipes_in_two_processes(images, tmp_path, capfd, flags):
     main_earlyExit.main(["--eval", "true", "--output_dir", str(out), *DYNAMIC, *RUN])
     exits, rows = read_json(out / "anytime.json"), read_json(out / "dynamic.json")
     # In shards of two processes or in one, the average gives every test image the same answer.
-    assert [row["acc1"] for row in exits] == pytest.approx([lines[1][f"test_ema/acc1/exit{k}"] for k in range(4)])
+    assert [row["acc1"] for row in exits] == pytest.approx(
+        [lines[1][f"test_ema/acc1/exit{k}"] for k in range(4)]
+    )
     assert len(rows) == 33 and "3 images held out of the training set" in (out / "report.html").read_text()
     evaluate(out / "checkpoint-best.pth", tmp_path / "augmented", "--calib", "train_augmented", *DYNAMIC)
     rows = read_json(tmp_path / "augmented" / "dynamic.json")
@@ -211,7 +218,10 @@ def test_a_published_file_is_evaluated_without_naming_its_network(checkpoint, th
     for weights, name in (("model", "weights"), ("ema", "moving average of the weights")):
         words = ["--data_path", thousand, "--weights", weights, "--mode", "anytime"]
         evaluate(checkpoint, tmp_path, *words)
-        assert f"mobilenetV3_0x5_perceiver_t128: {name} in {checkpoint}, 1000 test images" in capsys.readouterr().out
+        assert (
+            f"mobilenetV3_0x5_perceiver_t128: {name} in {checkpoint}, 1000 test images"
+            in capsys.readouterr().out
+        )
         exits[weights] = read_json(tmp_path / "anytime.json")
     losses = [[row["loss"] for row in rows] for rows in exits.values()]
     assert losses[0] != losses[1]
@@ -250,7 +260,9 @@ def test_a_published_run_goes_on(checkpoint, thousand, tmp_path, capsys):
     assert content["calib_indices"] is None
     with torch.serialization.safe_globals([argparse.Namespace]):
         before = torch.load(checkpoint, weights_only=True)
-    average = 0.9999**2 * before["model_ema"]["latent"]  # two steps from the stored average, not from the weights
+    average = (
+        0.9999**2 * before["model_ema"]["latent"]
+    )  # two steps from the stored average, not from the weights
     torch.testing.assert_close(content["model_ema"]["latent"], average, rtol=0, atol=1e-4)
     assert not torch.allclose(content["model_ema"]["latent"], before["model"]["latent"], rtol=0, atol=5e-4)
 
@@ -270,14 +282,21 @@ def test_what_does_not_fit_a_published_file_is_said(checkpoint, thousand, images
     complaints = {
         (bare, *data, "--weights", "ema"): r"bare.pth has no EMA weights",
         (bare, "--data_path", images): r"bare.pth has 1000 classes, the data set 3",
-        (bare, *data, "--model", "msdnet"): r"bare.pth holds another network than --model and its options say",
+        (
+            bare,
+            *data,
+            "--model",
+            "msdnet",
+        ): r"bare.pth holds another network than --model and its options say",
         (bare,): r"data set IMNET needs --data_path",
     }
     for (path, *words), complaint in complaints.items():
         with pytest.raises(ValueError, match=complaint):
             evaluate(path, out, *words)
     other = changed(checkpoint, tmp_path / "other.pth", model_ema={"latent": torch.zeros(3)})
-    with pytest.raises(ValueError, match="the moving average in checkpoint .*other.pth does not fit the model: "):
+    with pytest.raises(
+        ValueError, match="the moving average in checkpoint .*other.pth does not fit the model: "
+    ):
         main_earlyExit.main(going_on(other, thousand, out, 5))
     words = [*going_on(checkpoint, thousand, out, 5), "--depth_factor", "1", "1", "1", "2"]
     with pytest.raises(
@@ -291,5 +310,7 @@ def test_a_published_network_is_fine_tuned_to_other_classes(checkpoint, images, 
     words += " --model_key model_ema --eval_data_path= --log_dir= --device cpu --num_workers 1 --data_set image_folder"
     main_earlyExit.main([*shlex.split(words), "--nb_classes", "3"])
     renewed = "early_classifier3, isc3, classifier_att, isc4, classifier_cnn, classifier_merge"
-    assert re.search(rf"fine-tuning \S+: \d+ entries kept; initialised anew: {renewed}\n", capsys.readouterr().out)
+    assert re.search(
+        rf"fine-tuning \S+: \d+ entries kept; initialised anew: {renewed}\n", capsys.readouterr().out
+    )
     assert read_log(tmp_path)[0]["epoch"] == 0

@@ -89,7 +89,9 @@ def test_traffic_weighs_popular_classes():
 def test_a_cascade_of_some_networks_pays_for_each_once():
     cascade = compare.Cascade([0, 1], (tables(), tables()), [10, 30], 5)
     assert cascade.costs == [10, 40]
-    point = compare.operate(tables(), compare.traffic(tables(), [], None), torch.tensor([0.5, -1e8]), cascade.costs)
+    point = compare.operate(
+        tables(), compare.traffic(tables(), [], None), torch.tensor([0.5, -1e8]), cascade.costs
+    )
     assert point.accuracy == 0.75 and point.macs == 0.5 * 10 + 0.5 * 40 and point.shares == [0.5, 0.5]
     best = cascade.choose(lambda t: compare.traffic(t, [], None), lambda a, c: cheapest(a, c, 0.75))
     assert best == point

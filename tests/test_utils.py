@@ -161,7 +161,9 @@ def test_absent_and_unknown_devices_are_refused(alone):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     for device in ("cuda", "cuda:1"):
-        with pytest.raises(ValueError, match=f"^--device {device}: no CUDA device here; accepted: auto, cpu$"):
+        with pytest.raises(
+            ValueError, match=f"^--device {device}: no CUDA device here; accepted: auto, cpu$"
+        ):
             start_compute(device, "none", False)
 
 
@@ -188,7 +190,9 @@ def test_only_maps_become_channels_last():
 
 def test_the_machine_is_described():
     text = describe_machine(torch.device("cpu"))
-    assert f"{torch.get_num_threads()} threads, torch {torch.__version__}" in text and not text.startswith(",")
+    assert f"{torch.get_num_threads()} threads, torch {torch.__version__}" in text and not text.startswith(
+        ","
+    )
 
 
 # Errors of a user

@@ -26,7 +26,10 @@ class Augment:
     color_jitter: float = 0.4
     aa: str | None = "rand-m9-mstd0.5-inc1"
     train_interpolation: str = "bicubic"
-    scale: tuple[float, float] = (0.08, 1.0)  # share of the area that a training crop takes, least and largest
+    scale: tuple[float, float] = (
+        0.08,
+        1.0,
+    )  # share of the area that a training crop takes, least and largest
     reprob: float = 0.25
     remode: str = "pixel"
     recount: int = 1
@@ -34,21 +37,27 @@ class Augment:
 
 
 def train_transform(a: Augment) -> Callable:
-    """timm's standard training transform: random resized crop, flip, RandAugment or colour jitter, random erasing.
+    """timm's standard training transform: random resized crop, flip, RandAugment or colour jitter, random
+    erasing.
 
-    For `input_size` <= 32 the crop is a random crop with 4 pixels of black padding. With `aa` off ("none", "" or None),
-    `color_jitter` 0 and `reprob` 0 that leaves crop, flip and normalisation, which is MSDNet's recipe for CIFAR.
-    Raises ValueError for an `aa`, `train_interpolation` or `remode` that timm does not know, and for a bad `scale`.
+    For `input_size` <= 32 the crop is a random crop with 4 pixels of black padding. With `aa` off ("none", ""
+    or None), `color_jitter` 0 and `reprob` 0 that leaves crop, flip and normalisation, which is MSDNet's
+    recipe for CIFAR. Raises ValueError for an `aa`, `train_interpolation` or `remode` that timm does not
+    know, and for a bad `scale`.
     """
     least, largest = a.scale
     if not 0 < least <= largest <= 1:
-        raise ValueError(f"scale is {least} {largest}; give two shares above 0 and at most 1, the smaller one first")
+        raise ValueError(
+            f"scale is {least} {largest}; give two shares above 0 and at most 1, the smaller one first"
+        )
     ops = dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize)
     random_erasing = {"re_prob": a.reprob, "re_mode": a.remode, "re_count": a.recount}
     look = {"interpolation": a.train_interpolation, "mean": a.mean, "std": a.std}
     policy = {"color_jitter": a.color_jitter or None, "auto_augment": None if a.aa == "none" else a.aa}
     try:
-        with patch.dict(auto_augment.NAME_TO_OP, ops):  # timm looks its operations up while it builds the transform
+        with patch.dict(
+            auto_augment.NAME_TO_OP, ops
+        ):  # timm looks its operations up while it builds the transform
             transform = create_transform(
                 a.input_size, is_training=True, scale=a.scale, **policy, **look, **random_erasing
             )
@@ -62,15 +71,16 @@ def train_transform(a: Augment) -> Callable:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
-    """Posterize as timm does, but black for 0 bits: the published recipe draws them and recent Pillow refuses them."""
+    """Posterize as timm does, but black for 0 bits: the published recipe draws them and recent Pillow refuses
+    them."""
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
 def eval_transform(a: Augment) -> Callable:
     """Evaluation transform: short side to `input_size / crop_pct`, centre crop, normalise; bicubic.
 
-    Images for `input_size` <= 32 or >= 384 are resized to the square instead, without a crop; an image that has the
-    size already is left as it is. Raises ValueError for a `crop_pct` outside (0, 1].
+    Images for `input_size` <= 32 or >= 384 are resized to the square instead, without a crop; an image that
+    has the size already is left as it is. Raises ValueError for a `crop_pct` outside (0, 1].
     """
     crop_pct = 224 / 256 if a.crop_pct is None else a.crop_pct
     if not 0 < crop_pct <= 1:
@@ -88,7 +98,8 @@ def _square(size: int) -> transforms.Resize:
 
 
 class MixupCollate:
-    """Collate function that mixes a batch: list of (image [3, H, W], int) -> images [B, 3, H, W], targets [B, C].
+    """Collate function that mixes a batch: list of (image [3, H, W], int) -> images [B, 3, H, W], targets [B,
+    C].
 
     It draws from NumPy's global generator, which torch seeds in every loader worker.
     """
@@ -114,13 +125,15 @@ def mixup_collate(
 ) -> MixupCollate | None:
     """Build the collate function for mixup and cutmix, or None when both are off.
 
-    `mixup` and `cutmix` are the alphas of their Beta distributions (0 is off); `cutmix_minmax` replaces the second by
-    a range of box sizes. `prob` is the chance to mix at all, `switch_prob` to take cutmix where both are on. Targets
-    put `smoothing / C` off the label before mixing. Batches must have an even size, which is the caller's to check.
-    Raises ValueError for an unknown `mode`.
+    `mixup` and `cutmix` are the alphas of their Beta distributions (0 is off); `cutmix_minmax` replaces the
+    second by a range of box sizes. `prob` is the chance to mix at all, `switch_prob` to take cutmix where
+    both are on. Targets put `smoothing / C` off the label before mixing. Batches must have an even size,
+    which is the caller's to check. Raises ValueError for an unknown `mode`.
     """
     if mode not in MIXUP_MODES:
         raise ValueError(f"unknown mixup mode {mode!r}; choose from {', '.join(MIXUP_MODES)}")
     if mixup <= 0 and cutmix <= 0 and cutmix_minmax is None:
         return None
-    return MixupCollate(Mixup(mixup, cutmix, cutmix_minmax, prob, switch_prob, mode, True, smoothing, num_classes))
+    return MixupCollate(
+        Mixup(mixup, cutmix, cutmix_minmax, prob, switch_prob, mode, True, smoothing, num_classes)
+    )

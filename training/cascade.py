@@ -1,4 +1,5 @@
-"""A cascade (models/ebjr.py) from its networks' files of weights: `--networks "NAME:option=value,weights=FILE" ...`."""
+"""A cascade (models/ebjr.py) from its networks' files of weights: `--networks
+"NAME:option=value,weights=FILE" ...`."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,8 +30,8 @@ class Part(NamedTuple):
 def read_parts(texts: Sequence[str]) -> list[Part]:
     """Loads the file that each of `texts` names and fills in what the text leaves open.
 
-    A checkpoint of ours tells its network, normalisation, input size and popular classes; weights as published are
-    normalised as their family was, unless the text says how. Raises ValueError in one line.
+    A checkpoint of ours tells its network, normalisation, input size and popular classes; weights as
+    published are normalised as their family was, unless the text says how. Raises ValueError in one line.
     """
     if len(texts) < 2:
         raise ValueError(f"--networks {' '.join(texts)}: a cascade has two or more")
@@ -46,7 +47,9 @@ def _read(text: str) -> Part:
     content = load(sources[0])
     arch = stored_arch(content, sources[0])
     if not name and arch is None:
-        raise ValueError(f"checkpoint {sources[0]} does not name a network known here: write NAME:weights={sources[0]}")
+        raise ValueError(
+            f"checkpoint {sources[0]} does not name a network known here: write NAME:weights={sources[0]}"
+        )
     member = parse_member(
         f"{name or arch['name']}:{','.join(word for word in words if not word.startswith('weights='))}"
     )
@@ -68,14 +71,17 @@ def _read(text: str) -> Part:
 def stored_run(parts: Sequence[Part]) -> dict[str, Any]:
     """Like a checkpoint, which flags the networks were trained with and which images all of them held out."""
     runs = [part.content for part in parts if isinstance(part.content.get("args"), dict)]
-    args = {key: value for key, value in (runs[0]["args"] if runs else {}).items() if key != "popular_classes"}
+    args = {
+        key: value for key, value in (runs[0]["args"] if runs else {}).items() if key != "popular_classes"
+    }
     held_out = [part.content.get("calib_indices") for part in parts]
     same = all(indices == held_out[0] for indices in held_out)
     return {"args": args, "calib_indices": held_out[0] if same else None}
 
 
 def assemble(parts: Sequence[Part], num_classes: int, augment: Augment) -> dict[str, Any]:
-    """The cascade as a checkpoint has it (`arch` and `model`), for images that `augment` makes. Raises ValueError."""
+    """The cascade as a checkpoint has it (`arch` and `model`), for images that `augment` makes. Raises
+    ValueError."""
     weights, texts = {}, []
     for i, (member, source, content) in enumerate(parts):
         network, arch, _ = load_network(
@@ -89,4 +95,7 @@ def assemble(parts: Sequence[Part], num_classes: int, augment: Augment) -> dict[
         )
         weights |= {f"networks.{i}.{key}": value for key, value in network.state_dict().items()}
         texts.append(str(member._replace(options=arch["options"])))
-    return {"model": weights, "arch": {"name": "ebjr", "options": {"networks": texts}, "num_classes": num_classes}}
+    return {
+        "model": weights,
+        "arch": {"name": "ebjr", "options": {"networks": texts}, "num_classes": num_classes},
+    }

@@ -1,4 +1,5 @@
-"""Checkpoints: written in one step, read without running what they hold, and matched to a model in one clear line."""
+"""Checkpoints: written in one step, read without running what they hold, and matched to a model in one clear
+line."""
 
 import argparse
 import hashlib
@@ -20,7 +21,8 @@ UNREADABLE = (FileNotFoundError, IsADirectoryError, PermissionError, URLError)
 
 
 def save(path: str | Path, state: dict) -> None:
-    """Write `state` (plain types and tensors) to `path`, which at any time holds the old or the new file, whole."""
+    """Write `state` (plain types and tensors) to `path`, which at any time holds the old or the new file,
+    whole."""
     with replacing(Path(path)) as temp:
         torch.save(state, temp)
 
@@ -36,10 +38,11 @@ def _link(source: Path, path: Path) -> None:
 
 
 def load(source: str | Path) -> dict:
-    """Read a checkpoint file, or an https URL, onto the CPU; tensors and plain types only, nothing in it is run.
+    """Read a checkpoint file, or an https URL, onto the CPU; tensors and plain types only, nothing in it is
+    run.
 
-    `argparse.Namespace`, which the published Dynamic Perceiver files hold, is let in as well. Raises ValueError in one
-    line when the file cannot be read, is damaged, is no checkpoint, or holds anything else.
+    `argparse.Namespace`, which the published Dynamic Perceiver files hold, is let in as well. Raises
+    ValueError in one line when the file cannot be read, is damaged, is no checkpoint, or holds anything else.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -47,7 +50,9 @@ def load(source: str | Path) -> dict:
     except UNREADABLE as error:
         raise ValueError(f"cannot read checkpoint {source}: {error.strerror or error}") from error
     except Exception as error:  # damaged bytes can fail anywhere in the reader, with any exception
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        refused = (
+            re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        )
         if refused:
             held = f"it holds {refused[1]}; only tensors and plain types are loaded"
             raise ValueError(f"checkpoint {source} is refused: {held}") from error
@@ -66,10 +71,13 @@ def _read(source: str) -> object:
 
 
 def save_epoch(output_dir: str | Path, state: dict, *, epoch: int, best: bool, freq: int, keep: int) -> None:
-    """Save the state after epoch `epoch` (from 0) as checkpoint-last.pth, if `best` as checkpoint-best.pth too.
+    """Save the state after epoch `epoch` (from 0) as checkpoint-last.pth, if `best` as checkpoint-best.pth
+    too.
 
-    After every `freq` epochs it also stays as checkpoint-{epoch}.pth, of which the newest `keep` are kept. The last
-    one, which a run goes on from, is written last: whoever is killed before repeats the epoch and misses nothing.
+    After every `freq` epochs it also stays as checkpoint-{epoch}.pth, of which the newest `keep` are kept.
+    The last
+    one, which a run goes on from, is written last: whoever is killed before repeats the epoch and misses
+    nothing.
     """
     folder, due = Path(output_dir), keep and (epoch + 1) % freq == 0
     first, *others = [*([f"checkpoint-{epoch}.pth"] if due else []), *([BEST] if best else []), LAST]
@@ -82,7 +90,9 @@ def save_epoch(output_dir: str | Path, state: dict, *, epoch: int, best: bool, f
 
 def numbered(folder: Path) -> list[Path]:
     """The files checkpoint-<digits>.pth of `folder`, lowest epoch first."""
-    epochs = {path: re.fullmatch(r"checkpoint-(\d+)\.pth", path.name) for path in folder.glob("checkpoint-*.pth")}
+    epochs = {
+        path: re.fullmatch(r"checkpoint-(\d+)\.pth", path.name) for path in folder.glob("checkpoint-*.pth")
+    }
     return sorted((path for path, match in epochs.items() if match), key=lambda path: int(epochs[path][1]))
 
 
@@ -99,7 +109,8 @@ def check_arch(stored: dict, wanted: dict, path: str | Path) -> None:
     Both are dicts of `name`, `options` (a dict) and `num_classes`.
     """
     differences = _differences(
-        {key: stored[key] for key in ("name", "num_classes")}, {key: wanted[key] for key in ("name", "num_classes")}
+        {key: stored[key] for key in ("name", "num_classes")},
+        {key: wanted[key] for key in ("name", "num_classes")},
     )
     if stored["name"] == wanted["name"]:  # another network's options say nothing
         differences += _differences(stored["options"], wanted["options"])
@@ -144,7 +155,8 @@ def _misfit(own: dict[str, Tensor], given: dict[str, Tensor], where: str) -> str
 def _class_counts(pairs: list[tuple[list[int], list[int]]]) -> tuple[int, int] | None:
     """The two numbers of classes, if that is all by which these pairs of shapes differ.
 
-    Then only linear layers differ, all by the same two sizes: the outputs of the heads, and inputs that read logits.
+    Then only linear layers differ, all by the same two sizes: the outputs of the heads, and inputs that read
+    logits.
     """
     if any(len(there) != len(here) or len(here) > 2 for there, here in pairs):
         return None

@@ -20,11 +20,19 @@ from training.checkpoint import load_weights
 from utils import Meters, Progress
 
 MEASURES = ("AP", "AP50", "AP75")
-BUILD = ("freeze_norm", "min_size", "max_size", "smallest_anchor", "proposals", "sampled")  # options of a detector
+BUILD = (
+    "freeze_norm",
+    "min_size",
+    "max_size",
+    "smallest_anchor",
+    "proposals",
+    "sampled",
+)  # options of a detector
 
 
 def detector_of(content: dict[str, Any], source: str | Path) -> nn.Module:
-    """The detector in a checkpoint of scripts/main_detection.py; ValueError if `content` is of something else."""
+    """The detector in a checkpoint of scripts/main_detection.py; ValueError if `content` is of something
+    else."""
     if not {"model_name", "args", "categories", "model"} <= content.keys():
         raise ValueError(f"checkpoint {source} holds no detector of scripts/main_detection.py")
     options = {name: content["args"][name] for name in BUILD}
@@ -34,11 +42,12 @@ def detector_of(content: dict[str, Any], source: str | Path) -> nn.Module:
 
 
 class CocoImages(Dataset):
-    """The images of one split and their objects: [i] -> (image [3, H, W] in 0..1, target as torchvision takes it).
+    """The images of one split and their objects: [i] -> (image [3, H, W] in 0..1, target as torchvision takes
+    it).
 
-    Reads `path`/annotations/instances_{split}.json and the images in `path`/{split}. Labels count the categories from
-    1, by their number in the file. Objects that are crowds or have no extent are left out; the measures know crowds.
-    With `flip`, half of the images, drawn anew each time, are mirrored.
+    Reads `path`/annotations/instances_{split}.json and the images in `path`/{split}. Labels count the
+    categories from 1, by their number in the file. Objects that are crowds or have no extent are left out;
+    the measures know crowds. With `flip`, half of the images, drawn anew each time, are mirrored.
     """
 
     def __init__(self, path: str | Path, split: str, *, masks: bool = False, flip: bool = False) -> None:
@@ -57,7 +66,9 @@ class CocoImages(Dataset):
                     or len(entry["bbox"]) != 4
                     or (masks and not entry["segmentation"])
                 ):
-                    raise ValueError(f"{self.path}: object {entry['id']} has no known category, box or segmentation")
+                    raise ValueError(
+                        f"{self.path}: object {entry['id']} has no known category, box or segmentation"
+                    )
                 if not entry.get("iscrowd") and min(entry["bbox"][2:]) > 0:
                     self.objects[entry["image_id"]].append(entry)
         except OSError as error:
@@ -88,7 +99,9 @@ class CocoImages(Dataset):
         }
         if self.masks:
             drawn = [mask_of(entry["segmentation"], *image.size) for entry in found]
-            target["masks"] = torch.stack(drawn) if drawn else torch.zeros(0, *image.size[::-1], dtype=torch.uint8)
+            target["masks"] = (
+                torch.stack(drawn) if drawn else torch.zeros(0, *image.size[::-1], dtype=torch.uint8)
+            )
         pixels = pil_to_tensor(image).float() / 255
         if self.flip and torch.rand(()) < 0.5:
             pixels = pixels.flip(2)
@@ -122,12 +135,15 @@ def collate(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tenso
 def train_epoch(
     detector: nn.Module, loader: Iterable[Any], update: Any, device: torch.device, epoch: int
 ) -> dict[str, float]:
-    """Trains once through the loader; the means of `loss` and of its parts. Raises ValueError if it is not finite."""
+    """Trains once through the loader; the means of `loss` and of its parts. Raises ValueError if it is not
+    finite."""
     detector.train()
     meters, progress = Meters(), Progress(loader, f"epoch {epoch}", len(loader), shown=True)
     for images, targets in progress:
         images = [image.to(device) for image in images]
-        losses = detector(images, [{key: value.to(device) for key, value in target.items()} for target in targets])
+        losses = detector(
+            images, [{key: value.to(device) for key, value in target.items()} for target in targets]
+        )
         loss = sum(losses.values())
         if not loss.isfinite():
             raise ValueError(f"the loss is not finite in epoch {epoch}; lower --lr or give --clip_grad 10")
@@ -150,8 +166,8 @@ def detect(detector: nn.Module, loader: Iterable[Any], device: torch.device) -> 
 
 
 def precision(data: CocoImages, found: dict[int, dict[str, Tensor]]) -> dict[str, float]:
-    """COCO's AP, AP50 and AP75 of the boxes, and of the masks (`mask_AP` ...) if there are any; 0 where nothing is
-    found. Raises ImportError without pycocotools."""
+    """COCO's AP, AP50 and AP75 of the boxes, and of the masks (`mask_AP` ...) if there are any; 0 where
+    nothing is found. Raises ImportError without pycocotools."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -163,13 +179,17 @@ def precision(data: CocoImages, found: dict[int, dict[str, Tensor]]) -> dict[str
     with contextlib.redirect_stdout(io.StringIO()):  # these classes print as they go
         truth = COCO(data.path)
         for prefix, kind in kinds.items():
-            other = "bbox" if kind == "segm" else "segmentation"  # pycocotools would take the box for the mask
+            other = (
+                "bbox" if kind == "segm" else "segmentation"
+            )  # pycocotools would take the box for the mask
             given = [{key: value for key, value in entry.items() if key != other} for entry in results]
             judge = COCOeval(truth, truth.loadRes(given), kind)
             judge.evaluate()
             judge.accumulate()
             judge.summarize()
-            figures |= {prefix + name: float(value) for name, value in zip(MEASURES, judge.stats, strict=False)}
+            figures |= {
+                prefix + name: float(value) for name, value in zip(MEASURES, judge.stats, strict=False)
+            }
     return figures
 
 
@@ -179,7 +199,9 @@ def _entries(data: CocoImages, number: int, output: dict[str, Tensor]) -> list[d
     boxes[:, 2:] -= boxes[:, :2]
     entries = [
         {"image_id": number, "category_id": data.categories[label - 1][0], "bbox": box, "score": score}
-        for box, label, score in zip(boxes.tolist(), output["labels"].tolist(), output["scores"].tolist(), strict=True)
+        for box, label, score in zip(
+            boxes.tolist(), output["labels"].tolist(), output["scores"].tolist(), strict=True
+        )
     ]
     if data.masks:
         from pycocotools import mask

@@ -1,7 +1,9 @@
-"""How the exits' losses change as the weights move in some direction: one pass of forward-mode differentiation.
+"""How the exits' losses change as the weights move in some direction: one pass of forward-mode
+differentiation.
 
-The pass goes over the same images as the training pass before it, at the same weights and with the same random draws,
-so the results of that pass's convolutions, which its backward pass keeps anyway, need not be computed again.
+The pass goes over the same images as the training pass before it, at the same weights and with the same
+random draws, so the results of that pass's convolutions, which its backward pass keeps anyway, need not be
+computed again.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +31,8 @@ class Recording:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """The context of its repetition. It draws what the pass drew; afterwards the generators are as before."""
+        """The context of its repetition. It draws what the pass drew; afterwards the generators are as
+        before."""
         with torch.random.fork_rng(self.devices), _Replay(self.results):
             torch.set_rng_state(self.draws[0])
             for device, state in zip(self.devices, self.draws[1], strict=True):
@@ -38,18 +41,25 @@ class Recording:
 
 
 def tangent_of(
-    function: Callable[[list[Tensor]], Tensor], network: nn.Module, directions: dict[str, Tensor], images: Tensor
+    function: Callable[[list[Tensor]], Tensor],
+    network: nn.Module,
+    directions: dict[str, Tensor],
+    images: Tensor,
 ) -> Tensor:
     """Derivative of `function(logits of all exits)` as the network's named parameters move in `directions`.
 
-    In training mode, without a trace in the buffers. Raises NotImplementedError (RuntimeError for Python functions) if
-    an operator has no forward-mode derivative.
+    In training mode, without a trace in the buffers. Raises NotImplementedError (RuntimeError for Python
+    functions) if an operator has no forward-mode derivative.
     """
     # Of the attention kernels, only the one that is written out has such a derivative.
     with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         duals = {name: p.detach() for name, p in network.named_parameters()}
-        duals |= {name: forward_ad.make_dual(duals[name], direction) for name, direction in directions.items()}
-        return forward_ad.unpack_dual(function(functional_call(network, duals | buffers_of(network), images))).tangent
+        duals |= {
+            name: forward_ad.make_dual(duals[name], direction) for name, direction in directions.items()
+        }
+        return forward_ad.unpack_dual(
+            function(functional_call(network, duals | buffers_of(network), images))
+        ).tangent
 
 
 def buffers_of(network: nn.Module) -> dict[str, Tensor]:
@@ -83,7 +93,9 @@ class _Replay(TorchFunctionMode):
         return _convolution(result, *args, **(kwargs or {}))
 
 
-def _convolution(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest, **options) -> Tensor:
+def _convolution(
+    result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest, **options
+) -> Tensor:
     """A convolution of dual numbers whose value is known."""
     (x, dx), (weight, dweight) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(weight)
     dbias = None if bias is None else forward_ad.unpack_dual(bias).tangent

@@ -1,4 +1,5 @@
-"""The command line as tables: what a flag is, how a table is parsed, and the flags of training, with their checks."""
+"""The command line as tables: what a flag is, how a table is parsed, and the flags of training, with their
+checks."""
 
 import argparse
 import re
@@ -12,7 +13,8 @@ TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 
 
 class Flag(NamedTuple):
-    """One command-line flag: `kind` is int, float, str or bool; `many` takes a list; `low` is the least accepted."""
+    """One command-line flag: `kind` is int, float, str or bool; `many` takes a list; `low` is the least
+    accepted."""
 
     name: str
     kind: type
@@ -23,7 +25,8 @@ class Flag(NamedTuple):
     choices: tuple[str, ...] = ()
 
     def convert(self, word: str) -> Any:
-        """The value that `word` stands for; a list if `many`, of numbers joined by dashes or commas or of one."""
+        """The value that `word` stands for; a list if `many`, of numbers joined by dashes or commas or of
+        one."""
         if self.many:
             one = self._replace(many=False)
             if self.kind is str:
@@ -53,7 +56,9 @@ class Flag(NamedTuple):
 
     def add_to(self, group: Any) -> None:
         """Declares the flag in an argparse group."""
-        text = "; ".join(filter(None, [self.help, ", ".join(self.choices), f"default: {_words(self.default)}"]))
+        text = "; ".join(
+            filter(None, [self.help, ", ".join(self.choices), f"default: {_words(self.default)}"])
+        )
         group.add_argument(
             f"--{self.name}",
             type=self.convert,
@@ -81,16 +86,18 @@ def parse_flags(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parses a command line by a table of flags and the options of the model that `--model` names.
 
-    `options_of(name)` gives a model's options, `nearest(word, words)` the end of a message about a misspelt word.
-    Returns what was given of the table's flags and of the model's options. "-" equals "_" in flag names. Raises
-    ValueError.
+    `options_of(name)` gives a model's options, `nearest(word, words)` the end of a message about a misspelt
+    word. Returns what was given of the table's flags and of the model's options. "-" equals "_" in flag
+    names. Raises ValueError.
     """
     argv = [_underscored(word) for word in argv]
     finder = _Parser(add_help=False, allow_abbrev=False)
     finder.add_argument("--model", default="")
     model = finder.parse_known_args(argv)[0].model
     table = {flag.name for flags in groups.values() for flag in flags}
-    options = [flag for flag in flags_of_signature(options_of(model) if model else {}) if flag.name not in table]
+    options = [
+        flag for flag in flags_of_signature(options_of(model) if model else {}) if flag.name not in table
+    ]
     epilog = None if model else "With --model NAME, the options of that network are listed too."
     parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=epilog)
     for name, flags in {**groups, f"options of {model}": options}.items():
@@ -103,7 +110,9 @@ def parse_flags(
         hint = "" if model else "; a network's options need --model NAME"
         raise ValueError(f"unknown flag {unknown[0]}; {nearest(unknown[0], names)[:300]}{hint}")
     chosen = {flag.name for flag in options}
-    return tuple({k: v for k, v in vars(given).items() if (k in chosen) == wanted} for wanted in (False, True))
+    return tuple(
+        {k: v for k, v in vars(given).items() if (k in chosen) == wanted} for wanted in (False, True)
+    )
 
 
 def with_defaults(groups: dict[str, list[Flag]], *given: dict[str, Any]) -> argparse.Namespace:
@@ -146,7 +155,13 @@ TRANSFORM_FLAGS = [
     Flag("color_jitter", float, 0.4, "strength of colour jitter where --aa is off", low=0),
     Flag("aa", str, "rand-m9-mstd0.5-inc1", "timm's auto augmentation policy, or none"),
     Flag("train_interpolation", str, "bicubic", "bicubic, bilinear, random ..."),
-    Flag("scale", float, (0.08, 1.0), "least and largest share of the area that a training crop takes", many=True),
+    Flag(
+        "scale",
+        float,
+        (0.08, 1.0),
+        "least and largest share of the area that a training crop takes",
+        many=True,
+    ),
     Flag("reprob", float, 0.25, "probability of random erasing", low=0),
     Flag("remode", str, "pixel", "what is erased with: const, rand or pixel"),
     Flag("recount", int, 1, "boxes erased per image", low=1),
@@ -171,7 +186,12 @@ OPTIMIZATION_FLAGS = [
     Flag("weight_decay", float, 0.05, "", low=0),
     Flag("weight_decay_end", float, None, "final weight decay of a cosine; default: constant", low=0),
     Flag("filter_bias_and_bn", bool, True, "no weight decay for biases and other 1-D parameters"),
-    Flag("decay_embeddings", bool, False, "weight decay for Dyn-Perceiver's latents and positions too, as published"),
+    Flag(
+        "decay_embeddings",
+        bool,
+        False,
+        "weight decay for Dyn-Perceiver's latents and positions too, as published",
+    ),
     Flag("clip_grad", float, None, "largest gradient norm", low=0),
     Flag("lr", float, 4e-3, "peak learning rate, never scaled by the batch", low=0),
     Flag("lr_scales", str, (), "rates of parts, in multiples of --lr: features.=0.1 ...", many=True),
@@ -183,7 +203,9 @@ OPTIMIZATION_FLAGS = [
     Flag("warmup_steps", int, -1, "optimizer steps of warm-up, instead of epochs where above 0"),
     Flag("model_ema", bool, False, "keep a moving average of the weights"),
     Flag("model_ema_decay", float, 0.9999, "", low=0),
-    Flag("model_ema_warmup", bool, False, "forget the first steps sooner, as timm does: for runs of few steps"),
+    Flag(
+        "model_ema_warmup", bool, False, "forget the first steps sooner, as timm does: for runs of few steps"
+    ),
     Flag("model_ema_force_cpu", bool, False, "keep the average in main memory"),
     Flag("model_ema_eval", bool, False, "evaluate the average too, and choose the best checkpoint by it"),
 ]
@@ -197,16 +219,36 @@ OBJECTIVE_FLAGS = [
     Flag("T_kd", float, 4.0, "distillation temperature", low=1e-6),
     Flag("alpha_kd", float, 0.5, "distillation weight", low=0),
     Flag("energy_hinge", float, (), "popular classes: weight, energy of others, energy of these", many=True),
-    Flag("regime", str, "joint", "how exits are trained", choices=("joint", "equilibrium", "disjoint", "mixed")),
+    Flag(
+        "regime", str, "joint", "how exits are trained", choices=("joint", "equilibrium", "disjoint", "mixed")
+    ),
     Flag("freeze_backbone", bool, False, "train the heads alone, on features that stay as they are"),
-    Flag("first_share", float, 0.5, "disjoint, mixed: share of the epochs that train the last exit alone", low=0),
+    Flag(
+        "first_share",
+        float,
+        0.5,
+        "disjoint, mixed: share of the epochs that train the last exit alone",
+        low=0,
+    ),
 ]
 # Named as in L2W's trainers; the defaults are its settings for CIFAR.
 L2W_FLAGS = [
     Flag("l2w", bool, False, "learn to weight samples"),
-    Flag("target_p_index", int, 15, "p: exit k is judged by a share of the samples that goes with (p / 20)^k", low=1),
+    Flag(
+        "target_p_index",
+        int,
+        15,
+        "p: exit k is judged by a share of the samples that goes with (p / 20)^k",
+        low=1,
+    ),
     Flag("epsilon", float, 0.8, "how far weights may be from 1; above 0.5 they can be negative", low=0),
-    Flag("constraint_dimension", str, "col", "totals kept: all, exits', samples'", choices=("mat", "row", "col")),
+    Flag(
+        "constraint_dimension",
+        str,
+        "col",
+        "totals kept: all, exits', samples'",
+        choices=("mat", "row", "col"),
+    ),
     Flag("meta_net_input_type", str, "loss", "what the weight net reads", choices=("loss", "conf", "both")),
     Flag("meta_net_hidden_size", int, 500, "units of its hidden layers", low=1),
     Flag("meta_net_num_layers", int, 1, "hidden layers", low=1),
@@ -218,11 +260,15 @@ L2W_FLAGS = [
 RUN_FLAGS = [
     Flag("output_dir", str, "", "where results go; default when evaluating: beside the checkpoint"),
     Flag("device", str, "auto", "auto, cpu, cuda or cuda:N"),
-    Flag("batch_size", int, 64, "images per process and micro-batch; evaluation takes 1.5 times as many", low=1),
+    Flag(
+        "batch_size", int, 64, "images per process and micro-batch; evaluation takes 1.5 times as many", low=1
+    ),
     Flag("num_workers", int, 10, "data loading processes", low=1),
     Flag("pin_mem", bool, True, "load into pinned memory (GPU only)"),
     Flag("use_amp", bool, False, "mixed precision"),
-    Flag("amp_dtype", str, "auto", "its type; auto: fp16 on GPU, bf16 on CPU", choices=("auto", "bf16", "fp16")),
+    Flag(
+        "amp_dtype", str, "auto", "its type; auto: fp16 on GPU, bf16 on CPU", choices=("auto", "bf16", "fp16")
+    ),
     Flag("channels_last", bool, False, "channels-last memory format"),
     Flag("flops", bool, False, "print what every exit costs, under each convention"),
 ]
@@ -236,7 +282,9 @@ TRAIN_RUN_FLAGS = [
     Flag("save_ckpt", bool, True, "write checkpoints"),
     Flag("save_ckpt_freq", int, 1, "epochs between numbered checkpoints", low=1),
     Flag("save_ckpt_num", int, 3, "numbered checkpoints kept; last and best are kept besides", low=0),
-    Flag("eval", bool, False, "evaluate --resume, or the last checkpoint in --output_dir, instead of training"),
+    Flag(
+        "eval", bool, False, "evaluate --resume, or the last checkpoint in --output_dir, instead of training"
+    ),
     Flag("disable_eval", bool, False, "no evaluation between epochs"),
     Flag("enable_wandb", bool, False, "mirror TensorBoard to Weights & Biases (pip install wandb)"),
     Flag("project", str, "dynexit", "project name there"),
@@ -289,7 +337,9 @@ def check(args: argparse.Namespace) -> None:
     if args.schedule == "multistep" and not args.decay_epochs:
         raise ValueError("--schedule multistep needs --decay_epochs")
     if args.freeze_backbone and (args.l2w or args.regime != "joint"):
-        raise ValueError("--freeze_backbone true trains heads, jointly: not for --l2w true or another --regime")
+        raise ValueError(
+            "--freeze_backbone true trains heads, jointly: not for --l2w true or another --regime"
+        )
     if args.compile and (args.l2w or args.freeze_backbone or args.regime != "joint"):
         raise ValueError(
             "--compile true compiles the plain forward pass: not for --l2w true, --freeze_backbone or another --regime"
@@ -300,7 +350,9 @@ def check(args: argparse.Namespace) -> None:
     if mixed and args.batch_size % 2:
         raise ValueError(f"--batch_size {args.batch_size}: mixup and cutmix need an even number")
     if args.energy_hinge and (len(args.energy_hinge) != 3 or not args.popular_classes or mixed or args.l2w):
-        raise ValueError("--energy_hinge takes three numbers, with --popular_classes, without mixup, cutmix and L2W")
+        raise ValueError(
+            "--energy_hinge takes three numbers, with --popular_classes, without mixup, cutmix and L2W"
+        )
     if args.l2w:
         _check_l2w(args, mixed)
 
@@ -309,10 +361,16 @@ def _check_l2w(args: argparse.Namespace, mixed: bool) -> None:
     if mixed:
         raise ValueError("--l2w true weighs samples of one class each: give --mixup 0 --cutmix 0")
     if args.batch_size < 4:
-        raise ValueError(f"--batch_size {args.batch_size}: L2W trains on halves of a batch and needs at least 4")
+        raise ValueError(
+            f"--batch_size {args.batch_size}: L2W trains on halves of a batch and needs at least 4"
+        )
     if args.regime in ("disjoint", "mixed"):
-        raise ValueError(f"--regime {args.regime}: L2W weighs all exits at once; accepted: joint, equilibrium")
+        raise ValueError(
+            f"--regime {args.regime}: L2W weighs all exits at once; accepted: joint, equilibrium"
+        )
     if args.target_p_index > 39:
         raise ValueError(f"--target_p_index {args.target_p_index}: accepted: 1 to 39, 20 for equal shares")
     if args.opt.lower().startswith("lookahead_"):
-        raise ValueError(f"--opt {args.opt}: L2W looks one step of SGD ahead and cannot read this optimizer's state")
+        raise ValueError(
+            f"--opt {args.opt}: L2W looks one step of SGD ahead and cannot read this optimizer's state"
+        )

@@ -1,10 +1,11 @@
 """Learning to weight samples for early-exit networks (L2W-DEN, https://arxiv.org/abs/2209.08310).
 
-A small network sees how every exit does on a sample and weighs that sample's losses. It learns from a look-ahead: the
-classifier takes a step under the weights proposed, and is then judged as it will be used, every exit on the samples
-that leave there. The parts are pure functions in `training.weights`.
+A small network sees how every exit does on a sample and weighs that sample's losses. It learns from a
+look-ahead: the classifier takes a step under the weights proposed, and is then judged as it will be used,
+every exit on the samples that leave there. The parts are pure functions in `training.weights`.
 
-The judgement depends on a weight through the classifier's gradient alone, and linearly, so its derivative is a
+The judgement depends on a weight through the classifier's gradient alone, and linearly, so its derivative is
+a
 directional derivative of the losses: one forward-mode product instead of a graph of second order.
 """
 
@@ -26,7 +27,15 @@ from adaptive.confidence import max_prob
 from training.directional import Recording, buffers_of, tangent_of
 from training.losses import Distillation
 from training.optim import Update, cosine
-from training.weights import WeightNet, assign_exits, judgement, look_ahead, loss_table, sample_weights, weight_inputs
+from training.weights import (
+    WeightNet,
+    assign_exits,
+    judgement,
+    look_ahead,
+    loss_table,
+    sample_weights,
+    weight_inputs,
+)
 from utils import Compute, Meters
 
 
@@ -63,13 +72,14 @@ class Weighting:
 
 
 class SampleWeighting:
-    """The objective: two losses per batch, each of one half under weights that may have learned from the other half.
+    """The objective: two losses per batch, each of one half under weights that may have learned from the
+    other half.
 
-    `update` is the classifier's, whose rates, momentum and loss scale the look-ahead reads; `proportions` [K] are the
-    shares of the samples by which exits are judged; a run has `epochs` of `batches`. `exit_weights` and `smoothing`
-    act on the losses that train, not on what the weight net reads nor on the judgement; what `distil` makes is added.
-    Where an operator has no forward-mode derivative, or if `forward_mode` is False, the weights' gradient comes from a
-    graph of second order instead.
+    `update` is the classifier's, whose rates, momentum and loss scale the look-ahead reads; `proportions` [K]
+    are the shares of the samples by which exits are judged; a run has `epochs` of `batches`. `exit_weights`
+    and `smoothing` act on the losses that train, not on what the weight net reads nor on the judgement; what
+    `distil` makes is added. Where an operator has no forward-mode derivative, or if `forward_mode` is False,
+    the weights' gradient comes from a graph of second order instead.
     """
 
     def __init__(
@@ -98,11 +108,16 @@ class SampleWeighting:
         self.batch = 0
         self.meters, self.tables = Meters(), {}
 
-    def __call__(self, model: nn.Module, images: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Yields (loss, logits) of the first half, and once the classifier has taken its step, of the second."""
+    def __call__(
+        self, model: nn.Module, images: Tensor, targets: Tensor
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yields (loss, logits) of the first half, and once the classifier has taken its step, of the
+        second."""
         n = len(images)
         if n < 4:
-            raise ValueError(f"a batch of {n} cannot be cut into two halves to learn weights from; 4 or more can")
+            raise ValueError(
+                f"a batch of {n} cannot be cut into two halves to learn weights from; 4 or more can"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
         first, second = slice(0, (n + 1) // 2), slice((n + 1) // 2, n)
@@ -120,7 +135,9 @@ class SampleWeighting:
         if learns and self.forward_mode:
             way = recording.first()
         else:
-            way = sdpa_kernel(SDPBackend.MATH) if learns else nullcontext()  # other kernels have no second derivative
+            way = (
+                sdpa_kernel(SDPBackend.MATH) if learns else nullcontext()
+            )  # other kernels have no second derivative
         with way:
             exits = model(images)
         with full_precision_in(images.device):
@@ -148,7 +165,9 @@ class SampleWeighting:
     def _weigh(self, inputs: Tensor) -> Tensor:
         """Weights [B, K] from what the weight net reads."""
         with full_precision_in(inputs.device):
-            return sample_weights(self.weight_net(inputs), self.options.epsilon, self.options.constraint_dimension)
+            return sample_weights(
+                self.weight_net(inputs), self.options.epsilon, self.options.constraint_dimension
+            )
 
     def _total(self, losses: Tensor, weights: Tensor) -> Tensor:
         """The training loss of a half, a scalar, from its loss table and weights [B, K]."""
@@ -179,7 +198,9 @@ class SampleWeighting:
         with full_precision_in(losses.device):
             meta_loss = judgement(exits, judge[1], assign_exits(confidence_table(exits), self.proportions))
             self.meters.add("meta_loss", meta_loss.detach(), 1)
-            towards = {name: rates[named[name]] * g for name, g in _gradients(scale * meta_loss, moved).items()}
+            towards = {
+                name: rates[named[name]] * g for name, g in _gradients(scale * meta_loss, moved).items()
+            }
             if not self.forward_mode:
                 outputs = [gradients[name] / scale for name in towards]
                 return torch.autograd.grad(outputs, weights, list(towards.values()))[0] / scale
@@ -198,8 +219,11 @@ class SampleWeighting:
                 dist.all_reduce(gradient)
                 gradient /= dist.get_world_size()
             p.grad = gradient
-        # In float16 a scale that is still too large overflows; the classifier's own step is then left out as well.
-        if not self.update.scaler.is_enabled() or all(p.grad.isfinite().all() for p in self.weight_net.parameters()):
+        # In float16 a scale that is still too large overflows; the classifier's own step is then left out as
+        # well.
+        if not self.update.scaler.is_enabled() or all(
+            p.grad.isfinite().all() for p in self.weight_net.parameters()
+        ):
             self.optimizer.step()
 
     def _choose_mode(self, bare: nn.Module, images: Tensor, targets: Tensor) -> None:
@@ -207,21 +231,27 @@ class SampleWeighting:
         still = {name: torch.zeros_like(p) for name, p in bare.named_parameters() if p.requires_grad}
         try:
             with Recording(images.device).again(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch's own, of a part of it that it deprecated
+                warnings.simplefilter(
+                    "ignore", FutureWarning
+                )  # torch's own, of a part of it that it deprecated
                 tangent_of(partial(loss_table, targets=targets), bare, still, images)
             self.forward_mode = True
         except (NotImplementedError, RuntimeError) as error:
             self.forward_mode = False
             if not dist.is_initialized() or dist.get_rank() == 0:
-                print(f"weights are learned from a second-order graph, which is slower: {str(error).splitlines()[0]}")
+                print(
+                    f"weights are learned from a second-order graph, which is slower: {str(error).splitlines()[0]}"
+                )
 
     def take_tables(self) -> dict[str, Tensor]:
-        """Weights, plain losses and confidences since the last call, [N, K] each, samples in the order they came."""
+        """Weights, plain losses and confidences since the last call, [N, K] each, samples in the order they
+        came."""
         tables, self.tables = {name: torch.cat(parts).cpu() for name, parts in self.tables.items()}, {}
         return tables
 
     def take_figures(self, compute: Compute) -> dict[str, float]:
-        """Means since the last call over all processes: share of negative weights, meta loss, and the rate now."""
+        """Means since the last call over all processes: share of negative weights, meta loss, and the rate
+        now."""
         meters, self.meters = self.meters, Meters()
         return {**meters.means(compute), "meta_lr": self._lr()}
 

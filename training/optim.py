@@ -33,9 +33,10 @@ def lr_at(
 ) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
 
-    Every schedule starts with `warmup_steps` steps (at most `total_steps`) that rise linearly from 0 to `base`, both
-    included. Then "cosine" falls to `minimum` (the Dynamic Perceiver recipe), "multistep" is multiplied by `decay_rate`
-    at every milestone (in steps, ascending; MSDNet, RANet), and "constant" stays. Raises ValueError for other names.
+    Every schedule starts with `warmup_steps` steps (at most `total_steps`) that rise linearly from 0 to
+    `base`, both included. Then "cosine" falls to `minimum` (the Dynamic Perceiver recipe), "multistep" is
+    multiplied by `decay_rate` at every milestone (in steps, ascending; MSDNet, RANet), and "constant" stays.
+    Raises ValueError for other names.
     """
     warmup_steps = min(warmup_steps, total_steps)
     if step < warmup_steps:
@@ -50,7 +51,8 @@ def lr_at(
 
 
 def weight_decay_at(step: int, *, base: float, end: float | None, total_steps: int) -> float:
-    """Weight decay of optimizer step `step`: a cosine from `base` to `end`, or always `base` when `end` is None."""
+    """Weight decay of optimizer step `step`: a cosine from `base` to `end`, or always `base` when `end` is
+    None."""
     return base if end is None else cosine(base, end, step, total_steps)
 
 
@@ -63,10 +65,11 @@ def param_groups(
 ) -> list[dict]:
     """Trainable parameters as optimizer groups, in the order in which the groups first occur.
 
-    With `filter_bias_and_bn`, parameters of one dimension, named `*.bias` or, unless `decay_embeddings`, among the
-    model's `embeddings` form a group without weight decay; without it (MSDNet, RANet) one group decays everything.
-    `lr_scale` and `wd_scale` multiply the schedules' values. `lr_scales` are texts as "features.=0.1": the first whose
-    left side starts a parameter's name has its lr_scale. Raises ValueError for others, and where none starts so.
+    With `filter_bias_and_bn`, parameters of one dimension, named `*.bias` or, unless `decay_embeddings`,
+    among the model's `embeddings` form a group without weight decay; without it (MSDNet, RANet) one group
+    decays everything. `lr_scale` and `wd_scale` multiply the schedules' values. `lr_scales` are texts as
+    "features.=0.1": the first whose left side starts a parameter's name has its lr_scale. Raises ValueError
+    for others, and where none starts so.
     """
     scales = [_scale_of(text, [name for name, _ in model.named_parameters()]) for text in lr_scales]
     groups: dict[tuple[bool, float], dict] = {}
@@ -108,8 +111,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """A timm optimizer over `param_groups(model)`; the prefix "lookahead_" wraps any of them.
 
-    "sgd" is plain SGD with momentum, "nesterov" its Nesterov form. Where `eps` or `betas` is None, the optimizer's own
-    default holds. Raises ValueError for a name timm does not know, or an optimizer that cannot run on this machine.
+    "sgd" is plain SGD with momentum, "nesterov" its Nesterov form. Where `eps` or `betas` is None, the
+    optimizer's own default holds. Raises ValueError for a name timm does not know, or an optimizer that
+    cannot run on this machine.
     """
     name = opt.lower().removeprefix("lookahead_")
     prefix = opt.lower().removesuffix(name)
@@ -128,11 +132,13 @@ def make_optimizer(
 
 
 class Update:
-    """Turns losses into optimizer steps: `update(loss)` once per micro-batch, a step every `update_freq` calls.
+    """Turns losses into optimizer steps: `update(loss)` once per micro-batch, a step every `update_freq`
+    calls.
 
-    `lr` and `weight_decay` map an optimizer step to that step's value. `clip_grad` is the largest global gradient norm,
-    or None; with it, `grad_norm` is the last step's norm before clipping (a 0-d tensor). `fp16` scales the loss; `ema`,
-    made from the bare model, follows every step. `model` may be wrapped in DistributedDataParallel.
+    `lr` and `weight_decay` map an optimizer step to that step's value. `clip_grad` is the largest global
+    gradient norm, or None; with it, `grad_norm` is the last step's norm before clipping (a 0-d tensor).
+    `fp16` scales the loss; `ema`, made from the bare model, follows every step. `model` may be wrapped in
+    DistributedDataParallel.
     """
 
     def __init__(
@@ -154,10 +160,16 @@ class Update:
         self.bare_model = model.module if self.distributed else model
         self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=fp16)
         # Read once: loading an optimizer's state replaces its groups, and published states have no wd_scale.
-        self.scales = [(group.get("lr_scale", 1.0), group.get("wd_scale", 1.0)) for group in optimizer.param_groups]
+        self.scales = [
+            (group.get("lr_scale", 1.0), group.get("wd_scale", 1.0)) for group in optimizer.param_groups
+        ]
         self.grad_norm: Tensor | None = None
-        self.second_order = getattr(optimizer, "is_second_order", False)  # AdaHessian differentiates the gradients
-        if self.second_order:  # of the attention kernels, only the one that is written out has second derivatives
+        self.second_order = getattr(
+            optimizer, "is_second_order", False
+        )  # AdaHessian differentiates the gradients
+        if (
+            self.second_order
+        ):  # of the attention kernels, only the one that is written out has second derivatives
             torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too
             torch.backends.cuda.enable_mem_efficient_sdp(False)
         self.start(0)
@@ -168,7 +180,8 @@ class Update:
         self._await_micro_batch(self.micro_batch)
 
     def start(self, step: int) -> None:
-        """Make ready for optimizer step `step`: its rates are set, and gradients of a half-done step are dropped."""
+        """Make ready for optimizer step `step`: its rates are set, and gradients of a half-done step are
+        dropped."""
         self.step = step
         self.optimizer.zero_grad()
         lr, weight_decay = self.lr(step), self.weight_decay(step)
@@ -180,12 +193,14 @@ class Update:
         """Expect micro-batch `index` of this step next."""
         self.micro_batch = index
         if self.distributed:
-            # Read by the wrapper's forward, hence set ahead of it: only the last micro-batch need average the sum.
+            # Read by the wrapper's forward, hence set ahead of it: only the last micro-batch need average the
+            # sum.
             self.model.require_backward_grad_sync = index == self.update_freq - 1
 
     def __call__(self, loss: Tensor) -> None:
         """Backward of one micro-batch's `loss` (a scalar), and the optimizer step if it completes one."""
-        # The caller may be under autocast, which is for the forward pass: backward runs in the types that this chose.
+        # The caller may be under autocast, which is for the forward pass: backward runs in the types that
+        # this chose.
         with torch.autocast(loss.device.type, enabled=False):
             self.scaler.scale(loss / self.update_freq).backward(create_graph=self.second_order)
         if self.micro_batch < self.update_freq - 1:
@@ -209,13 +224,19 @@ class Update:
         return {f"opt/{name}": max(group[name] for group in groups) for name in ("lr", "weight_decay")} | norm
 
     def state_dict(self) -> dict:
-        """What exact resumption needs between two optimizer steps: optimizer, scaler, model_ema (or None) and step."""
+        """What exact resumption needs between two optimizer steps: optimizer, scaler, model_ema (or None) and
+        step."""
         ema = None if self.ema is None else self.ema.module.state_dict()
-        states = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "model_ema": ema}
+        states = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "model_ema": ema,
+        }
         return states | {"step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken. Load the model's weights first: an EMA that `state` lacks starts from them."""
+        """Go on where `state` was taken. Load the model's weights first: an EMA that `state` lacks starts
+        from them."""
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty when the state was saved without fp16
             self.scaler.load_state_dict(state["scaler"])

@@ -1,7 +1,8 @@
-"""Specialised students: data relabelled to a few popular classes and "other", and drawn so that both are seen.
+"""Specialised students: data relabelled to a few popular classes and "other", and drawn so that both are
+seen.
 
-After EBJR's published notebook (https://arxiv.org/abs/2110.10343): most traffic belongs to few classes, so a student
-that knows these, and knows when it does not, answers most of it.
+After EBJR's published notebook (https://arxiv.org/abs/2110.10343): most traffic belongs to few classes, so a
+student that knows these, and knows when it does not, answers most of it.
 """
 
 import dataclasses
@@ -47,8 +48,14 @@ def only_popular(source: Any, classes: Sequence[int]) -> Any:
     """The opened data set (`datasets.Source`) with len(classes) + 1 classes; ValueError for unknown ones."""
     if isinstance(source.train, IterableDataset):
         raise ValueError("--popular_classes needs images by index; a stream has none")
-    if len(set(classes)) < len(classes) or max(classes) >= source.num_classes or len(classes) >= source.num_classes:
-        raise ValueError(f"--popular_classes {list(classes)}: accepted: different numbers below {source.num_classes}")
+    if (
+        len(set(classes)) < len(classes)
+        or max(classes) >= source.num_classes
+        or len(classes) >= source.num_classes
+    ):
+        raise ValueError(
+            f"--popular_classes {list(classes)}: accepted: different numbers below {source.num_classes}"
+        )
     parts = {name: Popular(getattr(source, name), classes) for name in ("train", "test")}
     return dataclasses.replace(source, num_classes=len(classes) + 1, **parts)
 
@@ -56,12 +63,14 @@ def only_popular(source: Any, classes: Sequence[int]) -> Any:
 def balanced(split: Any, num_popular: int) -> np.ndarray:
     """Chance of each sample of `split` (`datasets.Split` of a `Popular`) to be drawn, [N], summing to 1.
 
-    Every popular class comes as often as the others, and "other" as often as all popular classes together: it has the
-    most to tell apart.
+    Every popular class comes as often as the others, and "other" as often as all popular classes together: it
+    has the most to tell apart.
     """
     labels = np.asarray(split.base.labels)[list(split.indices)]
     counts = np.bincount(labels, minlength=num_popular + 1)
     if counts.min() == 0:
-        raise ValueError(f"class {int(counts.argmin())} of the popular classes and other has no training image")
+        raise ValueError(
+            f"class {int(counts.argmin())} of the popular classes and other has no training image"
+        )
     weights = np.array([0.5 / num_popular] * num_popular + [0.5]) / counts
     return weights[labels] / weights[labels].sum()

@@ -1,4 +1,5 @@
-"""Ways to train a network other than by its plain forward pass. They act at the seam between trunk and head."""
+"""Ways to train a network other than by its plain forward pass. They act at the seam between trunk and
+head."""
 
 from collections.abc import Collection
 from functools import partial
@@ -12,12 +13,13 @@ from models import MultiExitModel, map_leaves
 
 
 class Equilibrium(nn.Module):
-    """Gradient equilibrium (IMTA, https://arxiv.org/abs/1908.06294): the answers of `network`, other gradients.
+    """Gradient equilibrium (IMTA, https://arxiv.org/abs/1908.06294): the answers of `network`, other
+    gradients.
 
-    Of K exits, what head k (from 0) sends into the trunk is scaled by 1 / (K - k), and what comes back from later
-    stages at that point by (K - k - 1) / (K - k), so that a trunk receives the mean of the exits' gradients, not their
-    sum. Where later stages read the map that the head reads (MSDNet's coarsest scale), only that map is scaled, as
-    published; elsewhere all they read.
+    Of K exits, what head k (from 0) sends into the trunk is scaled by 1 / (K - k), and what comes back from
+    later stages at that point by (K - k - 1) / (K - k), so that a trunk receives the mean of the exits'
+    gradients, not their sum. Where later stages read the map that the head reads (MSDNet's coarsest scale),
+    only that map is scaled, as published; elsewhere all they read.
     """
 
     def __init__(self, network: MultiExitModel) -> None:
@@ -55,7 +57,8 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 class HeadsOnly(nn.Module):
-    """The heads of `network` on a trunk that stays as it is, its batch-norm statistics too (disjoint training).
+    """The heads of `network` on a trunk that stays as it is, its batch-norm statistics too (disjoint
+    training).
 
     A module is a head's if it runs in `network.head`.
     """
@@ -96,7 +99,9 @@ def modules_of_heads(network: MultiExitModel, image_shape: tuple[int, int, int])
     state = network.eval().begin(next(network.parameters()).new_zeros(1, *image_shape))
     for k in range(network.num_exits):
         features, state = network.trunk(k, state)
-        hook = register_module_forward_pre_hook(lambda module, _: found.setdefault(id(module), module) and None)
+        hook = register_module_forward_pre_hook(
+            lambda module, _: found.setdefault(id(module), module) and None
+        )
         logits = network.head(k, features)
         hook.remove()
         state = network.carry(k, state, logits)

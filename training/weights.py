@@ -1,4 +1,5 @@
-"""Pure functions of learning to weight samples (L2W-DEN, https://arxiv.org/abs/2209.08310), and its weight net.
+"""Pure functions of learning to weight samples (L2W-DEN, https://arxiv.org/abs/2209.08310), and its weight
+net.
 
 In the order in which a step of training calls them.
 """
@@ -37,20 +38,24 @@ def _hidden_layer(n_in: int, n_out: int) -> nn.Sequential:
 
 def loss_table(exits: list[Tensor], targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy [B, K] of every sample at every exit, from K logits [B, C] and classes [B]."""
-    losses = [F.cross_entropy(full_precision(y), targets, reduction="none", label_smoothing=smoothing) for y in exits]
+    losses = [
+        F.cross_entropy(full_precision(y), targets, reduction="none", label_smoothing=smoothing)
+        for y in exits
+    ]
     return torch.stack(losses, 1)
 
 
 def weight_inputs(kind: str, losses: Tensor, confidence: Tensor) -> Tensor:
-    """What the weight net reads: "loss", "conf" ([B, K] each) or "both" ([B, 2K], losses first); no gradient."""
+    """What the weight net reads: "loss", "conf" ([B, K] each) or "both" ([B, 2K], losses first); no
+    gradient."""
     return torch.cat({"loss": [losses], "conf": [confidence], "both": [losses, confidence]}[kind], 1).detach()
 
 
 def sample_weights(raw: Tensor, epsilon: float, centring: str) -> Tensor:
     """Weights 1 + epsilon * centred `raw`, [B, K] (section 3.2 of the paper).
 
-    "mat" keeps the total weight, "col" that of every sample over its exits, "row" that of every exit over the samples.
-    Above epsilon = 0.5 a weight can be negative.
+    "mat" keeps the total weight, "col" that of every sample over its exits, "row" that of every exit over the
+    samples. Above epsilon = 0.5 a weight can be negative.
     """
     over = {"mat": (0, 1), "col": 1, "row": 0}[centring]
     return 1 + epsilon * (raw - raw.mean(over, keepdim=True))
@@ -59,10 +64,11 @@ def sample_weights(raw: Tensor, epsilon: float, centring: str) -> Tensor:
 def look_ahead(
     optimizer: torch.optim.Optimizer, gradients: dict[Tensor, Tensor]
 ) -> tuple[dict[Tensor, Tensor], dict[Tensor, float]]:
-    """Where parameters with these gradients are after an SGD step at the optimizer's current rates; nothing is changed.
+    """Where parameters with these gradients are after an SGD step at the optimizer's current rates; nothing
+    is changed.
 
-    With the momentum buffers if it is `torch.optim.SGD`. Also returned, per parameter: how far a unit of its gradient
-    moves it. Parameters of the optimizer without a gradient here stay.
+    With the momentum buffers if it is `torch.optim.SGD`. Also returned, per parameter: how far a unit of its
+    gradient moves it. Parameters of the optimizer without a gradient here stay.
     """
     moved, rates = {}, {}
     for group in optimizer.param_groups:
@@ -97,15 +103,19 @@ def assign_exits(confidence: Tensor, proportions: Tensor) -> list[Tensor]:
 
 
 def judgement(exits: list[Tensor], targets: Tensor, assigned: list[Tensor]) -> Tensor:
-    """The meta loss, a scalar: the mean cross-entropy of every exit on its own samples, summed over exits with any."""
+    """The meta loss, a scalar: the mean cross-entropy of every exit on its own samples, summed over exits
+    with any."""
     pairs = zip(exits, assigned, strict=True)
     return sum(F.cross_entropy(full_precision(y[rows]), targets[rows]) for y, rows in pairs if len(rows))
 
 
 def write_tables(path: Path, shards: list[dict[str, Tensor]]) -> None:
-    """Writes the tables of all processes to one compressed `.npz`, in half precision, samples by rising `index`."""
+    """Writes the tables of all processes to one compressed `.npz`, in half precision, samples by rising
+    `index`."""
     tables = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
     order = tables["index"].argsort()
     arrays = {name: table[order].numpy() for name, table in tables.items()}
     with replacing(path) as temp, open(temp, "wb") as file:
-        np.savez_compressed(file, **{k: a.astype(np.float16) if a.dtype.kind == "f" else a for k, a in arrays.items()})
+        np.savez_compressed(
+            file, **{k: a.astype(np.float16) if a.dtype.kind == "f" else a for k, a in arrays.items()}
+        )

@@ -28,7 +28,9 @@ def test_margin():
 
 
 def test_entropy_is_negated_and_in_nats():
-    assert entropy(LOGITS).item() == pytest.approx(0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2))
+    assert entropy(LOGITS).item() == pytest.approx(
+        0.5 * math.log(0.5) + 0.3 * math.log(0.3) + 0.2 * math.log(0.2)
+    )
 
 
 def test_entropy_of_certainty_is_zero():
@@ -109,5 +111,7 @@ def test_an_energy_takes_a_temperature_behind_its_name():
 
 @pytest.mark.parametrize("kind", ["max_prob:2", "energy_logits:0", "energy_logits:warm", "energy_softmax:"])
 def test_bad_temperatures_are_named(kind):
-    with pytest.raises(ValueError, match="a temperature is a number above 0, behind energy_logits or energy_softmax"):
+    with pytest.raises(
+        ValueError, match="a temperature is a number above 0, behind energy_logits or energy_softmax"
+    ):
         confidence_function(kind)

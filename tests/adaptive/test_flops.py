@@ -9,7 +9,8 @@ from models import MultiExitModel, create_model
 
 SHAPE = (3, 8, 8)
 
-# Of the stages below: 3 * 4 * 9 per output of the first convolution, 4 / 2 * 6 * 9 of the grouped one, heads of 5.
+# Of the stages below: 3 * 4 * 9 per output of the first convolution, 4 / 2 * 6 * 9 of the grouped one, heads
+# of 5.
 STEM, SECOND, HEAD0, HEAD1 = 3 * 4 * 9 * 64, 2 * 6 * 9 * 16, 4 * 5, 6 * 5
 
 
@@ -22,8 +23,12 @@ class Tiny(MultiExitModel):
         super().__init__()
         self.stages = nn.ModuleList(
             [
-                nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)),  # [4, 8, 8]
-                nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.ReLU()),  # [6, 4, 4]
+                nn.Sequential(
+                    nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+                ),  # [4, 8, 8]
+                nn.Sequential(
+                    nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.ReLU()
+                ),  # [6, 4, 4]
             ]
         )
         pools = [nn.AdaptiveAvgPool2d(1), nn.AvgPool2d(4)]
@@ -149,7 +154,9 @@ def test_counting_leaves_the_model_alone(counter):
     assert [m.training for m in model.modules()] == modes
     assert not any(m._forward_hooks for m in model.modules())
     state = model.state_dict()
-    assert all(state[key].device.type == "cpu" and torch.equal(state[key], value) for key, value in before.items())
+    assert all(
+        state[key].device.type == "cpu" and torch.equal(state[key], value) for key, value in before.items()
+    )
 
 
 def test_table_has_every_exit_under_every_convention():
@@ -164,7 +171,9 @@ def test_table_has_every_exit_under_every_convention():
 
 
 def test_table_reports_operators_without_a_formula():
-    assert cost_table(Distant(), Distant(), SHAPE)[-1].startswith("not counted for want of a formula: aten._cdist")
+    assert cost_table(Distant(), Distant(), SHAPE)[-1].startswith(
+        "not counted for want of a formula: aten._cdist"
+    )
 
 
 def test_table_reports_counters_that_disagree(monkeypatch):
@@ -172,7 +181,9 @@ def test_table_reports_counters_that_disagree(monkeypatch):
     traced = [{"conv": macs[0] - 7, "linear": 7}, {"conv": macs[1] - 7, "batch_norm": 7}]
     monkeypatch.setattr(flops, "fvcore_counts", lambda model, shape: traced)
     lines = cost_table(Tiny(), Tiny(), SHAPE)
-    assert lines[4:] == [f"counters disagree at exit 1: torch has {macs[1]} multiply-adds, fvcore {macs[1] - 7}"]
+    assert lines[4:] == [
+        f"counters disagree at exit 1: torch has {macs[1]} multiply-adds, fvcore {macs[1] - 7}"
+    ]
 
 
 def test_both_counters_count_both_products_of_attention():

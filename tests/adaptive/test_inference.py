@@ -24,7 +24,8 @@ orders = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 
 
 class Relay(MultiExitModel):
-    """Three exits; a stage reads the images and what the exit before it said. Remembers what it was asked to do."""
+    """Three exits; a stage reads the images and what the exit before it said. Remembers what it was asked to
+    do."""
 
     num_exits = 3
 
@@ -38,7 +39,9 @@ class Relay(MultiExitModel):
         return {"images": images.flatten(1), "said": images.new_zeros(len(images), 4)}
 
     def trunk(self, k, state):
-        self.stages.append((k, state["images"][:, 0].int().tolist()))  # the first pixel tells which image it is
+        self.stages.append(
+            (k, state["images"][:, 0].int().tolist())
+        )  # the first pixel tells which image it is
         return self.layers[k](torch.cat([state["images"], state["said"]], dim=1)).tanh(), state
 
     def head(self, k, features):
@@ -152,7 +155,9 @@ def test_throughput_order_runs_full_micro_batches_until_the_end(micro_batch):
     exits = run_adaptive(model, images, thresholds, order="throughput", micro_batch=micro_batch)[1]
     for k in range(3):
         sizes, total = [len(ids) for stage, ids in model.stages if stage == k], int((exits >= k).sum())
-        assert sizes == [micro_batch] * (total // micro_batch) + [total % micro_batch] * (total % micro_batch > 0)
+        assert sizes == [micro_batch] * (total // micro_batch) + [total % micro_batch] * (
+            total % micro_batch > 0
+        )
 
 
 def test_latency_order_runs_every_stage_once():
@@ -305,11 +310,14 @@ def test_tables_of_a_batch():
     total = math.exp(2) + 5
     ramp = sum(math.exp(i) for i in range(6))
     assert_close(
-        tables.confidence, torch.tensor([[math.exp(2) / total, math.exp(5) / ramp], [1 / 6, math.exp(2) / total]])
+        tables.confidence,
+        torch.tensor([[math.exp(2) / total, math.exp(5) / ramp], [1 / 6, math.exp(2) / total]]),
     )
     assert tables.correct[:, 1].tolist() == [False, True] and tables.correct[0, 0]
     assert tables.correct5[0].tolist() == [True, False] and tables.correct5[1, 1]
-    assert_close(tables.loss, torch.tensor([[math.log(total) - 2, math.log(ramp)], [math.log(6), math.log(total) - 2]]))
+    assert_close(
+        tables.loss, torch.tensor([[math.log(total) - 2, math.log(ramp)], [math.log(6), math.log(total) - 2]])
+    )
     assert len(tables) == 2
 
 

@@ -226,7 +226,7 @@ def test_comparison_of_operating_points(subject):
 def test_comparison_counts_what_left_elsewhere(subject):
     model, images, thresholds, simulated = subject
     other = torch.ones_like(images)  # the tuned network sees other images: all leave at one exit
-    (point,) = compare_orders({"half": thresholds}, model, model, images, other, simulated, "max_prob", micro_batch=8)[
-        "points"
-    ]
+    (point,) = compare_orders(
+        {"half": thresholds}, model, model, images, other, simulated, "max_prob", micro_batch=8
+    )["points"]
     assert point["mismatches"] == {"latency": 10, "throughput": 10}

@@ -22,7 +22,12 @@ def row(policy, accuracy, macs):
     }
 
 
-ROWS = [row("dear", 0.73, 900e6), row("match", 0.70, 400e6), row("close", 0.699, 200e6), row("last", 0.70, 1200e6)]
+ROWS = [
+    row("dear", 0.73, 900e6),
+    row("match", 0.70, 400e6),
+    row("close", 0.699, 200e6),
+    row("last", 0.70, 1200e6),
+]
 RUNTIME = {
     "num_images": 1797,
     "points": [
@@ -38,7 +43,14 @@ RUNTIME = {
         },
     ],
     "table": [
-        {"policy": "exit 2 alone", "images_per_s": 100.04, "p50_ms": 9.5, "p95_ms": 11, "macs": 1.2e9, "accuracy": 0.7},
+        {
+            "policy": "exit 2 alone",
+            "images_per_s": 100.04,
+            "p50_ms": 9.5,
+            "p95_ms": 11,
+            "macs": 1.2e9,
+            "accuracy": 0.7,
+        },
         {
             "policy": "early & fast",
             "images_per_s": 234.6,
@@ -82,7 +94,9 @@ def test_page_loads_nothing(tmp_path):
     assert not re.search(r"<script|<link|<img|@import|<metadata", page)
     references = re.findall(r"""(?:src|href)\s*=\s*["'](.*?)["']|url\((.*?)\)""", page)
     assert references and all((one or two).startswith("#") for one, two in references)
-    assert all(url.startswith("http://www.w3.org/") for url in re.findall(r"https?://[^\"' ]+", page))  # xmlns names
+    assert all(
+        url.startswith("http://www.w3.org/") for url in re.findall(r"https?://[^\"' ]+", page)
+    )  # xmlns names
 
 
 def test_inline_curve_takes_the_colours_of_the_page(tmp_path):
@@ -94,7 +108,9 @@ def test_headline_takes_the_cheapest_row_that_reaches_the_last_exit(tmp_path):
     assert cheapest_match(EXITS, ROWS)["policy"] == "match"
     best, same = cards_of(page_of(tmp_path))
     assert best[1:] == ("72.00 %", "exit 1, 25.00 M MACs per image")
-    assert same[1] == "3.00×" and same[2].startswith("match: 70.00 % for 400.00 M, against exit 2 (70.00 %, 1.20 G)")
+    assert same[1] == "3.00×" and same[2].startswith(
+        "match: 70.00 % for 400.00 M, against exit 2 (70.00 %, 1.20 G)"
+    )
 
 
 def test_headline_says_when_no_row_reaches_the_last_exit(tmp_path):
@@ -107,8 +123,13 @@ def test_headline_says_when_no_row_reaches_the_last_exit(tmp_path):
 def test_runtime_is_shown(tmp_path):
     page = page_of(tmp_path, runtime=RUNTIME)
     assert cards_of(page)[2][1] == "2.35×" and "3.00× fewer MACs, 70.10 % accuracy" in cards_of(page)[2][2]
-    assert "<td>early &amp; fast</td><td>234.6</td><td>–</td><td>–</td><td>70.10 %</td><td>400.00 M</td>" in page
-    assert "row 4: thresholds 0.75 0.5 -1e+08; of 1,797 images, 2 (latency order) and 3 (throughput order)" in page
+    assert (
+        "<td>early &amp; fast</td><td>234.6</td><td>–</td><td>–</td><td>70.10 %</td><td>400.00 M</td>" in page
+    )
+    assert (
+        "row 4: thresholds 0.75 0.5 -1e+08; of 1,797 images, 2 (latency order) and 3 (throughput order)"
+        in page
+    )
     assert "Measured speed" not in page_of(tmp_path)
 
 
@@ -136,11 +157,15 @@ def test_plot_writes_png_and_svg(tmp_path):
 
 
 def test_labels_keep_apart(tmp_path):
-    exits = [{**EXITS[0], "exit": k, "acc1": 0.6 + 0.001 * k, "macs": 10_000_000 + 100_000 * k} for k in range(3)]
+    exits = [
+        {**EXITS[0], "exit": k, "acc1": 0.6 + 0.001 * k, "macs": 10_000_000 + 100_000 * k} for k in range(3)
+    ]
     exits.append({**EXITS[0], "exit": 3, "acc1": 0.9, "macs": 90_000_000})
     plot_curve(tmp_path / "curve.svg", exits, [], title="")
     svg = (tmp_path / "curve.svg").read_text()
-    places = [tuple(map(float, found)) for found in re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>exit \d<', svg)]
+    places = [
+        tuple(map(float, found)) for found in re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>exit \d<', svg)
+    ]
     assert len(places) == 4
     pairs = [(a, b) for i, a in enumerate(places) for b in places[:i]]
     assert all(abs(a[0] - b[0]) > 30 or abs(a[1] - b[1]) > 10 for a, b in pairs)
@@ -181,7 +206,11 @@ ROUTER = ROWS[1] | {
 def test_page_tells_what_handing_on_does(tmp_path):
     exits = [row | {"alone": row["macs"] - 5_000_000 * row["exit"]} for row in EXITS]
     page = page_of(tmp_path, exits=exits, router=ROUTER)
-    for cells in (["right at exit 0", "11", "2"], ["wrong at exit 0", "13", "1"], ["max_prob", "0.912", "0.856"]):
+    for cells in (
+        ["right at exit 0", "11", "2"],
+        ["wrong at exit 0", "13", "1"],
+        ["max_prob", "0.912", "0.856"],
+    ):
         assert "".join(f"<td>{cell}</td>" for cell in cells) in page
     assert "27.00 % of 100 images go beyond exit 0" in page and "81.00 % at 20.00 M" in page
     assert "oracle" in page and "the exit alone" in page

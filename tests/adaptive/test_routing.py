@@ -18,7 +18,10 @@ CORRECT = torch.tensor([[1, 1, 0, 0, 1, 0], [1, 0, 1, 0, 1, 1]]).bool()
 
 
 def test_the_oracle_takes_the_first_exit_that_is_right():
-    assert oracle(CORRECT, [10, 40]) == {"accuracy": pytest.approx(5 / 6), "macs": pytest.approx((4 * 10 + 2 * 40) / 6)}
+    assert oracle(CORRECT, [10, 40]) == {
+        "accuracy": pytest.approx(5 / 6),
+        "macs": pytest.approx((4 * 10 + 2 * 40) / 6),
+    }
 
 
 def test_the_four_ways_are_of_those_that_go_on():

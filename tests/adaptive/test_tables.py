@@ -16,7 +16,8 @@ def test_anytime_lines_hold_every_exit():
 
 def rows(count):
     return [
-        {"policy": f"p = {i}", "macs": 1e6 * i, "accuracy": i / 100, "shares": [0.125, 0.875]} for i in range(count)
+        {"policy": f"p = {i}", "macs": 1e6 * i, "accuracy": i / 100, "shares": [0.125, 0.875]}
+        for i in range(count)
     ]
 
 
@@ -70,5 +71,8 @@ def test_routing_is_told_in_counts_and_shares():
     }
     text = "\n".join(routing_lines(router))
     assert "95.00 % of 1000 images right at 66.00 M multiply-adds (1.3428 x 10^8 FLOPs" in text
-    assert "728 stay at exit 0, 272 (27.20 %) go on; of these 45 are mended, 14 spoilt, 183 right and 30 wrong" in text
+    assert (
+        "728 stay at exit 0, 272 (27.20 %) go on; of these 45 are mended, 14 spoilt, 183 right and 30 wrong"
+        in text
+    )
     assert "oracle: 96.60 % at 33.00 M" in text and "0.919" in text

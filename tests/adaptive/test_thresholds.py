@@ -40,7 +40,9 @@ def thresholds_by_walking(confidence, quotas):
 def exits_by_walking(confidence, thresholds):
     num_exits, num_samples = confidence.shape
     last = num_exits - 1
-    return [next((k for k in range(last) if confidence[k, i] >= thresholds[k]), last) for i in range(num_samples)]
+    return [
+        next((k for k in range(last) if confidence[k, i] >= thresholds[k]), last) for i in range(num_samples)
+    ]
 
 
 @pytest.mark.parametrize("levels", [3, 20, 10**6])
@@ -114,13 +116,16 @@ def test_geometric_quotas():
     assert geometric_quotas(0.5, 3).tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7])
     assert geometric_quotas(2.0, 3).tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7])
     assert geometric_quotas(1.0, 4).tolist() == pytest.approx([0.25] * 4)
-    assert geometric_quotas(0.75, 5).tolist() == pytest.approx([0.3278, 0.2458, 0.1844, 0.1383, 0.1037], abs=5e-5)
+    assert geometric_quotas(0.75, 5).tolist() == pytest.approx(
+        [0.3278, 0.2458, 0.1844, 0.1383, 0.1037], abs=5e-5
+    )
     assert geometric_quotas(0.3, 1).tolist() == [1.0]
     assert geometric_quotas(0.5, 3).dtype == torch.float32
 
 
 def test_scaled_quotas_leave_the_rest_to_the_later_exits():
-    # 1/3 halves to 1/6, and the others share 5/6; without the second quota, all that is left goes to the last.
+    # 1/3 halves to 1/6, and the others share 5/6; without the second quota, all that is left goes to the
+    # last.
     assert geometric_quotas(1.0, 3, (0.5, 1)).tolist() == pytest.approx([1 / 6, 5 / 12, 5 / 12])
     assert geometric_quotas(1.0, 3, [1, 0]).tolist() == pytest.approx([1 / 3, 0, 2 / 3])
     assert geometric_quotas(0.5, 3, (0.25, 0.5)).tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7])
@@ -128,7 +133,9 @@ def test_scaled_quotas_leave_the_rest_to_the_later_exits():
 
 @pytest.mark.parametrize("scales", [(1,), (1, 1, 1)])
 def test_one_scale_is_needed_per_exit_but_the_last(scales):
-    with pytest.raises(ValueError, match=f"{len(scales)} quota scales .*for 3 exits; give one per exit but the last"):
+    with pytest.raises(
+        ValueError, match=f"{len(scales)} quota scales .*for 3 exits; give one per exit but the last"
+    ):
         geometric_quotas(0.5, 3, scales)
 
 
@@ -165,7 +172,8 @@ def test_simulate_counts_exits_that_nobody_uses():
 
 def test_sweep_chooses_on_calib_and_judges_on_test():
     calib = SimpleNamespace(
-        confidence=torch.tensor([[0.75, 0.5], [0.0, 0.0]]), correct=torch.tensor([[True, False], [True, True]])
+        confidence=torch.tensor([[0.75, 0.5], [0.0, 0.0]]),
+        correct=torch.tensor([[True, False], [True, True]]),
     )
     test = SimpleNamespace(
         confidence=torch.tensor([[0.875, 0.75, 0.5, 0.25], [0.0] * 4]),

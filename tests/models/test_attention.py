@@ -8,7 +8,9 @@ from models.attention import Attention, CrossAttentionLayer, SelfAttentionLayer,
 
 def by_hand(layer, queries, values):
     """Softmax attention, head by head; channel index = head * (C / heads) + offset."""
-    q, k, v = (x @ w.weight.T for x, w in ((queries, layer.q_proj), (values, layer.k_proj), (values, layer.v_proj)))
+    q, k, v = (
+        x @ w.weight.T for x, w in ((queries, layer.q_proj), (values, layer.k_proj), (values, layer.v_proj))
+    )
     if layer.embeds_keys:
         k = k + layer.relative_position_bias
     width = q.shape[-1] // layer.heads

@@ -40,9 +40,13 @@ def test_weights_and_answers_are_the_librarys(name):
 @pytest.mark.parametrize("width_mult", [0.5, 0.75, 1.25, 1.5, 2.0])
 def test_mobilenet_widths_are_torchvisions(width_mult):
     with torch.device("meta"):
-        ours = create_model(f"mobilenet_v3_large_{width_mult:.2f}".rstrip("0").replace(".", "x").replace("2x", "2x0"))
+        ours = create_model(
+            f"mobilenet_v3_large_{width_mult:.2f}".rstrip("0").replace(".", "x").replace("2x", "2x0")
+        )
         theirs = torchvision.models.mobilenet_v3_large(width_mult=width_mult)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -63,7 +67,9 @@ def test_widths_of_the_maps(name, widths):
         assert make_backbone(name, None, None).widths == widths
 
 
-@pytest.mark.parametrize("name", ["regnet_y_400mf", "resnet18", "mobilenet_v3_large_0x5", "mobilenet_v3_small"])
+@pytest.mark.parametrize(
+    "name", ["regnet_y_400mf", "resnet18", "mobilenet_v3_large_0x5", "mobilenet_v3_small"]
+)
 @torch.no_grad()
 def test_maps_have_the_widths_and_strides_that_are_said(name):
     backbone, x = make_backbone(name, None, None), torch.randn(1, 3, 90, 90)

@@ -80,7 +80,12 @@ def test_options_are_the_networks_and_its_own():
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("boosted/msdnet", {"nBlock": 3}, TypeError, "boosted/msdnet has no option 'nBlock'; did you mean nBlocks"),
+        (
+            "boosted/msdnet",
+            {"nBlock": 3},
+            TypeError,
+            "boosted/msdnet has no option 'nBlock'; did you mean nBlocks",
+        ),
         ("boosted/msdnet", {"reweigh": 1}, TypeError, "has no option 'reweigh'; did you mean reweight"),
         ("boosted/msdnet", {"options": {}}, TypeError, "has no option 'options'"),
         ("boosted/msdnet", {"reweight": 1.5}, ValueError, "reweight is 1.5; accepted: 0 to 1"),

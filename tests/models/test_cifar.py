@@ -94,6 +94,10 @@ def test_the_published_student_knows_919_of_the_first_thousand_test_images():
     net.load_state_dict(weights_of(load(path), path), strict=True)
     with np.load(DATA / "cifar10_test.npz") as file:
         images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
-    images = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    right = sum(int((net(x)[0].argmax(1) == y).sum()) for x, y in zip(images.split(50), labels.split(50), strict=True))
+    images = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(
+        3, 1, 1
+    )
+    right = sum(
+        int((net(x)[0].argmax(1) == y).sum()) for x, y in zip(images.split(50), labels.split(50), strict=True)
+    )
     assert abs(right - 919) <= 2

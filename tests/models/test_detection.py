@@ -6,8 +6,8 @@ import torch
 from models import create_model
 from models.detection import create_detector, detector_costs, list_detectors
 
-# Parameters in millions and G multiply-adds as published, for 81 classes; the costs are those of 800 x 1280 pixels
-# without the mask head, although the table says 1200 x 800.
+# Parameters in millions and G multiply-adds as published, for 81 classes; the costs are those of 800 x 1280
+# pixels without the mask head, although the table says 1200 x 800.
 PUBLISHED = {
     "faster_rcnn_rexnet_090": (20.1, 123.0),
     "faster_rcnn_rexnet_100": (20.7, 124.1),
@@ -55,7 +55,9 @@ def test_a_training_step_of_masks_reaches_the_backbone():
 
 def test_published_classifiers_are_the_backbone():
     weights = create_model("rexnetv1_090").state_dict()
-    body = create_detector("faster_rcnn_rexnet_090", 4, backbone_weights=weights, **TINY).backbone.body.state_dict()
+    body = create_detector(
+        "faster_rcnn_rexnet_090", 4, backbone_weights=weights, **TINY
+    ).backbone.body.state_dict()
     assert body and all(torch.equal(value, weights["features." + key]) for key, value in body.items())
     with pytest.raises(ValueError, match="not the backbone's weights: .* do not fit, say features.0"):
         create_detector("faster_rcnn_rexnet_200", 4, backbone_weights=weights)
@@ -67,7 +69,8 @@ def test_frozen_batch_norms_stay_in_training():
     detector.backbone(torch.randn(2, 3, 64, 64))
     assert all(torch.equal(value, before[key]) for key, value in detector.backbone.body.state_dict().items())
     assert not any(
-        name == "1.weight" or name.endswith(".bn.weight") for name, _ in detector.backbone.body.named_parameters()
+        name == "1.weight" or name.endswith(".bn.weight")
+        for name, _ in detector.backbone.body.named_parameters()
     )
 
 

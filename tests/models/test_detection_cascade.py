@@ -16,7 +16,9 @@ NONE = {"weights": None, "weights_backbone": None}
 def kinds():
     torch.manual_seed(0)
     yield create_detector("faster_rcnn_rexnet_090", 4, **TINY)
-    yield detection.ssdlite320_mobilenet_v3_large(num_classes=4, score_thresh=0.0, detections_per_img=5, **NONE)
+    yield detection.ssdlite320_mobilenet_v3_large(
+        num_classes=4, score_thresh=0.0, detections_per_img=5, **NONE
+    )
     yield detection.retinanet_resnet50_fpn(num_classes=4, score_thresh=0.0, min_size=64, max_size=64, **NONE)
 
 
@@ -49,7 +51,11 @@ def test_an_image_is_as_sure_as_its_best_detections():
     assert image_confidence(some, energy_softmax, top=2) == pytest.approx(expected)
     three = energy_softmax(some["class_logits"][:3]).mean().item()
     assert image_confidence(some, energy_softmax, top=10, floor=0.05) == pytest.approx(three)
-    assert image_confidence(found(), energy_softmax) == image_confidence(found(0.01), energy_softmax) == -float("inf")
+    assert (
+        image_confidence(found(), energy_softmax)
+        == image_confidence(found(0.01), energy_softmax)
+        == -float("inf")
+    )
 
 
 class Says(nn.Module):

@@ -63,7 +63,9 @@ def test_options_leave_parts_out(option, gone):
         whole, part = create_model(CORES[0]), create_model(CORES[0], **{option: False})
     assert set(gone) <= {name for name, _ in whole.named_children()}
     assert not {name for name, _ in part.named_children()} & set(gone)
-    assert hasattr(part, "cross_att1_x2z") and hasattr(part, "last_cross_att_z2x") == (option != "with_last_CA")
+    assert hasattr(part, "cross_att1_x2z") and hasattr(part, "last_cross_att_z2x") == (
+        option != "with_last_CA"
+    )
     costs = [exit_costs(net, (3, 64, 64)) for net in (part, whole)]
     assert costs[0][-1] < costs[1][-1]
     assert option != "with_last_CA" or costs[0][:3] == costs[1][:3]
@@ -78,10 +80,14 @@ def test_options_without_a_reader_change_the_heads():
 @pytest.mark.parametrize("name", CORES)
 def test_without_spatial_reduction_tokens_read_the_true_maps(name):
     net, images = small(name, side=44, spatial_reduction=False)
-    keys = [getattr(net, f"cross_att{i}_x2z").cross_attn.attention.relative_position_bias for i in (1, 2, 3, 4)]
+    keys = [
+        getattr(net, f"cross_att{i}_x2z").cross_attn.attention.relative_position_bias for i in (1, 2, 3, 4)
+    ]
     strides = {"reg": (2, 4, 8, 16), "res": (4, 4, 8, 16), "mob": (4, 8, 16, 32)}[name[:3]]
     assert [bias.shape[1] for bias in keys] == [(-(-44 // stride)) ** 2 for stride in strides]
-    with pytest.raises(ValueError, match="images of 44 x 64; without spatial_reduction this network reads 44 x 44"):
+    with pytest.raises(
+        ValueError, match="images of 44 x 64; without spatial_reduction this network reads 44 x 44"
+    ):
         net(F.pad(images, (0, 20)))
 
 
@@ -105,7 +111,8 @@ def test_with_spatial_reduction_any_size(shape):
 
 @torch.no_grad()
 def test_training_computes_what_evaluation_does():
-    """Without batch norm in training mode, which has statistics of its own: tokens that read a map of every size."""
+    """Without batch norm in training mode, which has statistics of its own: tokens that read a map of every
+    size."""
     torch.manual_seed(0)
     net = create_model("reg400m_perceiver_t32", num_classes=5)
     for i, width in enumerate((32, 48, 104, 208), 1):
@@ -175,7 +182,9 @@ def test_given_rates_are_used(name):
     net = create_model(name, dropout=0.1, drop_path=0.3)
     assert {m.dropout for m in net.modules() if hasattr(m, "dropout")} == {0.1}
     assert net.cnn_dropout.p == (0.0 if "mobilenet" in name else 0.1)
-    assert max(getattr(m.drop_path, "drop_prob", 0.0) for m in net.modules() if hasattr(m, "drop_path")) == 0.3
+    assert (
+        max(getattr(m.drop_path, "drop_prob", 0.0) for m in net.modules() if hasattr(m, "drop_path")) == 0.3
+    )
     none = create_model(name, dropout=0.0, drop_path=0.0)
     assert not any(m.p for m in none.modules() if isinstance(m, nn.Dropout))
 
@@ -208,7 +217,10 @@ def test_construction_has_no_side_effects(capsys, tmp_path, monkeypatch):
         ({"depth_factor": (1, 1, 1)}, r"depth_factor is \[1, 1, 1\]; it takes four numbers"),
         ({"depth_factor": (1, 1, 0, 1)}, r"depth_factor is \[1, 1, 0, 1\]"),
         ({"num_SA_heads": (1, 2)}, r"num_SA_heads is \[1, 2\]"),
-        ({"num_SA_heads": (1, 2, 4, 7)}, r"num_SA_heads is \[1, 2, 4, 7\]; .* \[32, 48, 104, 208\] must be multiples"),
+        (
+            {"num_SA_heads": (1, 2, 4, 7)},
+            r"num_SA_heads is \[1, 2, 4, 7\]; .* \[32, 48, 104, 208\] must be multiples",
+        ),
         ({"SA_widening_factor": 0}, "SA_widening_factor is 0"),
         ({"num_latents": 7}, "num_latents is 7; it must be at least 8"),
         ({"num_latent_channels": 48}, "num_latent_channels is 48; this CNN accepts 32 only"),
@@ -223,7 +235,12 @@ def test_other_options_are_used():
     options = {"num_SA_heads": (2, 4, 8, 16), "SA_widening_factor": 1, "num_latent_channels": 32}
     with torch.device("meta"):
         net = create_model(CORES[0], depth_factor=(1, 2, 1, 1), num_latents=24, **options)
-    assert [net.get_submodule(f"self_att{i}.0.self_attn.attention").heads for i in (1, 2, 3, 4)] == [2, 4, 8, 16]
+    assert [net.get_submodule(f"self_att{i}.0.self_attn.attention").heads for i in (1, 2, 3, 4)] == [
+        2,
+        4,
+        8,
+        16,
+    ]
     assert [len(net.get_submodule(f"self_att{i}")) for i in (1, 2, 3, 4)] == [3, 6, 9, 3]
     assert net.self_att2[0].mlp.fc1.out_features == 48 and net.latent.shape == (24, 32)
     assert [mixer[1].out_features for mixer in net.token_mixer] == [12, 6, 3]
@@ -236,7 +253,12 @@ def test_the_names_are_those_published():
 
 
 def test_every_family_names_its_published_loss_weights():
-    assert create_model("reg400m_perceiver_t32").loss_weights == (0.25, 0.25, 0.25, 0.5)  # early3, att, cnn, merge
+    assert create_model("reg400m_perceiver_t32").loss_weights == (
+        0.25,
+        0.25,
+        0.25,
+        0.5,
+    )  # early3, att, cnn, merge
     assert create_model("boosted/reg400m_perceiver_t32").loss_weights == (0.25, 0.25, 0.25, 0.5)
     assert create_model("msdnet").loss_weights == ()
 

@@ -49,7 +49,9 @@ def test_a_cascade_has_two_networks_or_more():
 
 @torch.inference_mode()
 def test_every_exit_is_that_of_its_network_on_its_own_view():
-    net = cascade(PAIR[0], f"{PAIR[1]},mean=0.5/0.4/0.3,std=0.2/0.3/0.5", mean=(0.1, 0.1, 0.1), std=(0.5, 0.5, 0.5))
+    net = cascade(
+        PAIR[0], f"{PAIR[1]},mean=0.5/0.4/0.3,std=0.2/0.3/0.5", mean=(0.1, 0.1, 0.1), std=(0.5, 0.5, 0.5)
+    )
     images = torch.rand(3, 3, 32, 32)
     stats = [torch.tensor(values).view(3, 1, 1) for values in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.5))]
     pixels = images * 0.5 + 0.1

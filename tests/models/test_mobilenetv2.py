@@ -22,7 +22,12 @@ def test_it_is_torchvisions_network_under_other_names(width, side):
 def test_weights_have_the_published_names():
     with torch.device("meta"):
         keys = create_model("mobilenetv2").state_dict().keys()
-    assert {"features.0.1.weight", "features.1.conv.4.bias", "features.17.conv.7.weight", "conv.1.bias"} <= keys
+    assert {
+        "features.0.1.weight",
+        "features.1.conv.4.bias",
+        "features.17.conv.7.weight",
+        "conv.1.bias",
+    } <= keys
     assert "features.1.conv.6.weight" not in keys and "classifier.bias" in keys
 
 

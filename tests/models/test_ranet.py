@@ -24,7 +24,12 @@ def tiny(**options):
 def test_transitions_and_downs_of_the_papers_four_flows():
     blocks = [2, 4, 6, 8]
     levels = [1, 2, 3, 3]
-    assert [transitions(n, level) for n, level in zip(blocks, levels, strict=True)] == [set(), {2}, {2, 4}, {2, 5}]
+    assert [transitions(n, level) for n, level in zip(blocks, levels, strict=True)] == [
+        set(),
+        {2},
+        {2, 4},
+        {2, 5},
+    ]
     assert [downs(blocks[:f], levels[f]) for f in range(4)] == [set(), {2}, {2, 4}, {4, 6}]
 
 

@@ -10,7 +10,8 @@ from models import create_model, list_models
 from models.rexnet_blocks import Block
 from training.foreign import fine_tune, from_timm, to_timm
 
-# Stem, block outputs, last convolution; parameters; millions of multiply-adds of the convolutions at 224 pixels.
+# Stem, block outputs, last convolution; parameters; millions of multiply-adds of the convolutions at 224
+# pixels.
 V1_090 = [32, 16, 26, 36, 46, 56, 67, 77, 87, 97, 107, 117, 127, 138, 148, 158, 168, 1152]
 V1_130 = [42, 21, 35, 50, 65, 79, 94, 109, 123, 138, 152, 167, 182, 196, 211, 226, 240, 1664]
 V1_220 = [70, 35, 60, 85, 109, 134, 159, 184, 208, 233, 258, 283, 307, 332, 357, 382, 406, 2816]
@@ -81,7 +82,13 @@ def test_depth_mult_repeats_blocks_and_the_whole_first_stage_does_not_expand():
 def test_lite_keeps_stem_and_last_convolution_on_request():
     net = on_meta("rexnetv1_lite", multiplier=2.0, fix_head_stem=True, kernel_conf="355533")
     assert (net.features[0].out_channels, net.features[19].out_channels) == (32, 1280)
-    assert [net.features[3 + i].out[0 if i == 0 else 3].kernel_size[0] for i in (0, 1, 5, 8, 11)] == [3, 5, 5, 3, 3]
+    assert [net.features[3 + i].out[0 if i == 0 else 3].kernel_size[0] for i in (0, 1, 5, 8, 11)] == [
+        3,
+        5,
+        5,
+        3,
+        3,
+    ]
 
 
 def test_lite_widths_are_not_rounded_without_a_divisor():
@@ -92,7 +99,11 @@ def test_lite_widths_are_not_rounded_without_a_divisor():
     ("name", "options", "message"),
     [
         ("rexnetv1", {"width_mult": 0}, "width_mult is 0; it must be above 0"),
-        ("rexnetv1", {"exits": (4, 15)}, r"exits is \[4, 15\]; accepted: rising numbers of blocks from 0 to 14"),
+        (
+            "rexnetv1",
+            {"exits": (4, 15)},
+            r"exits is \[4, 15\]; accepted: rising numbers of blocks from 0 to 14",
+        ),
         ("rexnetv1", {"exits": (4, 4)}, r"exits is \[4, 4\]"),
         ("rexnetv1", {"exits": (4,), "head_width": 0}, "head_width is 0"),
         ("rexnetv1_lite", {"kernel_conf": "33"}, "kernel_conf is '33'; accepted: six odd digits"),

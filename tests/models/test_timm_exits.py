@@ -1,4 +1,5 @@
-"""Exits on timm's networks: each stage computes its part of the backbone, and all parts together the whole."""
+"""Exits on timm's networks: each stage computes its part of the backbone, and all parts together the
+whole."""
 
 import copy
 
@@ -12,7 +13,8 @@ from adaptive.flops import exit_costs
 from models import create_model, take
 from models.timm_exits import cut
 
-# Plain stages, blocks of attention on tokens, on channels-last maps, branches that stay apart, sizes read from images.
+# Plain stages, blocks of attention on tokens, on channels-last maps, branches that stay apart, sizes read
+# from images.
 BACKBONES = {
     "resnet10t": {},
     "mobilenetv3_small_050": {},
@@ -50,7 +52,11 @@ def test_parts_in_order_are_the_backbone_in_both_modes(name):
 
 def test_stages_compute_nothing_twice():
     with torch.device("meta"):
-        net = create_model("timm_ee", num_classes=5, backbone="resnet10t", head_width=8).eval().requires_grad_(False)
+        net = (
+            create_model("timm_ee", num_classes=5, backbone="resnet10t", head_width=8)
+            .eval()
+            .requires_grad_(False)
+        )
         with FlopCounterMode(display=False) as flops:
             for head, features in zip(net.exits, net.backbone(torch.empty(1, 3, 64, 64)), strict=True):
                 head(features)
@@ -69,7 +75,9 @@ def test_states_of_a_copy_use_the_weights_of_the_copy():
 
 def test_modes_differ_where_the_backbone_drops_paths():
     torch.manual_seed(0)
-    net = create_model("timm_ee", backbone="swin_tiny_patch4_window7_224", exits=1, drop_path_rate=0.9, head_width=8)
+    net = create_model(
+        "timm_ee", backbone="swin_tiny_patch4_window7_224", exits=1, drop_path_rate=0.9, head_width=8
+    )
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         net.train()
@@ -82,7 +90,9 @@ def test_modes_differ_where_the_backbone_drops_paths():
 
 @torch.no_grad()
 def test_rows_can_leave_between_stages():
-    net = create_model("timm_ee", num_classes=5, backbone="vit_tiny_patch16_224", exits=2, head_width=8).eval()
+    net = create_model(
+        "timm_ee", num_classes=5, backbone="vit_tiny_patch16_224", exits=2, head_width=8
+    ).eval()
     images, rows = torch.randn(3, 3, 224, 224), torch.tensor([2, 0])
     whole = net(images)
     _, state = net.step(0, net.begin(images))
@@ -101,8 +111,14 @@ def test_maps_are_chosen_by_count_or_number():
     ("options", "message"),
     [
         ({"backbone": "resnet10"}, "timm has no model 'resnet10'; did you mean"),
-        ({"backbone": "resnet10t", "exits": 6}, "exits is 6; resnet10t has 5 feature maps, so accepted: 1 to 5"),
-        ({"backbone": "resnet10t", "out_indices": (3, 1)}, r"out_indices is \[3, 1\]; accepted: rising numbers from 0"),
+        (
+            {"backbone": "resnet10t", "exits": 6},
+            "exits is 6; resnet10t has 5 feature maps, so accepted: 1 to 5",
+        ),
+        (
+            {"backbone": "resnet10t", "out_indices": (3, 1)},
+            r"out_indices is \[3, 1\]; accepted: rising numbers from 0",
+        ),
         (
             {"backbone": "crossvit_9_240"},
             "timm's crossvit_9_240 cannot be cut at its feature maps: symbolically traced",

@@ -28,7 +28,14 @@ def normalised(image):
 
 
 def mixing(**changes):
-    given = {"mixup": 0.8, "cutmix": 0.0, "cutmix_minmax": None, "prob": 1.0, "switch_prob": 0.5, "mode": "batch"}
+    given = {
+        "mixup": 0.8,
+        "cutmix": 0.0,
+        "cutmix_minmax": None,
+        "prob": 1.0,
+        "switch_prob": 0.5,
+        "mode": "batch",
+    }
     return mixup_collate(**{**given, "smoothing": 0.1, "num_classes": 4, **changes})
 
 
@@ -64,12 +71,15 @@ def test_training_transform_pads_small_images_and_zooms_large_ones():
 
 
 def test_randaugment_bears_its_strongest_posterize():
-    """Magnitude 10 keeps 0 bits of a colour, which the default policy does to one or two images in a thousand."""
+    """Magnitude 10 keeps 0 bits of a colour, which the default policy does to one or two images in a
+    thousand."""
     random.seed(0)
     np.random.seed(0)
     transform = train_transform(options(32, aa="rand-m10-n20-inc1", reprob=0.0))
     outputs = [transform(noise_image(32, 32)) for _ in range(20)]
-    assert any(len(output.unique()) <= 3 for output in outputs)  # one black image, each channel normalised apart
+    assert any(
+        len(output.unique()) <= 3 for output in outputs
+    )  # one black image, each channel normalised apart
 
 
 def test_colour_jitter_stands_in_for_randaugment():
@@ -124,7 +134,9 @@ def test_crop_pct_out_of_range_is_refused(crop_pct):
 
 def test_eval_transform_squeezes_the_whole_image_into_a_large_square():
     image = Image.new("RGB", (600, 400))
-    image.paste((255, 255, 255), (0, 0, 30, 400))  # a stripe at the left border, which a centre crop would lose
+    image.paste(
+        (255, 255, 255), (0, 0, 30, 400)
+    )  # a stripe at the left border, which a centre crop would lose
     output = eval_transform(options(384))(image)
     assert_close(output[:, 192, 0], normalised(Image.new("RGB", (1, 1), "white"))[:, 0, 0])
 

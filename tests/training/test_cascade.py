@@ -13,13 +13,17 @@ from training.augment import Augment
 from training.cascade import assemble, read_parts, stored_run
 from training.checkpoint import save
 
-DATA = Path(os.environ.get("GOLDEN_DIR", Path(__file__).resolve().parents[3] / "shared" / "golden")).parent / "data"
+DATA = (
+    Path(os.environ.get("GOLDEN_DIR", Path(__file__).resolve().parents[3] / "shared" / "golden")).parent
+    / "data"
+)
 PLAIN = Augment(32, (0.0,) * 3, (1.0,) * 3)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Two checkpoints of ours, the second of a network for two popular classes, and bare published weights."""
+    """Two checkpoints of ours, the second of a network for two popular classes, and bare published
+    weights."""
     folder = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
     for name, num_classes, popular in (("student", 5, ()), ("special", 3, (4, 1))):
@@ -41,7 +45,9 @@ def test_a_checkpoint_tells_what_its_text_leaves_open(files):
             f"cifar_densenet:depth=10,growthRate=4,weights={files / 'bare.pth'}",
         ]
     )
-    assert ours.member[:5] == ("cifar_resnet", {}, (0.5,) * 3, (0.25,) * 3, 16) and ours.member.classes is None
+    assert (
+        ours.member[:5] == ("cifar_resnet", {}, (0.5,) * 3, (0.25,) * 3, 16) and ours.member.classes is None
+    )
     assert (special.member.size, special.member.classes) == (24, (4, 1, -1))
     assert bare.member.std == (0.2023, 0.1994, 0.2010)  # as the zoo of EBJR was trained
     assert stored_run([ours, special])["calib_indices"] == [1, 2]
@@ -64,7 +70,10 @@ def test_a_cascade_is_a_checkpoint(files):
     ("texts", "message"),
     [
         (["weights={0}/student.pth"], "a cascade has two or more"),
-        (["cifar_resnet:depth=8", "weights={0}/student.pth"], "name its file of weights, as in NAME:weights=FILE"),
+        (
+            ["cifar_resnet:depth=8", "weights={0}/student.pth"],
+            "name its file of weights, as in NAME:weights=FILE",
+        ),
         (["weights={0}/bare.pth"] * 2, "does not name a network known here: write NAME:weights="),
         (["weights={0}/nowhere.pth"] * 2, "cannot read checkpoint .*nowhere.pth: No such file"),
     ],
@@ -75,7 +84,9 @@ def test_mistakes_in_the_networks(files, texts, message):
 
 
 def test_weights_of_another_network_are_refused(files):
-    parts = read_parts([f"cifar_resnet:depth=14,weights={files / 'student.pth'}", f"weights={files / 'student.pth'}"])
+    parts = read_parts(
+        [f"cifar_resnet:depth=14,weights={files / 'student.pth'}", f"weights={files / 'student.pth'}"]
+    )
     with pytest.raises(ValueError, match=re.escape("holds another network than --model and its options say")):
         assemble(parts, 5, PLAIN)
 
@@ -90,15 +101,21 @@ def test_the_published_pair_gives_the_published_figures():
     net.load_state_dict(content["model"])
     tuned = fold_batch_norm(net).to(memory_format=torch.channels_last)
     data = load_npz(DATA / "cifar10_test.npz", 10)
-    images = (torch.from_numpy(data.images).permute(0, 3, 1, 2) / 255).contiguous(memory_format=torch.channels_last)
+    images = (torch.from_numpy(data.images).permute(0, 3, 1, 2) / 255).contiguous(
+        memory_format=torch.channels_last
+    )
     labels = torch.from_numpy(data.labels)
     with torch.inference_mode():
-        student, teacher = (torch.cat(y).argmax(1) for y in zip(*(tuned(x) for x in images.split(50)), strict=True))
+        student, teacher = (
+            torch.cat(y).argmax(1) for y in zip(*(tuned(x) for x in images.split(50)), strict=True)
+        )
     logits, exits = run_adaptive(
         tuned, images, torch.tensor([2.46, -1e8], dtype=torch.float64), "energy_softmax", order="throughput"
     )
     counts = [(student == labels).sum(), (teacher == labels).sum(), (logits.argmax(1) == labels).sum()]
-    for ours, published in zip([*map(int, counts), int((exits == 0).sum())], (919, 949, 950, 728), strict=True):
+    for ours, published in zip(
+        [*map(int, counts), int((exits == 0).sum())], (919, 949, 950, 728), strict=True
+    ):
         assert abs(ours - published) <= 2
     papers = count(net, (3, 32, 32)).papers
     cost = 2 * torch.tensor(papers, dtype=torch.float64)[exits].mean().item() / 1e8

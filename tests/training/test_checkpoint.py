@@ -38,7 +38,11 @@ def names(folder):
 
 
 def test_saved_state_comes_back(tmp_path):
-    state = {"model": {"w": torch.arange(3)}, "epoch": 4, "args": {"lr": 0.1, "milestones": [1, 2], "resume": None}}
+    state = {
+        "model": {"w": torch.arange(3)},
+        "epoch": 4,
+        "args": {"lr": 0.1, "milestones": [1, 2], "resume": None},
+    }
     save(tmp_path / "x.pth", state)
     loaded = load(tmp_path / "x.pth")
     assert torch.equal(loaded["model"].pop("w"), state["model"].pop("w"))
@@ -92,7 +96,9 @@ def test_text_missing_file_folder_and_list_are_refused(tmp_path):
         assert one_line(error)
 
 
-@pytest.mark.parametrize(("attack", "held"), [(TouchesFile, r"io\.open"), (RunsCommand, r"(posix|nt)\.system")])
+@pytest.mark.parametrize(
+    ("attack", "held"), [(TouchesFile, r"io\.open"), (RunsCommand, r"(posix|nt)\.system")]
+)
 def test_malicious_pickle_is_refused_and_not_run(tmp_path, attack, held):
     touched = tmp_path / "touched"
     torch.save({"model": attack(touched)}, tmp_path / "x.pth")
@@ -133,12 +139,19 @@ def test_unreachable_url_is_one_line(monkeypatch):
 
 def run_epochs(folder, count, **options):
     for epoch in range(count):
-        save_epoch(folder, {"epoch": epoch}, epoch=epoch, **({"best": epoch == 1, "freq": 2, "keep": 2} | options))
+        save_epoch(
+            folder, {"epoch": epoch}, epoch=epoch, **({"best": epoch == 1, "freq": 2, "keep": 2} | options)
+        )
 
 
 def test_epochs_keep_last_best_and_the_newest_numbered(tmp_path):
     run_epochs(tmp_path, 12)
-    assert names(tmp_path) == ["checkpoint-11.pth", "checkpoint-9.pth", "checkpoint-best.pth", "checkpoint-last.pth"]
+    assert names(tmp_path) == [
+        "checkpoint-11.pth",
+        "checkpoint-9.pth",
+        "checkpoint-best.pth",
+        "checkpoint-last.pth",
+    ]
     epochs = [load(tmp_path / f"checkpoint-{name}.pth")["epoch"] for name in ("9", "11", "best", "last")]
     assert epochs == [9, 11, 1, 11]
 
@@ -208,7 +221,9 @@ def test_weights_older_than_the_batch_counter_load():
     weights = {key: value for key, value in network().state_dict().items() if "num_batches" not in key}
     model = network()
     load_weights(model, weights, "x.pth")
-    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items() if key in weights)
+    assert all(
+        torch.equal(value, weights[key]) for key, value in model.state_dict().items() if key in weights
+    )
 
 
 def test_another_number_of_classes_is_said():
@@ -230,7 +245,9 @@ def test_missing_and_unexpected_keys_are_counted():
         weights["old." + key] = weights.pop(key)
     with pytest.raises(ValueError, match="^x.pth does not fit the model: ") as error:
         load_weights(network(), weights, "x.pth")
-    assert "4 missing (head0.weight, head0.bias, isc.weight, ...); 4 unexpected (old.head0.weight" in str(error.value)
+    assert "4 missing (head0.weight, head0.bias, isc.weight, ...); 4 unexpected (old.head0.weight" in str(
+        error.value
+    )
     assert one_line(error)
 
 

@@ -13,10 +13,10 @@ from training.checkpoint import LAST, load
 from training.detection import CocoImages, mask_of, precision
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-FLAGS = (
-    "--train_split train --val_split val --batch_size 2 --min_size 64 --max_size 64 --smallest_anchor 8 --proposals 8"
+FLAGS = "--train_split train --val_split val --batch_size 2 --min_size 64 --max_size 64 --smallest_anchor 8 --proposals 8"
+FLAGS += (
+    " --sampled 8 --num_workers 0 --lr 0.01 --warmup_steps 2 --decay_epochs 1 --model mask_rcnn_rexnet_090"
 )
-FLAGS += " --sampled 8 --num_workers 0 --lr 0.01 --warmup_steps 2 --decay_epochs 1 --model mask_rcnn_rexnet_090"
 
 
 def script(name):
@@ -36,7 +36,9 @@ def shapes(tmp_path_factory):
 
 
 def run(shapes, out, *words):
-    script("main_detection").main([*shlex.split(FLAGS), "--data_path", str(shapes), "--output_dir", str(out), *words])
+    script("main_detection").main(
+        [*shlex.split(FLAGS), "--data_path", str(shapes), "--output_dir", str(out), *words]
+    )
 
 
 def test_boxes_are_those_around_the_masks(shapes):
@@ -58,7 +60,9 @@ def test_half_of_the_images_are_mirrored_with_their_boxes_and_masks(shapes):
         other, mirrored = flipped[0]
         seen.add(torch.equal(other, image))
         if not torch.equal(other, image):
-            assert torch.equal(other, image.flip(2)) and torch.equal(mirrored["masks"], target["masks"].flip(2))
+            assert torch.equal(other, image.flip(2)) and torch.equal(
+                mirrored["masks"], target["masks"].flip(2)
+            )
             assert torch.equal(mirrored["boxes"][:, 0], 128 - target["boxes"][:, 2])
     assert seen == {True, False}
 
@@ -124,7 +128,9 @@ def test_a_strange_object_is_named(shapes, tmp_path, key, value):
     content["annotations"][1][key] = value
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/instances_val.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="instances_val.json: object 2 has no known category, box or segmentation"):
+    with pytest.raises(
+        ValueError, match="instances_val.json: object 2 has no known category, box or segmentation"
+    ):
         CocoImages(tmp_path, "val", masks=True)
 
 

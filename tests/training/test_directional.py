@@ -19,17 +19,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning
 
 NETWORKS = {
     "msdnet": ("msdnet", {"nBlocks": 2, "nChannels": 4, "growthRate": 4}, 32),
-    # Maps of 14 and 7 x 7, which tokens read through one convolution; squeeze-excite; attention of one and more heads.
+    # Maps of 14 and 7 x 7, which tokens read through one convolution; squeeze-excite; attention of one and
+    # more heads.
     "perceiver": ("mobilenetV3_0x5_perceiver_t128", {"SA_widening_factor": 1, "dropout": 0.0}, 56),
 }
 
 
 class Noisy(nn.Module):
-    """Two exits after convolutions with and without bias, strides and groups; drop-out and stochastic depth."""
+    """Two exits after convolutions with and without bias, strides and groups; drop-out and stochastic
+    depth."""
 
     def __init__(self, rate=0.5, inplace=True):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=inplace))  # overwritten if in place
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=inplace)
+        )  # overwritten if in place
         self.strided = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), nn.ReLU())
         self.deep = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=3), nn.Tanh())
         self.drop, self.drop_path = nn.Dropout(rate), drop_path(rate)
@@ -44,7 +48,11 @@ class Noisy(nn.Module):
 def noisy(**options):
     """The network, five images, classes."""
     torch.manual_seed(0)
-    return Noisy(**options).double().train(), torch.randn(5, 3, 9, 9, dtype=torch.float64), torch.arange(5) % 3
+    return (
+        Noisy(**options).double().train(),
+        torch.randn(5, 3, 9, 9, dtype=torch.float64),
+        torch.arange(5) % 3,
+    )
 
 
 def directions_in(network):
@@ -53,7 +61,8 @@ def directions_in(network):
 
 @torch.no_grad()
 def difference(function, network, directions, images, draws=None, h=1e-8):
-    """The same derivative from two passes, which start from the same generator state; `h` crosses no kink of a ReLU."""
+    """The same derivative from two passes, which start from the same generator state; `h` crosses no kink of
+    a ReLU."""
     named, results = dict(network.named_parameters()), []
     for sign in (1, -1):
         moved = {name: named[name] + sign * h * direction for name, direction in directions.items()}
@@ -68,7 +77,10 @@ def test_tangents_are_derivatives_and_leave_no_trace(name):
     model, options, side = NETWORKS[name]
     torch.manual_seed(0)
     network = create_model(model, num_classes=5, **options).double().train()
-    images, table = torch.randn(5, 3, side, side, dtype=torch.float64), partial(loss_table, targets=torch.arange(5))
+    images, table = (
+        torch.randn(5, 3, side, side, dtype=torch.float64),
+        partial(loss_table, targets=torch.arange(5)),
+    )
     before = {name: value.clone() for name, value in network.state_dict().items()}
     directions = directions_in(network)
     tangent = tangent_of(table, network, directions, images)
@@ -191,7 +203,10 @@ def test_results_used_again_are_those_of_the_pass():
 def test_convolutions_of_known_result(moving):
     torch.manual_seed(0)
     network = nn.Module()
-    network.conv, network.scale = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), nn.Parameter(torch.tensor(1.5))
+    network.conv, network.scale = (
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
+        nn.Parameter(torch.tensor(1.5)),
+    )
     network.forward = lambda images: network.conv(images * network.scale)
     network.double()
     parts = {"input": ["scale"], "everything": ["scale", "weight", "bias"]}.get(moving, moving.split(" and "))
@@ -205,7 +220,9 @@ def test_convolutions_of_known_result(moving):
     if moving == "nothing":
         assert tangent is None
     else:
-        assert_close(tangent, difference(lambda maps: maps, network, directions, images), rtol=1e-5, atol=1e-7)
+        assert_close(
+            tangent, difference(lambda maps: maps, network, directions, images), rtol=1e-5, atol=1e-7
+        )
 
 
 def test_a_recorded_pass_in_mixed_precision_is_repeated_in_it():

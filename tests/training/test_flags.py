@@ -123,7 +123,9 @@ def test_a_dash_in_a_value_stays():
 
 
 def test_options_of_the_model_come_from_its_signature():
-    words = "--nBlocks 7 --grFactor 1-2-4-4 --bnFactor 1 2 4 4 --bottleneck false --prune=min --reduction 0.25"
+    words = (
+        "--nBlocks 7 --grFactor 1-2-4-4 --bnFactor 1 2 4 4 --bottleneck false --prune=min --reduction 0.25"
+    )
     given, options = parse("--model", "msdnet", *words.split(), "--lr", "2")
     assert given == {"model": "msdnet", "lr": 2.0}
     assert options == {
@@ -138,7 +140,12 @@ def test_options_of_the_model_come_from_its_signature():
 
 def test_annotations_become_kinds():
     def build(
-        *, a: int = 1, b: float | None = None, c: Sequence[int] = (1,), d: Sequence[float] | None = None, e: bool = True
+        *,
+        a: int = 1,
+        b: float | None = None,
+        c: Sequence[int] = (1,),
+        d: Sequence[float] | None = None,
+        e: bool = True,
     ):
         """Nothing."""
 

@@ -148,7 +148,9 @@ def test_published_original_loads(published):
 
 def test_published_original_with_a_numpy_scalar_is_refused(published):
     name = "original_cifar10_densenet-bc-52-6_checkpoint.pth.tar"
-    with pytest.raises(ValueError, match=f"{name} is refused: it holds numpy.core.multiarray.scalar;") as error:
+    with pytest.raises(
+        ValueError, match=f"{name} is refused: it holds numpy.core.multiarray.scalar;"
+    ) as error:
         read_weights(published / name)
     assert "\n" not in str(error.value)
 
@@ -170,7 +172,11 @@ def test_published_flags_name_the_architecture():
         "with_isc": False,
         "dropout": 0.0,
     }
-    assert stored_arch({"args": namespace()}, "x.pth") == {"name": PERCEIVER, "options": options, "num_classes": 1000}
+    assert stored_arch({"args": namespace()}, "x.pth") == {
+        "name": PERCEIVER,
+        "options": options,
+        "num_classes": 1000,
+    }
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", None, torch.ones(3), ["reg800m"], "timm/resnet18"])
@@ -188,7 +194,9 @@ def test_a_published_name_that_is_not_ours_names_nothing(name):
     ],
 )
 def test_strange_flags_are_refused_in_one_line(changes, complaint):
-    with pytest.raises(ValueError, match=f"^checkpoint x.pth was trained with a strange --{complaint}") as error:
+    with pytest.raises(
+        ValueError, match=f"^checkpoint x.pth was trained with a strange --{complaint}"
+    ) as error:
         stored_arch({"args": namespace(**changes)}, "x.pth")
     assert "\n" not in str(error.value)
 
@@ -210,7 +218,10 @@ def test_a_folder_of_another_machine_is_not_taken():
 
 
 def test_a_network_that_depends_on_the_side_is_told_it():
-    assert architecture(PERCEIVER, {"with_isc": True}, 10, 96)["options"] == {"with_isc": True, "input_size": 96}
+    assert architecture(PERCEIVER, {"with_isc": True}, 10, 96)["options"] == {
+        "with_isc": True,
+        "input_size": 96,
+    }
     assert architecture("msdnet", {"nBlocks": 3}, 10, 96)["options"] == {"nBlocks": 3}
     assert architecture("timm/resnet18", {"pretrained": True, "drop_rate": 0.1}, 10, 96)["options"] == {
         "drop_rate": 0.1
@@ -231,12 +242,18 @@ def perceiver_file():
 
 
 def load_perceiver(content, weights="auto", name="", num_classes=1000, **options):
-    return load_network(content, "x.pth", weights, name=name, options=options, num_classes=num_classes, input_size=224)
+    return load_network(
+        content, "x.pth", weights, name=name, options=options, num_classes=num_classes, input_size=224
+    )
 
 
-@pytest.mark.parametrize(("weights", "key"), [("auto", "model_ema"), ("ema", "model_ema"), ("model", "model")])
+@pytest.mark.parametrize(
+    ("weights", "key"), [("auto", "model_ema"), ("ema", "model_ema"), ("model", "model")]
+)
 def test_a_published_network_is_built_from_its_flags(perceiver_file, weights, key):
-    model, arch, which = load_perceiver(perceiver_file, weights, PERCEIVER, depth_factor=[1, 1, 1, 2], drop_path=0.1)
+    model, arch, which = load_perceiver(
+        perceiver_file, weights, PERCEIVER, depth_factor=[1, 1, 1, 2], drop_path=0.1
+    )
     assert torch.equal(model.latent, perceiver_file[key]["latent"]) and not model.training
     assert arch["options"]["input_size"] == 64  # as stored, whatever the images of the evaluation
     assert which == {"model_ema": "moving average of the weights", "model": "weights"}[key]
@@ -259,7 +276,9 @@ def test_a_file_without_a_moving_average(perceiver_file):
 
 def test_a_file_that_names_no_network_needs_one(perceiver_file):
     content = perceiver_file | {"args": namespace(model="convnext_tiny")}
-    with pytest.raises(ValueError, match="x.pth does not name a network known here: give --model and its options"):
+    with pytest.raises(
+        ValueError, match="x.pth does not name a network known here: give --model and its options"
+    ):
         load_perceiver(content)
     options = {"depth_factor": [1, 1, 1, 2], "SA_widening_factor": 2, "with_isc": False}
     assert load_perceiver(content, name=PERCEIVER, **options)[1] == {
@@ -316,13 +335,19 @@ def test_a_published_optimizer_goes_on_as_if_not_interrupted():
     for group in state["optimizer"]["param_groups"]:
         for name in group.keys() - {"lr", "betas", "eps", "weight_decay", "amsgrad", "params", "lr_scale"}:
             del group[name]  # not there in the torch and the script of the time
-    content = {"optimizer": state["optimizer"], "scaler": {"scale": 65536.0, "_growth_tracker": 3}, "epoch": 1}
+    content = {
+        "optimizer": state["optimizer"],
+        "scaler": {"scale": 65536.0, "_growth_tracker": 3},
+        "epoch": 1,
+    }
 
     later = copy.deepcopy(model)
     later_update = toy_update(later)
     assert resume_update(later_update, content, "x.pth", steps=2) == 2
     assert later_update.step == 4
-    assert torch.equal(later_update.ema.module.weight, later.weight)  # the file has no average: it starts here
+    assert torch.equal(
+        later_update.ema.module.weight, later.weight
+    )  # the file has no average: it starts here
     for batch in images[4:]:
         update(model(batch).square().mean())
         later_update(later(batch).square().mean())
@@ -337,8 +362,14 @@ def test_a_published_optimizer_goes_on_as_if_not_interrupted():
 @pytest.mark.parametrize(
     ("optimizer", "reason"),
     [
-        (toy_update(nn.Linear(3, 2), filter_bias_and_bn=False).state_dict()["optimizer"], "different number of param"),
-        (toy_update(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))).state_dict()["optimizer"], "doesn't match the"),
+        (
+            toy_update(nn.Linear(3, 2), filter_bias_and_bn=False).state_dict()["optimizer"],
+            "different number of param",
+        ),
+        (
+            toy_update(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))).state_dict()["optimizer"],
+            "doesn't match the",
+        ),
         ({}, "'param_groups'"),
     ],
 )
@@ -362,7 +393,12 @@ def test_a_run_of_other_steps_goes_on_at_the_same_epoch():
 
 def test_a_run_keeps_its_images_its_seed_and_its_optimizer():
     given = {"data_set": "DIGITS", "num_calib": None, "seed": 3, "opt": "sgd"}
-    flags = [Flag("data_set", str, ""), Flag("num_calib", int, None), Flag("seed", int, 0), Flag("opt", str, "adamw")]
+    flags = [
+        Flag("data_set", str, ""),
+        Flag("num_calib", int, None),
+        Flag("seed", int, 0),
+        Flag("opt", str, "adamw"),
+    ]
     check_same_run(given, {}, None, flags)
     check_same_run(given, {"args": {"seed": 3, "lr": 7}}, "x.pth", flags)  # an old file without the others
     check_same_run(given, {"args": dict(given)}, "x.pth", flags)
@@ -484,7 +520,9 @@ def test_fit_to_renews_heads_whole_and_takes_the_rest():
     assert len(fit.kept) == 1 + 7 + 2 and fit.unused == []
     initial = copy.deepcopy(model)
     load_weights(model, fit.weights, "x.pth")
-    assert torch.equal(model.trunk[0].weight, source.trunk[0].weight) and torch.equal(model.token, source.token)
+    assert torch.equal(model.trunk[0].weight, source.trunk[0].weight) and torch.equal(
+        model.token, source.token
+    )
     assert torch.equal(model.head.weight, initial.head.weight)
     # The connection's batch norm fits by its shape, but its statistics are of another layer's output.
     assert model.isc[1].running_mean.eq(0).all() and model.trunk[1].running_mean.eq(3).all()
@@ -525,9 +563,15 @@ def test_fine_tuning_says_what_it_took(tmp_path):
     keys = {"model_key": "model_ema", "model_prefix": ""}
     model = heads(10)
     line = fine_tune(model, tmp_path / "x.pth", **keys)
-    assert line == f"fine-tuning {tmp_path / 'x.pth'}: 10 entries kept; initialised anew: head, isc, last.classify"
+    assert (
+        line
+        == f"fine-tuning {tmp_path / 'x.pth'}: 10 entries kept; initialised anew: head, isc, last.classify"
+    )
     assert torch.equal(model.token, source.token + 1)
-    save(tmp_path / "y.pth", {k.removeprefix("trunk."): v for k, v in source.trunk.state_dict().items()} | average)
+    save(
+        tmp_path / "y.pth",
+        {k.removeprefix("trunk."): v for k, v in source.trunk.state_dict().items()} | average,
+    )
     line = fine_tune(heads(10), tmp_path / "y.pth", model_key="model", model_prefix="trunk.")
     assert line.endswith(
         "7 entries kept; initialised anew: token, head, isc, last; 21 unused: "
@@ -541,7 +585,12 @@ def test_all_heads_and_connections_of_a_perceiver_are_renewed(backbone, first):
         source, model = (create_model(f"{backbone}_perceiver_t128", classes) for classes in (1000, 3))
     others = ["classifier_att", "isc4", "classifier_cnn", "classifier_merge"]
     fit = fit_to(model, source.state_dict())
-    assert fit.renewed == [*first, "early_classifier3", "isc3", *(name for name in others if name not in first)]
+    assert fit.renewed == [
+        *first,
+        "early_classifier3",
+        "isc3",
+        *(name for name in others if name not in first),
+    ]
     assert len(fit.kept) == sum(not key.startswith(tuple(fit.renewed)) for key in model.state_dict())
 
 

@@ -84,7 +84,9 @@ def batch(n, side=6, seed=1):
 
 def sgd(network, **options):
     """Plain SGD with momentum, and what steps it."""
-    optimizer = torch.optim.SGD(network.parameters(), LR, **{"momentum": 0.9, "weight_decay": 0.01, **options})
+    optimizer = torch.optim.SGD(
+        network.parameters(), LR, **{"momentum": 0.9, "weight_decay": 0.01, **options}
+    )
     decay = optimizer.param_groups[0]["weight_decay"]
     return partial(Update, optimizer=optimizer, lr=lambda step: LR, weight_decay=lambda step: decay)
 
@@ -145,7 +147,12 @@ OPTIONS = {
         "distil": self_distillation(0.5, 2.0),
     },
 }
-SGDS = {"momentum": {}, "nesterov": {"nesterov": True}, "dampening": {"dampening": 0.5}, "plain": {"momentum": 0.0}}
+SGDS = {
+    "momentum": {},
+    "nesterov": {"nesterov": True},
+    "dampening": {"dampening": 0.5},
+    "plain": {"momentum": 0.0},
+}
 
 
 def judged(objective, model, train, judge, weight_net):
@@ -156,7 +163,9 @@ def judged(objective, model, train, judge, weight_net):
     plain, smoothed = loss_table(exits, targets), loss_table(exits, targets, objective.smoothing)
     inputs = weight_inputs(options.meta_net_input_type, plain, confidence_table(exits))
     weights = sample_weights(weight_net(inputs), options.epsilon, options.constraint_dimension).detach()
-    loss = sum(w * column.mean() for w, column in zip(objective.exit_weights, (weights * smoothed).T, strict=True))
+    loss = sum(
+        w * column.mean() for w, column in zip(objective.exit_weights, (weights * smoothed).T, strict=True)
+    )
     optimizer.zero_grad()
     (loss + (objective.distil(images, exits) if objective.distil else 0)).backward()
     optimizer.step()
@@ -165,7 +174,8 @@ def judged(objective, model, train, judge, weight_net):
 
 
 def check_slope(objective, model, images, targets):
-    """The weight net's gradient against the judgement's difference along it; for the first half of a batch."""
+    """The weight net's gradient against the judgement's difference along it; for the first half of a
+    batch."""
     half = (len(images) + 1) // 2
     parts = (images[:half], targets[:half]), (images[half:], targets[half:])
     before = copy.deepcopy((objective, model))
@@ -230,7 +240,9 @@ def first_half(network, forward_mode, images, targets, wrap=lambda network: netw
 )
 def test_forward_mode_and_second_order_agree(build, n, side, options):
     network, images = build(), batch(n, side)
-    (forward, loss), (second, same) = (first_half(network, mode, *images, **options) for mode in (None, False))
+    (forward, loss), (second, same) = (
+        first_half(network, mode, *images, **options) for mode in (None, False)
+    )
     assert loss == pytest.approx(same, rel=1e-9)
     assert max(g.abs().max() for g in forward) > 1e-4
     assert_close(forward, second, rtol=1e-6, atol=1e-9)
@@ -314,7 +326,9 @@ def test_losses_are_those_of_the_weights_learned_last():
     images, targets = batch(8)
     first = weighting(network).weight_net  # before it learned
     losses, expected = [], []
-    for part, (loss, exits) in zip((slice(0, 4), slice(4, 8)), objective(network, images, targets), strict=True):
+    for part, (loss, exits) in zip(
+        (slice(0, 4), slice(4, 8)), objective(network, images, targets), strict=True
+    ):
         losses.append(loss.detach())
         plain, smoothed = (loss_table([y.detach() for y in exits], targets[part], s) for s in (0.0, 0.2))
         weights = sample_weights(objective.weight_net(plain), 0.8, "col").detach()
@@ -341,7 +355,9 @@ def test_the_weight_nets_step_leaves_no_trace_in_the_classifier(forward_mode):
     weights = objective.tables["weights"][0].double()
     (weights * loss_table(twins, targets[:4])).mean(0).sum().backward()
     loss.backward()
-    assert_close([p.grad for p in network.parameters()], [p.grad for p in plain.parameters()], rtol=1e-6, atol=1e-8)
+    assert_close(
+        [p.grad for p in network.parameters()], [p.grad for p in plain.parameters()], rtol=1e-6, atol=1e-8
+    )
 
 
 def test_the_weight_net_learns_on_every_so_many_batches_of_an_epoch():
@@ -407,7 +423,9 @@ def test_a_resumed_objective_equals_an_unbroken_one(tmp_path):
     (whole, objective), (parts, later) = begun(0), begun(1)
     assert not all_equal(values_of(later.weight_net), values_of(objective.weight_net))
     train(objective, whole, images[:2])
-    torch.save([objective.state_dict(), objective.update.state_dict(), whole.state_dict()], tmp_path / "x.pth")
+    torch.save(
+        [objective.state_dict(), objective.update.state_dict(), whole.state_dict()], tmp_path / "x.pth"
+    )
     states = torch.load(tmp_path / "x.pth", weights_only=True)
     for part, state in zip((later, later.update, parts), states, strict=True):
         part.load_state_dict(state)
@@ -438,7 +456,9 @@ def test_a_network_without_forward_mode_learns_from_second_order(capsys):
         assert objective.forward_mode is False
     assert_close(*found, rtol=1e-12, atol=1e-14)
     (line,) = capsys.readouterr().out.splitlines()  # from the first, and once
-    assert line.startswith("weights are learned from a second-order graph, which is slower: ") and "jvp" in line
+    assert (
+        line.startswith("weights are learned from a second-order graph, which is slower: ") and "jvp" in line
+    )
 
 
 def test_the_way_is_found_without_a_trace(capsys):
@@ -446,7 +466,9 @@ def test_the_way_is_found_without_a_trace(capsys):
     for forward_mode in (None, True):
         network = toy(dropout=0.5)
         objective = weighting(network, forward_mode=forward_mode)
-        found.append((train(objective, network, [batch(8)]), values_of(network), values_of(objective.weight_net)))
+        found.append(
+            (train(objective, network, [batch(8)]), values_of(network), values_of(objective.weight_net))
+        )
         assert objective.forward_mode is True
     assert_close(*found, rtol=0, atol=0)
     assert capsys.readouterr().out == ""
@@ -456,7 +478,8 @@ def test_the_way_is_found_without_a_trace(capsys):
 
 
 def worker(rank, folder):
-    """Two batches of eight per process, then two steps of the heads alone; writes what the process ends with."""
+    """Two batches of eight per process, then two steps of the heads alone; writes what the process ends
+    with."""
     torch.set_num_threads(1)
     mine = [batch(8, seed=10 * rank + i) for i in range(2)]
     results = {"apart": first_half(toy(), None, *mine[0])[0]}  # this process's part of the first gradient
@@ -489,7 +512,9 @@ def both(tmp_path_factory):
 
 def test_two_processes_have_one_weight_net_that_learns_from_both(both):
     first, second = both
-    assert_close(first["together"], [(a + b) / 2 for a, b in zip(first["apart"], second["apart"], strict=True)])
+    assert_close(
+        first["together"], [(a + b) / 2 for a, b in zip(first["apart"], second["apart"], strict=True)]
+    )
     assert not torch.allclose(first["apart"][0], second["apart"][0], rtol=0.1)
     for what in ("together", "weight_net", "weights"):
         assert all_equal(first[what], second[what])

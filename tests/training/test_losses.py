@@ -46,7 +46,9 @@ def test_half_logits_give_float32_losses(dtype):
     logits = torch.randn(4, 5).to(dtype)
     targets = torch.arange(4)
     assert torch.equal(soft_cross_entropy(logits, targets), soft_cross_entropy(logits.float(), targets))
-    assert torch.equal(kd_loss(logits, logits.flip(0), 2.0), kd_loss(logits.float(), logits.float().flip(0), 2.0))
+    assert torch.equal(
+        kd_loss(logits, logits.flip(0), 2.0), kd_loss(logits.float(), logits.float().flip(0), 2.0)
+    )
 
 
 def test_float64_logits_keep_their_precision():
@@ -95,7 +97,9 @@ def test_joint_objective_has_nothing_to_distil_at_one_exit():
 def test_the_last_exit_teaches_the_others_and_learns_nothing_from_it():
     exits = [torch.randn(4, 3, requires_grad=True) for _ in range(3)]
     loss = self_distillation(0.3, 2.0)(None, exits)
-    torch.testing.assert_close(loss, 0.3 * (kd_loss(exits[0], exits[2], 2.0) + kd_loss(exits[1], exits[2], 2.0)))
+    torch.testing.assert_close(
+        loss, 0.3 * (kd_loss(exits[0], exits[2], 2.0) + kd_loss(exits[1], exits[2], 2.0))
+    )
     loss.backward()
     assert [y.grad is None for y in exits] == [False, False, True]
 

@@ -10,7 +10,14 @@ from torch.nn.parallel import DistributedDataParallel
 from models import create_model
 from training.optim import Update, lr_at, make_optimizer, param_groups, weight_decay_at
 
-OPTIONS = {"lr": 0.1, "weight_decay": 0.05, "momentum": 0.9, "eps": None, "betas": None, "filter_bias_and_bn": True}
+OPTIONS = {
+    "lr": 0.1,
+    "weight_decay": 0.05,
+    "momentum": 0.9,
+    "eps": None,
+    "betas": None,
+    "filter_bias_and_bn": True,
+}
 
 
 def rates(count, **options):
@@ -20,7 +27,9 @@ def rates(count, **options):
 
 def make_update(model, opt="sgd", lr=0.1, **options):
     optimizer = make_optimizer(model, opt=opt, **OPTIONS)
-    return Update(model, optimizer, lr=lambda step: lr / (step + 1), weight_decay=lambda step: 0.01 * step, **options)
+    return Update(
+        model, optimizer, lr=lambda step: lr / (step + 1), weight_decay=lambda step: 0.01 * step, **options
+    )
 
 
 def squared_error(model, inputs):
@@ -62,7 +71,9 @@ def test_unknown_schedule_is_refused():
 
 def test_weight_decay_is_constant_or_a_cosine_without_warmup():
     assert weight_decay_at(3, base=0.1, end=None, total_steps=4) == 0.1
-    assert [weight_decay_at(i, base=0.1, end=0.5, total_steps=4) for i in (0, 2, 4)] == pytest.approx([0.1, 0.3, 0.5])
+    assert [weight_decay_at(i, base=0.1, end=0.5, total_steps=4) for i in (0, 2, 4)] == pytest.approx(
+        [0.1, 0.3, 0.5]
+    )
 
 
 def toy():
@@ -86,9 +97,14 @@ def test_param_groups_come_in_order_of_first_occurrence():
 def test_embeddings_are_spared_unless_asked_for():
     net = create_model("reg400m_perceiver_t32", num_classes=3)
     names = {param: name for name, param in net.named_parameters()}
-    embeddings = {"latent", *(f"cross_att{i}_x2z.cross_attn.attention.relative_position_bias" for i in (1, 2, 3, 4))}
+    embeddings = {
+        "latent",
+        *(f"cross_att{i}_x2z.cross_attn.attention.relative_position_bias" for i in (1, 2, 3, 4)),
+    }
     for decay_embeddings in (False, True):
-        no_decay, decay = sorted(param_groups(net, 0.05, True, decay_embeddings), key=lambda g: g["weight_decay"])
+        no_decay, decay = sorted(
+            param_groups(net, 0.05, True, decay_embeddings), key=lambda g: g["weight_decay"]
+        )
         decayed = {names[p] for p in decay["params"]}
         assert decayed & embeddings == (embeddings if decay_embeddings else set())
         assert all(p.ndim > 1 for p in decay["params"]) and len(decayed) > 200
@@ -107,7 +123,9 @@ def test_bias_of_two_dimensions_is_not_decayed():
     net = nn.Module()
     net.bias, net.deep = nn.Parameter(torch.zeros(2, 2)), nn.Module()
     net.deep.bias = nn.Parameter(torch.zeros(2, 2))
-    assert [group["weight_decay"] for group in param_groups(net.deep, 0.05, True)] == [0.05]  # named "bias", no dot
+    assert [group["weight_decay"] for group in param_groups(net.deep, 0.05, True)] == [
+        0.05
+    ]  # named "bias", no dot
     assert [group["weight_decay"] for group in param_groups(net, 0.05, True)] == [0.05, 0.0]
 
 
@@ -145,7 +163,10 @@ def test_accumulation_equals_one_big_batch():
     inputs = torch.randn(6, 4)
     whole, parts = nn.Linear(4, 3), nn.Linear(4, 3)
     parts.load_state_dict(whole.state_dict())
-    update_whole, update_parts = make_update(whole, clip_grad=0.1), make_update(parts, clip_grad=0.1, update_freq=3)
+    update_whole, update_parts = (
+        make_update(whole, clip_grad=0.1),
+        make_update(parts, clip_grad=0.1, update_freq=3),
+    )
     for _ in range(2):
         update_whole(squared_error(whole, inputs))
         for chunk in inputs.chunk(3):
@@ -180,7 +201,9 @@ def test_rates_are_set_for_the_next_step_and_scaled_by_group():
     net = toy()
     optimizer = make_optimizer(net, opt="adamw", **OPTIONS)
     optimizer.param_groups[1]["lr_scale"] = 0.5
-    update = Update(net, optimizer, lr=lambda step: [0.3, 0.2][step], weight_decay=lambda step: [0.0, 0.4][step])
+    update = Update(
+        net, optimizer, lr=lambda step: [0.3, 0.2][step], weight_decay=lambda step: [0.0, 0.4][step]
+    )
     assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.15]
     update(squared_error(net, torch.randn(3, 4)))
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1]
@@ -302,14 +325,30 @@ def test_a_second_forward_under_the_same_autocast_sees_the_step():
 
 
 def test_spellings_of_optimizers():
-    given = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9, "eps": None, "betas": None, "filter_bias_and_bn": True}
-    kinds = {opt: type(make_optimizer(nn.Linear(3, 2), opt=opt, **given)).__name__ for opt in ("sgd", "nvnovograd")}
+    given = {
+        "lr": 0.1,
+        "weight_decay": 0.0,
+        "momentum": 0.9,
+        "eps": None,
+        "betas": None,
+        "filter_bias_and_bn": True,
+    }
+    kinds = {
+        opt: type(make_optimizer(nn.Linear(3, 2), opt=opt, **given)).__name__ for opt in ("sgd", "nvnovograd")
+    }
     assert kinds == {"sgd": "SGD", "nvnovograd": "NvNovoGrad"}
 
 
 def test_a_second_order_optimizer_trains_attention():
     enabled = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
-    given = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9, "eps": None, "betas": None, "filter_bias_and_bn": True}
+    given = {
+        "lr": 0.1,
+        "weight_decay": 0.0,
+        "momentum": 0.9,
+        "eps": None,
+        "betas": None,
+        "filter_bias_and_bn": True,
+    }
     net = create_model("reg400m_perceiver_t32", num_classes=2)
     try:
         optimizer = make_optimizer(net, opt="adahessian", **given)

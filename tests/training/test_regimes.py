@@ -11,7 +11,14 @@ from torch.testing import assert_close
 from models import MultiExitModel, create_model
 from models.dyn_perceiver import EXITS
 from tests.adaptive.test_inference import Relay
-from training.regimes import Equilibrium, HeadsOnly, modules_of_heads, phase_of, scale_gradient, trained_through
+from training.regimes import (
+    Equilibrium,
+    HeadsOnly,
+    modules_of_heads,
+    phase_of,
+    scale_gradient,
+    trained_through,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 
@@ -114,7 +121,9 @@ def with_hooks(network, images):
 def test_in_msdnet_only_the_coarsest_map_is_scaled():
     network, images = small_msdnet()
     network, images = network.double(), images.double()
-    plain, exits, by_hand = (net(images) for net in (network, Equilibrium(network), lambda x: with_hooks(network, x)))
+    plain, exits, by_hand = (
+        net(images) for net in (network, Equilibrium(network), lambda x: with_hooks(network, x))
+    )
     assert all(map(torch.equal, exits, plain))
     ours, theirs, joint = (gradients(y, network) for y in (exits, by_hand, plain))
     assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -199,7 +208,9 @@ def test_modules_of_heads_are_found_in_every_type_of_weights_and_without_a_trace
     network, _ = small_msdnet()
     network.double().eval()
     before = copy.deepcopy(network.state_dict())
-    assert set(modules_of_heads(network, (3, 32, 32))) == set(network.classifier.modules()) - {network.classifier}
+    assert set(modules_of_heads(network, (3, 32, 32))) == set(network.classifier.modules()) - {
+        network.classifier
+    }
     assert_close(network.state_dict(), before, rtol=0, atol=0)
     assert not any(module.training for module in network.modules())
     assert not nn.modules.module._global_forward_pre_hooks
@@ -210,7 +221,10 @@ def test_modules_of_heads_are_found_in_every_type_of_weights_and_without_a_trace
 
 def test_phases_by_epoch():
     phases = {regime: [phase_of(regime, epoch, 2) for epoch in range(4)] for regime in ("disjoint", "mixed")}
-    assert phases == {"disjoint": ["last", "last", "heads", "heads"], "mixed": ["last", "last", "joint", "joint"]}
+    assert phases == {
+        "disjoint": ["last", "last", "heads", "heads"],
+        "mixed": ["last", "last", "joint", "joint"],
+    }
     assert phase_of("joint", 0, 2) == "joint" and phase_of("equilibrium", 0, 2) == "equilibrium"
     assert [phase_of("disjoint", 0, 0), phase_of("mixed", 3, 4)] == ["heads", "last"]
 

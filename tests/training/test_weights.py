@@ -98,7 +98,9 @@ def test_centring_keeps_its_totals_and_no_others(centring, kept):
 def test_weights_are_negative_only_above_half():
     raw = torch.tensor([[1.0, 1.0, -1.0]])
     assert sample_weights(raw, 0.8, "col")[0, 2].item() == pytest.approx(1 - 0.8 * 4 / 3)
-    many = torch.ones(1, 1000).index_fill(1, torch.tensor([7]), -1.0)  # the least that a centred weight can be
+    many = torch.ones(1, 1000).index_fill(
+        1, torch.tensor([7]), -1.0
+    )  # the least that a centred weight can be
     assert 0 < sample_weights(many, 0.5, "col").min() < 0.01
 
 
@@ -118,8 +120,13 @@ def two_groups(optimizer_class=torch.optim.SGD, **options):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)).double()
     net.unread = nn.Parameter(torch.ones(2, dtype=torch.float64))
-    weights, biases = ([p for name, p in net.named_parameters() if name.endswith("bias") == b] for b in (False, True))
-    groups = [{"params": weights, "lr": 0.1, "weight_decay": 0.3}, {"params": biases, "lr": 0.7, "weight_decay": 0.0}]
+    weights, biases = (
+        [p for name, p in net.named_parameters() if name.endswith("bias") == b] for b in (False, True)
+    )
+    groups = [
+        {"params": weights, "lr": 0.1, "weight_decay": 0.3},
+        {"params": biases, "lr": 0.7, "weight_decay": 0.0},
+    ]
     return net, optimizer_class(groups, **options)
 
 
@@ -186,11 +193,16 @@ def test_exits_take_their_most_confident_of_those_left():
     assert [rows.tolist() for rows in assign_exits(confidence, torch.tensor([0.5, 0.5]))] == [[0, 3], [2, 1]]
     thrice = torch.tensor([[0.9, 0.3, 0.1], [0.8, 0.9, 0.2], [0.7, 0.4, 0.3], [0.6, 0.5, 0.9]])
     # Sample 1 is exit 1's surest, sample 0 is gone; the last exit takes the rest, whatever its share.
-    assert [rows.tolist() for rows in assign_exits(thrice, torch.tensor([0.25, 0.25, 0.1]))] == [[0], [1], [3, 2]]
+    assert [rows.tolist() for rows in assign_exits(thrice, torch.tensor([0.25, 0.25, 0.1]))] == [
+        [0],
+        [1],
+        [3, 2],
+    ]
 
 
 def test_shares_are_rounded_down_in_single_precision():
-    # 0.29 * 100 is 28.999999999999996 in double precision, 29 in single; 0.7 in single precision is below 0.7.
+    # 0.29 * 100 is 28.999999999999996 in double precision, 29 in single; 0.7 in single precision is below
+    # 0.7.
     confidence = torch.rand(100, 2)
     for proportions in (torch.tensor([0.29, 0.71], dtype=torch.float64), torch.tensor([0.29, 0.71])):
         assert counts(assign_exits(confidence.double(), proportions)) == [29, 71]

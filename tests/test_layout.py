@@ -90,7 +90,7 @@ def test_nothing_imports_scripts():
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_budgets(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= (230 if path.parent.name == "scripts" else 410)
+    assert len(lines) <= (230 if path.parent.name == "scripts" else 420)
     assert max(map(len, lines), default=0) <= 122
     for node in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+
+
+def option(default: Any, about: str = "", *, low: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A field of a frozen dataclass that is also a flag of the command line (`experiment.options`).
+
+    `about` is its help, `low` the least value accepted, `choices` the words where the annotation is no Literal.
+    """
+    return field(default=default, metadata={"about": about, "low": low, "choices": choices})
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:

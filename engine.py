@@ -5,17 +5,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from adaptive.inference import ExitTables
-from datasets import batch_names
-from models import MultiExitModel
-from training.losses import Objective
+from adaptive.exit_tables import ExitTables
+from models import MultiExitModel, tune
+from training.losses import ObjectiveFunction
 from utils import Compute, Meters, Progress, gather, share_buffers
 
 
 def train_one_epoch(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
-    objective: Objective,
+    objective: ObjectiveFunction,
     update: Callable[[Tensor], None],
     compute: Compute,
     *,
@@ -23,14 +22,14 @@ def train_one_epoch(
     print_freq: int = 50,
     on_print: Callable[[dict[str, float]], None] = lambda means: None,
 ) -> dict[str, float]:
-    """Trains once through the loader; means over all processes of `loss` and, for hard targets,
-    `acc1/exit{k}`.
+    """Trains once through the loader; returns means over all processes of `loss` and `acc1/exit{k}`.
 
-    `objective(model, images, targets)` yields (loss, every exit's logits) whenever `update` is to act, of the
-    whole batch or of one part of it after another. Raises ValueError on every process once a loss of any is
-    not finite, at the next report (every `print_freq` batches).
+    The latter are for hard targets only. `objective(model, images, targets)` yields (loss, every exit's
+    logits) whenever `update` is to act, for the whole batch or for one part of it after another. Once a loss
+    is not finite, raises ValueError on every process at the next report (every `print_freq` batches).
     """
     model.train()
+    tune(model, compute.device)
     meters, watch = Meters(), FiniteWatch(loader, epoch, compute)
     progress = Progress(loader, f"epoch {epoch}", len(loader), shown=compute.rank == 0)
     for step, (images, targets) in enumerate(progress):
@@ -63,20 +62,20 @@ def evaluate(
     confidence: str = "max_prob",
     title: str = "evaluate",
 ) -> ExitTables:
-    """Runs every exit on every sample; the table, on the CPU and the same on all processes, is in the data
-    set's order.
+    """Runs every exit on every sample; all processes get the same table, on the CPU, in data-set order.
 
     Each process reads its own samples and none is read twice, so counts are exact for every data size.
     """
     model.eval()
+    tune(model, compute.device)
     parts = []
     for images, targets in Progress(loader, title, len(loader), shown=compute.rank == 0):
         with compute.autocast():
             exits = model(compute.put(images))
         parts.append(ExitTables.of(exits, compute.put(targets), confidence).cpu())
     # Process r holds samples r, r + world size, ...; the last processes hold none if there are fewer samples.
-    shards = gather(ExitTables.cat(parts) if parts else None, compute)
-    return ExitTables.interleave([shard for shard in shards if shard is not None])
+    shards = gather(parts, compute)
+    return ExitTables.interleave([ExitTables.cat(shard) for shard in shards if shard])
 
 
 def evaluate_all(
@@ -86,8 +85,10 @@ def evaluate_all(
     *,
     title: str,
 ) -> dict[str, float]:
-    """`{title}{name}/...` of every named network, as `summarise` has them; a network may be on another
-    device."""
+    """`{title}{name}/...` of every named network, with the metrics of `summarise`.
+
+    A network may be on another device.
+    """
     figures = {}
     for name, network in networks.items():
         share_buffers(network, compute)
@@ -98,31 +99,21 @@ def evaluate_all(
     return figures
 
 
-def epoch_line(record: dict[str, float], epochs: int) -> str:
-    """One line that sums up an epoch."""
-    accuracies = [f"{100 * value:.2f}" for key, value in record.items() if key.startswith("calib/acc1/")]
-    text = f"epoch {record['epoch'] + 1}/{epochs}: loss {record['train/loss']:.4f}"
-    return f"{text}, calib top-1 by exit {' '.join(accuracies) or '-'} %, {record['seconds']:.0f} s"
-
-
 def summarise(tables: ExitTables) -> dict[str, float]:
     """`loss/exit{k}`, `acc1/exit{k}`, `acc5/exit{k}` (fractions) of every exit."""
-    rows = {"loss": tables.loss, "acc1": tables.correct, "acc5": tables.correct5}
-    return {
-        f"{name}/exit{k}": row.double().mean().item()
-        for name, table in rows.items()
-        for k, row in enumerate(table)
-    }
+    means = tables.means()
+    return {f"{name}/exit{k}": value for name, row in means.items() for k, value in enumerate(row)}
 
 
 class FiniteWatch:
-    """Remembers the first batch whose loss was not finite, without waiting for the device, and stops all
-    processes."""
+    """Remembers the first batch whose loss was not finite, and stops all processes.
+
+    Remembering does not wait for the device.
+    """
 
     def __init__(self, loader: Iterable, epoch: int, compute: Compute) -> None:
         self.loader, self.epoch, self.compute = loader, epoch, compute
-        self.never = torch.iinfo(torch.int64).max
-        self.first = torch.tensor(self.never, device=compute.device)
+        self.first = torch.tensor(torch.inf, device=compute.device)
 
     def see(self, loss: Tensor, step: int) -> None:
         """Looks at the loss of batch `step`."""
@@ -130,12 +121,12 @@ class FiniteWatch:
 
     def check(self) -> None:
         """Raises ValueError on every process if any has seen a loss that is not finite."""
-        first = gather(int(self.first), self.compute)
-        if min(first) == self.never:
+        first = gather(self.first.item(), self.compute)
+        if min(first) == torch.inf:
             return
-        rank = first.index(min(first))
-        names = gather(batch_names(self.loader, min(first)), self.compute)[rank]
+        rank, step = first.index(min(first)), int(min(first))
+        names = gather(self.loader.names(step), self.compute)[rank]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise ValueError(
-            f"the loss is not finite at epoch {self.epoch}, batch {min(first)}, process {rank}: {shown}"
+            f"the loss is not finite at epoch {self.epoch}, batch {step}, process {rank}: {shown}"
         )

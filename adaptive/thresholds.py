@@ -4,9 +4,8 @@ Pure functions of tables: K exits x N samples. A sample leaves at the first exit
 that exit's threshold; the last exit takes whoever is left.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,13 +20,6 @@ DYN_PERCEIVER_RATIOS = [(i + 4) / 20 for i in range(17)] + [20 / (i + 4) for i i
 # need.
 WIDE_RATIOS = [share / (100 - share) for share in range(1, 100)]
 SWEEPS = {"msdnet": MSDNET_RATIOS, "dyn_perceiver": DYN_PERCEIVER_RATIOS, "wide": WIDE_RATIOS}
-
-
-class Tables(Protocol):
-    """What every exit says about every sample: `confidence` and `correct` (bool), [K, N] each."""
-
-    confidence: Tensor
-    correct: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,8 +58,7 @@ def geometric_quotas(ratio: float, num_exits: int, scales: Sequence[float] = ())
 
 
 def quota_thresholds(confidence: Tensor, quotas: Tensor) -> Tensor:
-    """Thresholds [K] at which floor(N * quota_k) of the samples still there leave at exit k; the papers'
-    rule.
+    """The papers' rule: thresholds [K] at which floor(N * quota_k) of the samples left leave at exit k.
 
     `confidence` [K, N], `quotas` [K]. Nobody leaves at an exit whose quota is zero or larger than what is
     left; ties leave together; the last threshold always passes. The product N * quota is taken in float32, as
@@ -96,8 +87,7 @@ def exit_of(confidence: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def simulate(confidence: Tensor, correct: Tensor, thresholds: Tensor, costs: Sequence[float]) -> Simulation:
-    """What `thresholds` [K] do to samples with `confidence` and `correct` (bool) [K, N], at `costs` [K] per
-    exit."""
+    """What `thresholds` [K] do to samples with `confidence` and `correct` [K, N], at the exits' `costs`."""
     exits = exit_of(confidence, thresholds)
     shares = torch.bincount(exits, minlength=len(thresholds)).double() / exits.numel()
     accuracy = correct.gather(0, exits[None]).double().mean().item()
@@ -105,44 +95,13 @@ def simulate(confidence: Tensor, correct: Tensor, thresholds: Tensor, costs: Seq
     return Simulation(accuracy, cost, shares.tolist(), exits)
 
 
-def sweep(
-    quotas: Iterable[Tensor], calib: Tables, test: Tables, costs: Sequence[float]
-) -> list[dict[str, Any]]:
-    """The quota rule for each of `quotas` [K]: thresholds chosen on calib, and what they do to it and to
-    test.
-
-    Rows of {thresholds, accuracy, macs, shares (on test), calib_accuracy, calib_macs}; `costs` [K] are
-    multiply-adds.
-    """
-    return [operate(quota_thresholds(calib.confidence, quota), calib, test, costs) for quota in quotas]
-
-
-def operate(thresholds: Tensor, calib: Tables, test: Tables, costs: Sequence[float]) -> dict[str, Any]:
-    """What `thresholds` [K] do to calib and to test: a row of `sweep`."""
-    on_calib = simulate(calib.confidence, calib.correct, thresholds, costs)
-    on_test = simulate(test.confidence, test.correct, thresholds, costs)
-    row = {"thresholds": thresholds.tolist(), "accuracy": on_test.accuracy, "macs": on_test.cost}
-    return row | {"shares": on_test.shares, "calib_accuracy": on_calib.accuracy, "calib_macs": on_calib.cost}
-
-
 def share_quotas(shares: Sequence[float], num_exits: int) -> Tensor:
-    """Quotas [K] from the shares meant to leave at every exit but the last, which takes the rest; ValueError
-    if bad."""
+    """Quotas [K] from the shares meant to leave at every exit but the last; it takes the rest. ValueError."""
     if len(shares) != num_exits - 1 or sum(shares) > 1:
         raise ValueError(
             f"shares {list(shares)} for {num_exits} exits; give one per exit but the last, at most 1 in all"
         )
     return torch.tensor([*shares, 1 - sum(shares)])
-
-
-def given_thresholds(values: Sequence[float], num_exits: int) -> Tensor:
-    """Thresholds [K], float64, from those of every exit but the last; ValueError for another number of
-    them."""
-    if len(values) != num_exits - 1:
-        raise ValueError(
-            f"{len(values)} router thresholds for {num_exits} exits; give one per exit but the last"
-        )
-    return torch.tensor([*values, EVERYBODY], dtype=torch.float64)
 
 
 def within_budget(accuracies: Sequence[float], costs: Sequence[float], budget: float) -> int:
@@ -159,7 +118,6 @@ def within_budget(accuracies: Sequence[float], costs: Sequence[float], budget: f
 
 
 def cheapest(accuracies: Sequence[float], costs: Sequence[float], accuracy: float) -> int:
-    """Index of the cheapest setting with at least this accuracy, or of the most accurate one if none has
-    it."""
+    """Index of the cheapest setting with this accuracy or more, or of the most accurate if none has it."""
     good = [i for i, a in enumerate(accuracies) if a >= accuracy]
     return min(good, key=lambda i: costs[i]) if good else within_budget(accuracies, costs, float("inf"))

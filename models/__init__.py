@@ -7,9 +7,11 @@ from models import (  # noqa: F401 (to register names)
     dyn_perceiver,
     ebjr,
     mobilenetv2,
+    mobilenetv3,
     msdnet,
-    plain_cnn,
     ranet,
+    regnet,
+    resnet,
     rexnet,
     timm_exits,
 )
@@ -23,6 +25,7 @@ from models.registry import (
     nearest,
     spelled_out,
 )
+from models.tuning import tune
 
 __all__ = [
     "MultiExitModel",
@@ -37,4 +40,5 @@ __all__ = [
     "nearest",
     "spelled_out",
     "take",
+    "tune",
 ]

@@ -1,24 +1,30 @@
-"""Pre-norm cross and self attention layers on tokens, as Perceiver (https://arxiv.org/abs/2103.03206) builds
-them."""
+"""Pre-norm cross and self attention layers on tokens, as in Perceiver (https://arxiv.org/abs/2103.03206)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.tuning import Tunable
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for q [B, heads, N, d] and k, v [B, heads, L, d], with `dropout` on the
-    softmax."""
-    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    # The backward pass of the CPU's kernel takes 2 to 10 times as long in half precision as in float32, at
-    # heads as narrow as here: there is little to multiply, and nothing that half precision would multiply
-    # faster.
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout).to(q.dtype)
+    """softmax(q k^T / sqrt(d)) v with dropout on the softmax; q [B, heads, N, d], k, v [B, heads, L, d]."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
 
 
-class Attention(nn.Module):
+def attend_in_float32(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """`attend` whose half-precision inputs are multiplied in float32; the result is of their type.
+
+    The backward pass of the CPU's kernel takes 2 to 10 times as long in half precision as in float32, with
+    heads as narrow as here: there is little to multiply, and nothing that half precision would speed up.
+    """
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return attend(q, k, v, dropout)
+    with torch.autocast(q.device.type, enabled=False):
+        return attend(q.float(), k.float(), v.float(), dropout).to(q.dtype)
+
+
+class Attention(Tunable):
     """Multi-head attention with projections to `inner` channels, which the heads share evenly.
 
     `num_keys` > 0 adds a learned embedding to that many keys. Published weights call it
@@ -39,30 +45,37 @@ class Attention(nn.Module):
         super().__init__()
         if inner % heads:
             raise ValueError(f"{inner} attention channels cannot be shared by {heads} heads")
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
+        self.dropout = dropout
+        self.in_float32 = False  # half precision, too
+        self.embeds_keys = num_keys > 0
         if num_keys:
             self.relative_position_bias = nn.Parameter(torch.zeros(1, num_keys, inner))
         self.q_proj = nn.Linear(n_queries, inner, bias=False)
         self.k_proj = nn.Linear(n_values, inner, bias=False)
         self.v_proj = nn.Linear(n_values, inner, bias=False)
         self.o_proj = nn.Linear(inner, n_queries)
-        self.embeds_keys = num_keys > 0
+
+    def choose_kernels(self, *, on_cpu: bool, training: bool) -> None:
+        """On a CPU, half precision is multiplied in float32."""
+        self.in_float32 = on_cpu
 
     def forward(self, queries: Tensor, values: Tensor) -> Tensor:
         """Tokens [B, N, n_queries] and [B, L, n_values] to [B, N, n_queries]."""
-        q, k, v = self.q_proj(queries), self.k_proj(values), self.v_proj(values)
+        q = self.q_proj(queries)
+        k = self.k_proj(values)
+        v = self.v_proj(values)
         if self.embeds_keys:
             k = k + self.relative_position_bias
-        q, k, v = (
-            t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)
-        )  # (B, heads, tokens, C / heads)
-        mixed = attend(q, k, v, self.dropout if self.training else 0.0)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, N, inner) in between
+        # (B, heads, tokens, inner / heads)
+        q, k, v = (tokens.unflatten(2, (self.heads, -1)).transpose(1, 2) for tokens in (q, k, v))
+        multiply = attend_in_float32 if self.in_float32 else attend
+        mixed = multiply(q, k, v, self.dropout if self.training else 0.0)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, N, inner) before the projection
 
 
 class TokenMlp(nn.Module):
-    """Layer norm and two linear layers with a GELU between, `factor` times as wide inside: [B, N, C] to [B,
-    N, C]."""
+    """Layer norm, two linear layers, `factor` times as wide between, and a GELU: [B, N, C] to [B, N, C]."""
 
     def __init__(self, width: int, factor: int) -> None:
         super().__init__()
@@ -71,8 +84,8 @@ class TokenMlp(nn.Module):
         self.fc2 = nn.Linear(factor * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """See the class."""
-        return self.fc2(F.gelu(self.fc1(self.layernorm(tokens))))
+        hidden = F.gelu(self.fc1(self.layernorm(tokens)))  # (B, N, factor * C)
+        return self.fc2(hidden)
 
 
 class _NormedCross(nn.Module):
@@ -123,8 +136,7 @@ class _NormedSelf(nn.Module):
 
 
 class SelfAttentionLayer(nn.Module):
-    """Tokens read each other, then an MLP `factor` times as wide inside; both are added. [B, N, C] to [B, N,
-    C]."""
+    """Tokens [B, N, C] read each other, then an MLP `factor` times as wide inside; both are added."""
 
     def __init__(self, width: int, *, heads: int, factor: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -133,6 +145,5 @@ class SelfAttentionLayer(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """See the class."""
         tokens = tokens + self.drop(self.self_attn(tokens))
         return tokens + self.drop(self.mlp(tokens))

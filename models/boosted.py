@@ -1,18 +1,18 @@
-"""Boosted exits (BoostNet, https://arxiv.org/abs/2211.16726): every exit corrects what the exits before it
-answered."""
+"""Boosted exits (BoostNet, https://arxiv.org/abs/2211.16726): every exit corrects the answer before it."""
 
 from typing import Any
 
 from torch import Tensor
 
-from models.multi_exit import MultiExitModel, State
+from models.bases import Wrapped
+from models.multi_exit import State
 from models.registry import create_model, register
 
 
-class Boosted(MultiExitModel):
+class Boosted(Wrapped):
     """Exit k of a registered network answers P_k = f_k + reweight * P_{k-1}, without a gradient into P_{k-1}.
 
-    Trained with the joint loss, each exit so learns what those before it got wrong: the prediction that the
+    Trained with the joint loss, each exit thus learns what those before it got wrong: the prediction that the
     paper's rule trains, f_k + E_{k-1} with E_k = reweight * (f_k + E_{k-1}), is the same number.
     """
 
@@ -20,32 +20,31 @@ class Boosted(MultiExitModel):
         self, *, name: str, num_classes: int = 1000, reweight: float = 0.5, options: dict[str, Any]
     ) -> None:
         """`name` and `options` are those of the network; the paper's scripts set `reweight` to 0.5."""
-        super().__init__()
+        super().__init__(create_model(name, num_classes, **options))
         if not 0 <= reweight <= 1:
             raise ValueError(f"reweight is {reweight}; accepted: 0 to 1")
-        self.network = create_model(name, num_classes, **options)
-        self.num_exits, self.reweight = self.network.num_exits, reweight
-        self.embeddings, self.loss_weights = self.network.embeddings, self.network.loss_weights
+        self.reweight = reweight
 
     def begin(self, images: Tensor) -> State:
         """The state is the network's, and what the last exit answered (None before the first)."""
-        return self.network.begin(images), None
+        return super().begin(images), None
 
     def trunk(self, k: int, state: State) -> tuple[tuple[Any, Tensor | None], State]:
         """The network's features, and the last exit's answer."""
-        state, answer = state
-        features, state = self.network.trunk(k, state)
-        return (features, answer), (state, None)
+        inner, answer = state
+        features, inner = super().trunk(k, inner)
+        return (features, answer), (inner, None)
 
     def head(self, k: int, features: tuple[Any, Tensor | None]) -> Tensor:
         """Logits [B, C]."""
-        features, answer = features
-        logits = self.network.head(k, features)
+        own, answer = features
+        logits = super().head(k, own)
         return logits if answer is None else logits + self.reweight * answer.detach()
 
     def carry(self, k: int, state: State, logits: Tensor) -> State:
         """Keeps the answer for the next exit."""
-        return self.network.carry(k, state[0], logits), None if k == self.num_exits - 1 else logits
+        inner = super().carry(k, state[0], logits)
+        return inner, None if k == self.num_exits - 1 else logits
 
 
 register(Boosted, "boosted/", "any registered network with boosted exits")

@@ -1,8 +1,7 @@
-"""Networks for 32 x 32 images with one exit, as EBJR's model zoo has them (https://arxiv.org/abs/2110.10343).
+"""Residual and dense networks for 32 x 32 images with one exit, as EBJR's model zoo has them.
 
-DenseNet-BC (https://arxiv.org/abs/1608.06993), ResNet (1512.03385), PreResNet (1603.05027), Wide ResNet
-(1605.07146), ResNeXt (1611.05431), VGG (1409.1556) and AlexNet. Weights have the names and shapes of the
-released files.
+https://arxiv.org/abs/2110.10343: DenseNet-BC (https://arxiv.org/abs/1608.06993), ResNet (1512.03385),
+PreResNet (1603.05027) and Wide ResNet (1605.07146). Weights have the names and shapes of the released files.
 """
 
 from collections import OrderedDict
@@ -11,24 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.multi_exit import MultiExitModel, State
+from models.bases import SingleExit
+from models.layers import check_choice, conv, init_he_out
 from models.registry import register
 
-
-def conv(
-    n_in: int, n_out: int, kernel: int = 3, stride: int = 1, groups: int = 1, bias: bool = False
-) -> nn.Conv2d:
-    """A convolution that keeps the size of the map, stride aside."""
-    return nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, groups=groups, bias=bias)
-
-
-def init_he_out(module: nn.Module) -> None:
-    """Convolutions from N(0, sqrt(2 / (k * k * out))), for `Module.apply`; linear layers stay as they are."""
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-        nn.init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+WIDTHS = (16, 32, 64)  # of the three stages of residual networks, before multipliers
 
 
 def blocks_of(depth: int, first: int, step: int, what: str) -> int:
@@ -40,45 +26,50 @@ def blocks_of(depth: int, first: int, step: int, what: str) -> int:
     return (depth - first) // step
 
 
-class CifarNet(MultiExitModel):
-    """One exit; a family writes `features`, images to the last map, and names its linear layer."""
+class CifarNet(SingleExit):
+    """A family writes `last_map`, and ends its constructor with `add_classifier`."""
 
-    num_exits = 1
     normalisation = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
     classifier_name = "fc"
 
-    def features_of(self, images: Tensor) -> Tensor:
+    def add_classifier(self, width: int, num_classes: int) -> nn.Linear:
+        """The linear layer after a last map of `width` channels, under the family's name for it."""
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        classifier = nn.Linear(width, num_classes)
+        self.add_module(self.classifier_name, classifier)
+        return classifier
+
+    def last_map(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] to the last map [B, C, h, w]."""
         raise NotImplementedError
 
-    def begin(self, images: Tensor) -> State:
-        """The state is the images [B, 3, H, W]."""
-        return images
+    def extract(self, images: Tensor) -> Tensor:
+        """The last map's mean [B, C]."""
+        return self.pool(self.last_map(images)).flatten(1)
 
-    def trunk(self, k: int, state: State) -> tuple[Tensor, State]:
-        """The last map's mean [B, C]; 8 x 8 positions for images of 32 pixels."""
-        return self.pool(self.features_of(state)).flatten(1), None
-
-    def head(self, k: int, features: Tensor) -> Tensor:
+    def classify(self, features: Tensor) -> Tensor:
         """Logits [B, num_classes]."""
         return self.get_submodule(self.classifier_name)(features)
 
 
 class DenseLayer(nn.Module):
-    """Batch norm, ReLU, 1x1 convolution to 4 `growth` channels, the same with 3x3 to `growth`, joined to the
-    input."""
+    """Appends `growth` channels: batch norm, ReLU and 1x1 to 4 * `growth`, then the same with 3x3."""
 
     folds = (("conv1", "bn2"),)
 
     def __init__(self, n_in: int, growth: int, drop: float) -> None:
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(n_in), conv(n_in, 4 * growth, 1)
-        self.bn2, self.conv2 = nn.BatchNorm2d(4 * growth), conv(4 * growth, growth)
-        self.relu, self.drop = nn.ReLU(inplace=True), drop
+        self.bn1 = nn.BatchNorm2d(n_in)
+        self.conv1 = conv(n_in, 4 * growth, 1)
+        self.bn2 = nn.BatchNorm2d(4 * growth)
+        self.conv2 = conv(4 * growth, growth)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, n_in, H, W] to [B, n_in + growth, H, W], new channels last."""
-        new = self.conv2(self.relu(self.bn2(self.conv1(self.relu(self.bn1(x))))))
+        new = self.conv1(self.relu(self.bn1(x)))
+        new = self.conv2(self.relu(self.bn2(new)))
         return torch.cat([x, F.dropout(new, self.drop, self.training)], 1)
 
 
@@ -87,10 +78,12 @@ class Transition(nn.Module):
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
-        self.bn1, self.conv1, self.relu = nn.BatchNorm2d(n_in), conv(n_in, n_out, 1), nn.ReLU(inplace=True)
+        self.bn1 = nn.BatchNorm2d(n_in)
+        self.conv1 = conv(n_in, n_out, 1)
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class. The published counter does not see a functional mean, so it must stay one."""
+        # A function: the published counter of operations would count a module.
         return F.avg_pool2d(self.conv1(self.relu(self.bn1(x))), 2)
 
 
@@ -101,7 +94,7 @@ class CifarDenseNet(CifarNet):
         depth: 6n + 4.
         growthRate: channels that each layer adds.
         compressionRate: by how much a transition divides the channels.
-        dropRate: dropout behind each layer.
+        dropRate: dropout after each layer.
     """
 
     def __init__(
@@ -124,39 +117,45 @@ class CifarDenseNet(CifarNet):
             if i < 3:
                 self.add_module(f"trans{i}", Transition(width, width // compressionRate))
                 width //= compressionRate
-        self.bn, self.relu, self.pool = nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(width, num_classes)
-        self.apply(init_he_out)
+        self.bn = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.add_classifier(width, num_classes)
+        init_he_out(self, zero_bias=nn.Conv2d)
 
-    def features_of(self, images: Tensor) -> Tensor:
+    def last_map(self, images: Tensor) -> Tensor:
         """See CifarNet."""
         x = self.trans1(self.dense1(self.conv1(images)))
-        return self.relu(self.bn(self.dense3(self.trans2(self.dense2(x)))))
+        x = self.trans2(self.dense2(x))
+        return self.relu(self.bn(self.dense3(x)))
 
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions, or 1x1, 3x3 and 1x1 to four times the width, added to the shortcut.
 
-    Batch norm and ReLU come before each convolution if `before`, else behind; a shortcut of another shape is
-    a 1x1 convolution, with batch norm where that comes behind, of the block's raw input.
+    Batch norm and ReLU come before each convolution if `before`, else after it. A shortcut of another shape
+    is a 1x1 convolution of the block's raw input, with batch norm where that comes after.
     """
 
     def __init__(self, n_in: int, planes: int, stride: int, *, bottleneck: bool, before: bool) -> None:
         super().__init__()
-        convs = [(1, planes, 1), (3, planes, stride), (1, 4 * planes, 1)]
-        convs = convs if bottleneck else [(3, planes, stride), (3, planes, 1)]
-        self.before, self.count, width = before, len(convs), n_in
-        pairs = [(f"conv{i}", f"bn{i + 1 if before else i}") for i in range(1, len(convs) + 1)]
-        self.folds = pairs[:-1] if before else pairs
+        convs = [(3, planes, stride), (3, planes, 1)]
+        if bottleneck:
+            convs = [(1, planes, 1), (3, planes, stride), (1, 4 * planes, 1)]
+        self.before = before
+        self.count = len(convs)
+        width = n_in
         for i, (kernel, n_out, step) in enumerate(convs, 1):
-            parts = {
-                f"conv{i}": conv(width, n_out, kernel, step),
-                f"bn{i}": nn.BatchNorm2d(width if before else n_out),
-            }
-            for name in sorted(parts, reverse=not before):  # in the order of execution
-                self.add_module(name, parts[name])
+            layer = conv(width, n_out, kernel, step)
+            if before:
+                self.add_module(f"bn{i}", nn.BatchNorm2d(width))
+            self.add_module(f"conv{i}", layer)
+            if not before:
+                self.add_module(f"bn{i}", nn.BatchNorm2d(n_out))
             width = n_out
-        self.relu, self.downsample = nn.ReLU(inplace=not before), None
+        follows = 1 if before else 0  # the batch norm after convolution i is number i + follows
+        self.folds = [(f"conv{i}", f"bn{i + follows}") for i in range(1, len(convs) + 1 - follows)]
+        self.relu = nn.ReLU(inplace=not before)
+        self.downsample: nn.Module = nn.Identity()
         if stride > 1 or width != n_in:
             norm = [] if before else [nn.BatchNorm2d(width)]
             self.downsample = nn.Sequential(conv(n_in, width, 1, stride), *norm)
@@ -165,12 +164,14 @@ class ResidualBlock(nn.Module):
         """[B, n_in, H, W] to [B, n_out, H / stride, W / stride]."""
         y = x
         for i in range(1, self.count + 1):
-            layer, norm = self.get_submodule(f"conv{i}"), self.get_submodule(f"bn{i}")
+            layer = self.get_submodule(f"conv{i}")
+            norm = self.get_submodule(f"bn{i}")
             if self.before:
                 y = layer(self.relu(norm(y)))
             else:
-                y = norm(layer(y)) if i == self.count else self.relu(norm(layer(y)))
-        y = y + (x if self.downsample is None else self.downsample(x))
+                y = norm(layer(y))
+                y = self.relu(y) if i < self.count else y
+        y = y + self.downsample(x)
         return y if self.before else self.relu(y)
 
 
@@ -182,37 +183,35 @@ class CifarResNet(CifarNet):
         block_name: which.
     """
 
-    before = False
+    before = False  # whether batch norm and ReLU come before each convolution
 
     def __init__(self, *, num_classes: int = 10, depth: int = 20, block_name: str = "BasicBlock") -> None:
         super().__init__()
-        if block_name not in ("BasicBlock", "Bottleneck"):
-            raise ValueError(f"block_name is {block_name!r}; accepted: BasicBlock, Bottleneck")
+        check_choice("block_name", block_name, ("BasicBlock", "Bottleneck"))
         bottleneck = block_name == "Bottleneck"
         count = blocks_of(depth, 2, 9 if bottleneck else 6, block_name)
-        self.conv1, width = conv(3, 16), 16
+        width = WIDTHS[0]
+        self.conv1 = conv(3, width)
         if not self.before:
-            self.bn1 = nn.BatchNorm2d(16)
-        for i, planes in enumerate((16, 32, 64), 1):
-            blocks = []
+            self.bn1 = nn.BatchNorm2d(width)
+        for i, planes in enumerate(WIDTHS, 1):
+            blocks = nn.Sequential()
             for j in range(count):
                 stride = 2 if i > 1 and j == 0 else 1
                 blocks.append(ResidualBlock(width, planes, stride, bottleneck=bottleneck, before=self.before))
                 width = planes * (4 if bottleneck else 1)
-            self.add_module(f"layer{i}", nn.Sequential(*blocks))
+            self.add_module(f"layer{i}", blocks)
         if self.before:
             self.bn = nn.BatchNorm2d(width)
-        self.relu, self.pool, self.fc = (
-            nn.ReLU(inplace=True),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Linear(width, num_classes),
-        )
-        self.apply(init_he_out)
+        self.relu = nn.ReLU(inplace=True)
+        self.add_classifier(width, num_classes)
+        init_he_out(self, zero_bias=nn.Conv2d)
 
-    def features_of(self, images: Tensor) -> Tensor:
+    def last_map(self, images: Tensor) -> Tensor:
         """See CifarNet."""
         x = self.conv1(images)
-        x = x if self.before else self.relu(self.bn1(x))
+        if not self.before:
+            x = self.relu(self.bn1(x))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.relu(self.bn(x)) if self.before else x
 
@@ -230,42 +229,48 @@ class WideBlock(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, stride: int, drop: float) -> None:
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(n_in), conv(n_in, n_out, 3, stride)
-        self.bn2, self.conv2 = nn.BatchNorm2d(n_out), conv(n_out, n_out)
-        self.relu, self.drop = nn.ReLU(), drop
+        self.bn1 = nn.BatchNorm2d(n_in)
+        self.conv1 = conv(n_in, n_out, 3, stride)
+        self.bn2 = nn.BatchNorm2d(n_out)
+        self.conv2 = conv(n_out, n_out)
+        self.relu = nn.ReLU()
+        self.drop = drop
         self.convShortcut = None if n_in == n_out else conv(n_in, n_out, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, n_in, H, W] to [B, n_out, H / stride, W / stride]."""
         active = self.relu(self.bn1(x))
-        y = F.dropout(self.relu(self.bn2(self.conv1(active))), self.drop, self.training)
-        return self.conv2(y) + (x if self.convShortcut is None else self.convShortcut(active))
+        y = self.relu(self.bn2(self.conv1(active)))
+        y = self.conv2(F.dropout(y, self.drop, self.training))
+        return y + (x if self.convShortcut is None else self.convShortcut(active))
 
 
 class CifarWRN(CifarNet):
-    """Wide ResNet: ResNet's widths times `widen_factor`; depth 6n + 4, dropout of `dropRate` in every
-    block."""
+    """Wide ResNet: ResNet's widths times `widen_factor`; depth 6n + 4, dropout `dropRate` in all blocks."""
 
     def __init__(
         self, *, num_classes: int = 10, depth: int = 28, widen_factor: int = 1, dropRate: float = 0.0
     ) -> None:
         super().__init__()
         count = blocks_of(depth, 4, 6, "WRN")
-        self.conv1, width = conv(3, 16), 16
-        for i, planes in enumerate((16, 32, 64), 1):
-            n_out, blocks = planes * widen_factor, []
+        width = WIDTHS[0]
+        self.conv1 = conv(3, width)
+        for i, planes in enumerate(WIDTHS, 1):
+            blocks = nn.Sequential()
             for j in range(count):
-                blocks.append(WideBlock(width, n_out, 2 if i > 1 and j == 0 else 1, dropRate))
-                width = n_out
-            self.add_module(f"block{i}", nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks))))
-        self.bn1, self.relu, self.pool = nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(width, num_classes)
-        self.apply(init_he_out)
-        nn.init.zeros_(self.fc.bias)
+                stride = 2 if i > 1 and j == 0 else 1
+                blocks.append(WideBlock(width, planes * widen_factor, stride, dropRate))
+                width = planes * widen_factor
+            self.add_module(f"block{i}", nn.Sequential(OrderedDict(layer=blocks)))
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.add_classifier(width, num_classes)
+        init_he_out(self, zero_bias=(nn.Conv2d, nn.Linear))
 
-    def features_of(self, images: Tensor) -> Tensor:
+    def last_map(self, images: Tensor) -> Tensor:
         """See CifarNet."""
-        return self.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(images))))))
+        x = self.block1(self.conv1(images))
+        return self.relu(self.bn1(self.block3(self.block2(x))))
 
 
 register(CifarDenseNet, "cifar_densenet", "DenseNet-BC for 32 x 32 images")

@@ -1,21 +1,20 @@
-"""ResNeXt, VGG and AlexNet for 32 x 32 images, with the names and shapes of EBJR's model zoo; see
-`models.cifar`."""
+"""ResNeXt, VGG and AlexNet for 32 x 32 images, with the names and shapes of EBJR's model zoo.
+
+See `models.cifar`; ResNeXt is https://arxiv.org/abs/1611.05431, VGG https://arxiv.org/abs/1409.1556.
+"""
 
 from collections import OrderedDict
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cifar import CifarNet, blocks_of, conv, init_he_out
+from models.cifar import CifarNet, blocks_of
+from models.layers import conv, init_he_out
 from models.registry import register
 
-# Widths of the convolutions between two poolings (table 1 of the VGG paper).
-VGG_PLANS = {
-    11: ((64,), (128,), (256,) * 2, (512,) * 2, (512,) * 2),
-    13: ((64,) * 2, (128,) * 2, (256,) * 2, (512,) * 2, (512,) * 2),
-    16: ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3),
-    19: ((64,) * 2, (128,) * 2, (256,) * 4, (512,) * 4, (512,) * 4),
-}
+# Numbers of convolutions between two poolings (table 1 of the VGG paper), and their widths.
+VGG_COUNTS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+VGG_WIDTHS = (64, 128, 256, 512, 512)
 
 
 class ResNeXtBlock(nn.Module):
@@ -23,9 +22,13 @@ class ResNeXtBlock(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, inner: int, cardinality: int, stride: int) -> None:
         super().__init__()
-        self.conv_reduce, self.bn_reduce = conv(n_in, inner, 1), nn.BatchNorm2d(inner)
-        self.conv_conv, self.bn = conv(inner, inner, 3, stride, cardinality), nn.BatchNorm2d(inner)
-        self.conv_expand, self.bn_expand = conv(inner, n_out, 1), nn.BatchNorm2d(n_out)
+        self.conv_reduce = conv(n_in, inner, 1)
+        self.bn_reduce = nn.BatchNorm2d(inner)
+        self.conv_conv = conv(inner, inner, 3, stride, cardinality)
+        self.bn = nn.BatchNorm2d(inner)
+        self.conv_expand = conv(inner, n_out, 1)
+        self.bn_expand = nn.BatchNorm2d(n_out)
+        # Drawn in every block, also where it is not used, so that a seed always gives the same weights.
         parts = OrderedDict(shortcut_conv=conv(n_in, n_out, 1, stride), shortcut_bn=nn.BatchNorm2d(n_out))
         self.shortcut = nn.Sequential(parts if n_in != n_out else OrderedDict())
 
@@ -62,24 +65,24 @@ class CifarResNeXt(CifarNet):
             raise ValueError(
                 f"widen_factor is {widen_factor}; accepted: 4, for which the classifier reads 1024 channels"
             )
-        count, width = blocks_of(depth, 2, 9, "ResNeXt"), 64
-        self.conv_1_3x3, self.bn_1 = conv(3, 64), nn.BatchNorm2d(64)
+        count = blocks_of(depth, 2, 9, "ResNeXt")
+        width = 64
+        self.conv_1_3x3 = conv(3, width)
+        self.bn_1 = nn.BatchNorm2d(width)
         for i in (1, 2, 3):
-            n_out, blocks = 64 * widen_factor * 2 ** (i - 1), OrderedDict()
-            inner = cardinality * n_out // widen_factor
+            planes = 64 * 2 ** (i - 1)
+            blocks = OrderedDict()
             for j in range(count):
                 stride = 2 if i > 1 and j == 0 else 1
-                blocks[f"stage_{i}_bottleneck_{j}"] = ResNeXtBlock(width, n_out, inner, cardinality, stride)
-                width = n_out
+                block = ResNeXtBlock(width, planes * widen_factor, planes * cardinality, cardinality, stride)
+                blocks[f"stage_{i}_bottleneck_{j}"] = block
+                width = planes * widen_factor
             self.add_module(f"stage_{i}", nn.Sequential(blocks))
-        self.pool, self.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        nn.init.kaiming_normal_(self.classifier.weight)
-        nn.init.zeros_(self.classifier.bias)
+        classifier = self.add_classifier(width, num_classes)
+        init_he_out(self, zero_bias=nn.Linear)
+        nn.init.kaiming_normal_(classifier.weight)
 
-    def features_of(self, images: Tensor) -> Tensor:
+    def last_map(self, images: Tensor) -> Tensor:
         """See CifarNet."""
         x = F.relu(self.bn_1(self.conv_1_3x3(images)), inplace=True)
         return self.stage_3(self.stage_2(self.stage_1(x)))
@@ -92,25 +95,23 @@ class CifarVGG(CifarNet):
 
     def __init__(self, *, num_classes: int = 10, layers: int = 16, norm: bool = False) -> None:
         super().__init__()
-        if layers not in VGG_PLANS:
-            raise ValueError(f"layers is {layers}; accepted: {', '.join(map(str, VGG_PLANS))}")
-        parts, width = [], 3
-        for group in VGG_PLANS[layers]:
-            for n_out in group:
-                parts += [
-                    conv(width, n_out, bias=True),
-                    *([nn.BatchNorm2d(n_out)] if norm else []),
-                    nn.ReLU(inplace=True),
-                ]
-                width = n_out
-            parts.append(nn.MaxPool2d(2))
-        self.features, self.pool = nn.Sequential(*parts), nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(width, num_classes)
-        self.apply(init_he_out)
-        nn.init.normal_(self.classifier.weight, 0.0, 0.01)
-        nn.init.zeros_(self.classifier.bias)
+        if layers not in VGG_COUNTS:
+            raise ValueError(f"layers is {layers}; accepted: {', '.join(map(str, VGG_COUNTS))}")
+        self.features = nn.Sequential()
+        n_in = 3
+        for n_out, count in zip(VGG_WIDTHS, VGG_COUNTS[layers], strict=True):
+            for _ in range(count):
+                self.features.append(conv(n_in, n_out, bias=True))
+                if norm:
+                    self.features.append(nn.BatchNorm2d(n_out))
+                self.features.append(nn.ReLU(inplace=True))
+                n_in = n_out
+            self.features.append(nn.MaxPool2d(2))
+        classifier = self.add_classifier(n_in, num_classes)
+        init_he_out(self, zero_bias=(nn.Conv2d, nn.Linear))
+        nn.init.normal_(classifier.weight, 0.0, 0.01)
 
-    def features_of(self, images: Tensor) -> Tensor:
+    def last_map(self, images: Tensor) -> Tensor:
         """See CifarNet."""
         return self.features(images)
 
@@ -122,22 +123,23 @@ class CifarAlexNet(CifarNet):
 
     def __init__(self, *, num_classes: int = 10) -> None:
         super().__init__()
-        pooled, parts = (0, 1, 4), []
-        convs = [nn.Conv2d(3, 64, 11, 4, 5), nn.Conv2d(64, 192, 5, padding=2)]
-        convs += [conv(a, b, bias=True) for a, b in ((192, 384), (384, 256), (256, 256))]
-        for i, layer in enumerate(convs):
-            parts += [layer, nn.ReLU(inplace=True), *([nn.MaxPool2d(2)] if i in pooled else [])]
-        self.features, self.pool = nn.Sequential(*parts), nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(256, num_classes)
+        self.features = nn.Sequential(
+            *(nn.Conv2d(3, 64, 11, 4, 5), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
+            *(conv(64, 192, 5, bias=True), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
+            *(conv(192, 384, bias=True), nn.ReLU(inplace=True)),
+            *(conv(384, 256, bias=True), nn.ReLU(inplace=True)),
+            *(conv(256, 256, bias=True), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
+        )
+        self.add_classifier(256, num_classes)
 
-    def features_of(self, images: Tensor) -> Tensor:
+    def last_map(self, images: Tensor) -> Tensor:
         """See CifarNet."""
         return self.features(images)
 
 
 register(CifarResNeXt, "cifar_resnext", "ResNeXt for 32 x 32 images")
 register(CifarAlexNet, "cifar_alexnet", "AlexNet for 32 x 32 images")
-for _layers in VGG_PLANS:
+for _layers in VGG_COUNTS:
     register(CifarVGG, f"cifar_vgg{_layers}", f"VGG-{_layers} for 32 x 32 images", layers=_layers)
     _about = f"VGG-{_layers} with batch norm for 32 x 32 images"
     register(CifarVGG, f"cifar_vgg{_layers}_bn", _about, layers=_layers, norm=True)

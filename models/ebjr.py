@@ -1,20 +1,20 @@
-"""Cascades of any networks: a small one sees every image, the next is asked where that is unsure (EBJR).
+"""Cascades of any networks: a small one sees every image; if it is not confident, the next answers (EBJR).
 
 Akbari et al., "Energy-Based Joint Reasoning for Adaptive Inference", https://arxiv.org/abs/2110.10343, for
-two networks or more. Routing is thresholding the exits' confidence, as in every network here: an image that
-stays with the student never reaches the teacher, whose answer otherwise replaces the student's.
+two networks or more. Routing thresholds the exits' confidence, as in every network here: an image that stays
+with the student never reaches the teacher, whose answer otherwise replaces the student's.
 """
 
-import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.multi_exit import MultiExitModel, State
-from models.registry import create_model, kind_of, model_options, nearest, register
+from models.registry import create_model, register
+from models.tuning import Tunable
 
 NO = -1e4  # logit of a class that is ruled out: no probability, yet a finite loss
 
@@ -22,88 +22,61 @@ NO = -1e4  # logit of a class that is ruled out: no probability, yet a finite lo
 class Member(NamedTuple):
     """One network of a cascade, and how it sees the images.
 
-    `mean` and `std` per channel normalise what it reads (None: as the cascade's images are). It reads `size`
-    pixels, cut from the middle of the images resized to `size / crop` (None: the images as they are). Its
-    output j means class `classes[j]` of the cascade, or "none of these" where that is -1 (None: the same
-    classes in the same order).
+    Attributes:
+        name, options: of the network, as `create_model` takes them.
+        mean, std: per channel, normalise what it reads (None: as the cascade's images are).
+        size, crop: it reads `size` pixels, cut from the middle of the images resized to `size / crop` (None:
+            the images as they are).
+        classes: its output j means class `classes[j]` of the cascade, or "none of these" where that is -1
+            (None: the same classes in the same order).
     """
 
     name: str
-    options: dict[str, Any]
+    options: dict[str, Any] = {}
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     size: int | None = None
     crop: float | None = None
     classes: tuple[int, ...] | None = None
 
-    def __str__(self) -> str:
-        values = {**self.options, **{name: getattr(self, name) for name in VIEW}}
-        words = {
-            key: "/".join(map(str, v)) if isinstance(v, (tuple, list)) else v for key, v in values.items()
-        }
-        return f"{self.name}:{','.join(f'{key}={w}' for key, w in words.items() if w is not None)}".rstrip(
-            ":"
-        )
+    @classmethod
+    def of(cls, network: "Member | dict[str, Any] | str") -> "Member":
+        """A member as it is, or made from a dict of its attributes or a bare registered name.
+
+        Raises ValueError for impossible values, TypeError for an unknown attribute.
+        """
+        if not isinstance(network, Member):
+            network = cls(network) if isinstance(network, str) else cls(**network)
+        network.check()
+        return network
+
+    def check(self) -> None:
+        """Raises ValueError for impossible values."""
+        given = [stats for stats in (self.mean, self.std) if stats is not None]
+        if any(len(stats) != 3 for stats in given) or min(self.std or (1,)) <= 0:
+            raise ValueError(f"network {self.name!r}: mean and std are three numbers each, std above 0")
+        size = 1 if self.size is None else self.size
+        crop = 1.0 if self.crop is None else self.crop
+        if size < 1 or not 0 < crop <= 1:
+            raise ValueError(f"network {self.name!r}: size is at least 1, crop above 0 and at most 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is set, in plain types: what a checkpoint stores."""
+        options = {key: _plain(value) for key, value in self.options.items()}
+        values = {**self._asdict(), "options": options}
+        return {key: _plain(value) for key, value in values.items() if value not in (None, {})}
 
 
-VIEW = Member._fields[2:]
-
-
-def parse_member(text: str) -> Member:
-    """A network written as "NAME" or "NAME:option=value,option=value", a list as numbers with slashes
-    between.
-
-    Options are the network's own and those of `Member`. Raises ValueError for an unknown network or option,
-    or a value of another type.
-    """
-    name, _, rest = text.partition(":")
-    own = {key: parameter.annotation for key, parameter in model_options(name).items()}
-    hints = get_type_hints(Member)
-    known, found = {**own, **{key: hints[key] for key in VIEW}}, {}
-    for part in filter(None, rest.split(",")):
-        key, equals, word = part.partition("=")
-        if key == "weights":
-            raise ValueError(
-                f"network {text!r}: weights are for eval_dynamic.py --model ebjr, which loads them"
-            )
-        if not equals or key not in known:
-            raise ValueError(
-                f"network {text!r}: unknown option {part!r}; {nearest(key, [*VIEW, 'weights', *own])[:300]}"
-            )
-        kind, many = kind_of(known[key])
-        try:
-            values = [_value(one, kind) for one in (re.split(r"/|(?<=\d)-", word) if many else [word])]
-        except ValueError:
-            raise ValueError(f"network {text!r}: {key}={word} is not of type {kind.__name__}") from None
-        found[key] = tuple(values) if many else values[0]
-    options = {key: value for key, value in found.items() if key not in VIEW}
-    member = Member(name, options, **{key: value for key, value in found.items() if key in VIEW})
-    if (
-        any(len(stats) != 3 for stats in (member.mean or "rgb", member.std or "rgb"))
-        or min(member.std or (1,)) <= 0
-    ):
-        raise ValueError(
-            f"network {text!r}: mean and std are three numbers each, as in mean=0.5/0.5/0.5, std above 0"
-        )
-    if not 0 < (member.crop or 1) <= 1 or (member.size or 1) < 1:
-        raise ValueError(f"network {text!r}: size is at least 1, crop above 0 and at most 1")
-    return member
-
-
-def _value(word: str, kind: type) -> Any:
-    if kind is bool:
-        if word.lower() not in ("true", "false"):
-            raise ValueError
-        return word.lower() == "true"
-    return kind(word)
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 class Cascade(MultiExitModel):
     """Networks in a row; every exit of each is an exit, and the next network begins from the images again.
 
     Args:
-        networks: each as `parse_member` reads it, the cheapest first; a multi-exit network brings all its
-            exits.
+        networks: `Member`s, dicts of their attributes or bare names, the cheapest first; a multi-exit network
+            brings all its exits.
         mean, std: normalisation per channel of the images that the cascade itself is given.
     """
 
@@ -111,16 +84,17 @@ class Cascade(MultiExitModel):
         self,
         *,
         num_classes: int = 10,
-        networks: Sequence[str] = ("cifar_densenet_52_6", "cifar_densenet_64_12"),
+        networks: Sequence[str | dict[str, Any] | Member] = ("cifar_densenet_52_6", "cifar_densenet_64_12"),
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:
         super().__init__()
         if len(networks) < 2:
             raise ValueError(f"networks is {list(networks)}; a cascade has two or more")
-        self.members = [parse_member(text) for text in networks]
+        self.members = [Member.of(network) for network in networks]
         self.networks = nn.ModuleList(
-            create_model(m.name, len(m.classes or ()) or num_classes, **m.options) for m in self.members
+            create_model(member.name, len(member.classes or ()) or num_classes, **member.options)
+            for member in self.members
         )
         self.views = nn.ModuleList(View(m, mean, std) for m in self.members)
         self.answers = nn.ModuleList(ClassMap(m.classes, num_classes) for m in self.members)
@@ -138,14 +112,15 @@ class Cascade(MultiExitModel):
         return {"images": images, "inner": None}
 
     def trunk(self, k: int, state: State) -> tuple[Tensor, State]:
-        """What the network's exit reads; a network's first stage reads the images, which its successors see
-        again."""
+        """What exit k reads; a network's first stage reads the images, which the next network sees again."""
         i, j = self.stages[k]
-        network, last = self.networks[i], j == self.networks[i].num_exits - 1
-        inner = network.begin(self.views[i](state["images"])) if j == 0 else state["inner"]
+        network = self.networks[i]
+        inner = state["inner"]
+        if j == 0:
+            inner = network.begin(self.views[i](state["images"]))
         features, inner = network.trunk(j, inner)
         images = state["images"] if i < len(self.networks) - 1 else None
-        return features, {"images": images, "inner": None if last else inner}
+        return features, {"images": images, "inner": inner if j < network.num_exits - 1 else None}
 
     def head(self, k: int, features: Tensor) -> Tensor:
         """Logits [B, num_classes] over the cascade's classes."""
@@ -153,14 +128,14 @@ class Cascade(MultiExitModel):
         return self.answers[i](self.networks[i].head(j, features))
 
     def carry(self, k: int, state: State, logits: Tensor) -> State:
-        """Hands an exit's logits to the network that may read them."""
+        """As in the network of exit k."""
         i, j = self.stages[k]
         if j == self.networks[i].num_exits - 1:
             return state
         return {**state, "inner": self.networks[i].carry(j, state["inner"], logits)}
 
     def reads_logits(self, k: int) -> bool:
-        """As the network of exit k has it."""
+        """As in the network of exit k."""
         i, j = self.stages[k]
         return self.networks[i].reads_logits(j)
 
@@ -169,13 +144,16 @@ class Cascade(MultiExitModel):
         return range(k - self.stages[k][1], k)
 
 
-class View(nn.Module):
+class View(Tunable):
     """The cascade's images as one network reads them: resized (bicubic, antialiased), cut, normalised."""
 
     def __init__(self, member: Member, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.size, self.side = member.size, round((member.size or 0) / (member.crop or 1))
-        own_mean, own_std = member.mean or mean, member.std or std
+        self.size = member.size
+        self.side = round((member.size or 0) / (member.crop or 1))
+        self.in_bytes = False
+        own_mean = member.mean or mean
+        own_std = member.std or std
         self.same = (*own_mean, *own_std) == (*mean, *std)
         values = {
             "scale": [b / own for b, own in zip(std, own_std, strict=True)],
@@ -183,12 +161,15 @@ class View(nn.Module):
             "given_mean": list(mean),
             "given_std": list(std),
         }
-        for name, value in values.items():  # what the cascade was told, not what it learned
+        for name, value in values.items():  # options, not weights
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
+    def choose_kernels(self, *, on_cpu: bool, training: bool) -> None:
+        """A CPU has a kernel for bytes, which rounds as PIL does."""
+        self.in_bytes = on_cpu
+
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] to [B, 3, size, size]: the short side to `size / crop` pixels, then the middle is cut
-        out."""
+        """[B, 3, H, W] to [B, 3, size, size]: short side to `size / crop` pixels, then a centre crop."""
         short = min(images.shape[-2:])
         if self.size and self.side != short:
             sides = [int(self.side * side / short) for side in images.shape[-2:]]
@@ -201,7 +182,7 @@ class View(nn.Module):
     def resized(self, images: Tensor, sides: list[int]) -> Tensor:
         """[B, 3, H, W] to these sides, of 8-bit pixels as published networks were trained on."""
         levels = (images.float() * self.given_std + self.given_mean).mul(255).round()
-        if images.device.type == "cpu":  # the one kernel for bytes, which rounds as PIL does
+        if self.in_bytes:
             levels = F.interpolate(levels.to(torch.uint8), sides, mode="bicubic", antialias=True).float()
         else:
             levels = F.interpolate(levels, sides, mode="bicubic", antialias=True).round().clamp(0, 255)
@@ -211,15 +192,16 @@ class View(nn.Module):
 class ClassMap(nn.Module):
     """One network's logits as logits over the cascade's classes.
 
-    Classes that it does not know have no probability. Where it says "none of these", nothing has: all logits
-    are equal and low, so that every kind of confidence is at its least and the next network is asked
+    Classes that it does not know have no probability. Where it predicts "none of these", no class has any:
+    all logits are equal and low, so that every kind of confidence is at its minimum and the image is deferred
     (specialised EBJR).
     """
 
     def __init__(self, classes: Sequence[int] | None, num_classes: int) -> None:
         super().__init__()
-        self.same, self.num_classes = classes is None, num_classes
-        if self.same:
+        self.num_classes = num_classes
+        self.same = classes is None
+        if classes is None:
             return
         own = [c for c in classes if c >= 0]
         if not own or len(set(own)) < len(own) or max(own) >= num_classes:

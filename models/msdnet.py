@@ -1,44 +1,45 @@
-"""MSDNet: Multi-Scale Dense Networks for Resource Efficient Image Classification
-(https://arxiv.org/abs/1703.09844).
+"""MSDNet: Multi-Scale Dense Networks for Resource Efficient Image Classification.
+
+https://arxiv.org/abs/1703.09844
 
 Feature maps of several scales advance together through dense layers; every exit reads the coarsest one. The
-last layers before an exit therefore make fine maps that this exit never reads. A stage here computes what its
-exit reads and nothing more; what it left out is made by the first later stage that reads it, for the samples
-that are still there.
+last layers before an exit therefore make fine maps that this exit never reads. A stage here computes only
+what its exit reads; what it left out is computed by the first later stage that reads it, for the samples that
+have not left.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.layers import ConvUnit, ImageNetStem, MapClassifier, init_he_out
+from models.layers import (
+    ConvUnit,
+    ImageNetStem,
+    MapChain,
+    MapClassifier,
+    check_at_least,
+    check_choice,
+    check_dense_options,
+    init_he_out,
+)
 from models.multi_exit import MultiExitModel, State
 from models.registry import register
 
 
-class Stem(nn.Module):
+class Stem(MapChain):
     """Images to one map per scale; scale s has `widths[s]` channels and half the side of scale s - 1."""
 
     def __init__(self, stem: str, widths: list[int]) -> None:
-        super().__init__()
         finest = ConvUnit(3, widths[0]) if stem == "cifar" else ImageNetStem(widths[0])
-        coarser = [ConvUnit(a, b, stride=2) for a, b in zip(widths, widths[1:], strict=False)]
-        self.layers = nn.ModuleList([finest, *coarser])
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """[B, 3, H, W] to maps, fine to coarse."""
-        maps = []
-        for layer in self.layers:
-            x = layer(x)
-            maps.append(x)
-        return maps
+        super().__init__(finest, *(ConvUnit(a, b, stride=2) for a, b in pairwise(widths)))
 
 
 class DenseUnit(nn.Module):
-    """One scale of one layer: appends new channels, made from this scale and, if fused, from the finer one
-    too."""
+    """One scale of one layer: appends channels made from this scale and, if fused, the finer one too."""
 
     def __init__(
         self, n_in: int, n_new: int, bottleneck: int, *, finer: tuple[int, int] | None = None
@@ -52,8 +53,8 @@ class DenseUnit(nn.Module):
 
     def forward(self, x: Tensor, finer: Tensor | None) -> Tensor:
         """[B, C, H, W], and [B, C', 2H, 2W] for a fused unit, to [B, C + new, H, W]."""
-        parts = [x, self.conv_normal(x)] if finer is None else [x, self.conv_down(finer), self.conv_normal(x)]
-        return torch.cat(parts, dim=1)
+        fused = [] if finer is None else [self.conv_down(finer)]
+        return torch.cat([x, *fused, self.conv_normal(x)], dim=1)
 
 
 class Layer(nn.Module):
@@ -63,22 +64,18 @@ class Layer(nn.Module):
         """`first` and `arriving`: finest scale that leaves and that arrives."""
         super().__init__()
         self.layers = nn.ModuleList(units)
-        self.first, self.arriving = first, arriving
-
-    @property
-    def units(self) -> nn.ModuleList:
-        """One unit per scale that leaves, finest first."""
-        return self.layers
+        self.first = first
+        self.arriving = arriving
 
     def finest_read(self, scale: int) -> int:
         """The finest scale that this layer's map of `scale` is made from."""
         return max(scale - 1, self.arriving)
 
     def forward(self, scale: int, maps: list[Tensor]) -> Tensor:
-        """The new map of `scale` from the maps of the layer before; the last entry of `maps` is the coarsest
-        scale."""
+        """The new map of `scale` from the maps of the layer before, of which the last is the coarsest."""
         at = scale - self.first - len(self.layers)
-        return self.layers[at](maps[at], maps[at - 1] if self.finest_read(scale) < scale else None)
+        finer = maps[at - 1] if self.finest_read(scale) < scale else None
+        return self.layers[at](maps[at], finer)
 
 
 class Transition(nn.Module):
@@ -88,11 +85,6 @@ class Transition(nn.Module):
         super().__init__()
         self.m = nn.ModuleList(ConvUnit(a, b, kernel=1) for a, b in zip(widths_in, widths_out, strict=True))
         self.first = first
-
-    @property
-    def units(self) -> nn.ModuleList:
-        """One unit per scale that leaves, finest first."""
-        return self.m
 
     def finest_read(self, scale: int) -> int:
         """The finest scale that this transition's map of `scale` is made from: itself."""
@@ -104,33 +96,65 @@ class Transition(nn.Module):
         return self.m[at](maps[at])
 
 
-def _finest_scales(layer: int, num_layers: int, num_scales: int, prune: str) -> tuple[int, int]:
-    """The finest scale that arrives at a layer (numbered from 1) and the finest that leaves it."""
-    if prune == "min":
-        return max(0, num_scales - num_layers + layer - 2), max(0, num_scales - num_layers + layer - 1)
-    interval = math.ceil(num_layers / num_scales)
-    return max(0, layer - 2) // interval, (layer - 1) // interval
+class Plan(NamedTuple):
+    """How a network is built; the names are options of `MSDNet`."""
 
+    stem: str
+    layers: list[int]  # dense layers of each block
+    nChannels: int
+    growthRate: int
+    grFactor: Sequence[int]
+    bnFactor: Sequence[int]  # zeros without bottleneck
+    prune: str
+    reduction: float
 
-def _dense_units(
-    channels: int, growth: int, gr: Sequence[int], bn: Sequence[int], arriving: int, first: int
-) -> list:
-    """The units of one layer that is entered with `channels` channels per unit of `gr`; see `MSDNet` for the
-    others."""
-    return [
-        DenseUnit(
-            channels * gr[s],
-            growth * gr[s],
-            bn[s],
-            finer=(channels * gr[s - 1], bn[s - 1]) if s > arriving else None,
-        )
-        for s in range(first, len(gr))
-    ]
+    def finest_scales(self, depth: int) -> tuple[int, int]:
+        """The finest scale that arrives at layer `depth` (numbered from 1) and the finest that leaves it."""
+        total = sum(self.layers)
+        scales = len(self.grFactor)
+        if self.prune == "min":
+            leaving = scales - total + depth - 1
+            return max(0, leaving - 1), max(0, leaving)
+        interval = math.ceil(total / scales)
+        return max(0, depth - 2) // interval, (depth - 1) // interval
 
+    def compresses(self, depth: int) -> bool:
+        """Whether a transition follows layer `depth`."""
+        if self.reduction == 0:
+            return False
+        if self.prune == "min":
+            return depth in (sum(self.layers) // 3, 2 * sum(self.layers) // 3)
+        arriving, leaving = self.finest_scales(depth)
+        return leaving > arriving
 
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{option} is {value!r}; accepted: {', '.join(choices)}")
+    def layer(self, depth: int, channels: int) -> Layer:
+        """Layer `depth`, entered with `channels` channels per unit of grFactor."""
+        gr, bn = self.grFactor, self.bnFactor
+        arriving, first = self.finest_scales(depth)
+        units = []
+        for s in range(first, len(gr)):
+            finer = (channels * gr[s - 1], bn[s - 1]) if s > arriving else None
+            units.append(DenseUnit(channels * gr[s], self.growthRate * gr[s], bn[s], finer=finer))
+        return Layer(units, first, arriving)
+
+    def blocks(self) -> Iterator[tuple[nn.ModuleList, int]]:
+        """Makes the blocks one by one, the first with the stem; yields also their coarsest maps' channels."""
+        block = nn.ModuleList([Stem(self.stem, [self.nChannels * g for g in self.grFactor])])
+        channels = self.nChannels
+        depth = 0
+        for count in self.layers:
+            for _ in range(count):
+                depth += 1
+                layer = self.layer(depth, channels)
+                block.append(layer)
+                channels += self.growthRate
+                if self.compresses(depth):
+                    reduced = math.floor(self.reduction * channels)
+                    widths = [[c * g for g in self.grFactor[layer.first :]] for c in (channels, reduced)]
+                    block.append(Transition(*widths, layer.first))
+                    channels = reduced
+            yield block, channels * self.grFactor[-1]
+            block = nn.ModuleList()
 
 
 class MSDNet(MultiExitModel):
@@ -173,60 +197,26 @@ class MSDNet(MultiExitModel):
         bnAfter: bool = True,
     ) -> None:
         super().__init__()
-        _check_choice("stem", stem, ("cifar", "imagenet"))
-        _check_choice("stepmode", stepmode, ("even", "lin_grow"))
-        _check_choice("prune", prune, ("max", "min"))
-        _check_choice("init", init, ("default", "he"))
-        counts = {
-            "nBlocks": nBlocks,
-            "base": base,
-            "step": step,
-            "nChannels": nChannels,
-            "growthRate": growthRate,
-        }
-        for option, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{option} is {value}; it must be at least 1")
-        if not bnAfter:
-            raise ValueError("bnAfter is False; batch norm always follows its convolution")
-        if len(grFactor) == 0 or len(bnFactor) != len(grFactor):
-            raise ValueError(
-                f"bnFactor {list(bnFactor)} and grFactor {list(grFactor)} need one number per scale each"
-            )
-        if any(growthRate * g % 2 for g in grFactor[1:]):
-            raise ValueError(
-                f"growthRate {growthRate} times grFactor {list(grFactor)} must be even beyond the first scale"
-            )
-        if not 0 <= reduction < 1:
-            raise ValueError(f"reduction is {reduction}; it must be at least 0 and below 1")
-        self.num_exits, self.num_scales = nBlocks, len(grFactor)
-
+        check_dense_options(stem, stepmode, ("even", "lin_grow"), bnAfter)
+        check_choice("prune", prune, ("max", "min"))
+        check_choice("init", init, ("default", "he"))
+        counts = {"nBlocks": nBlocks, "base": base, "step": step}
+        check_at_least(1, **counts, nChannels=nChannels, growthRate=growthRate)
+        _check(grFactor, bnFactor, growthRate, reduction)
+        self.num_exits = nBlocks
+        self.num_scales = len(grFactor)
+        layers = [base, *(step if stepmode == "even" else step * i + 1 for i in range(1, nBlocks))]
         bn = bnFactor if bottleneck else [0] * self.num_scales
-        blocks = [[Stem(stem, [nChannels * g for g in grFactor])]] + [[] for _ in range(nBlocks - 1)]
-        heads, channels, done = [], nChannels, 0
-        layers_per_block = [base] + [step if stepmode == "even" else step * i + 1 for i in range(1, nBlocks)]
-        total = sum(layers_per_block)
-        for block, count in zip(blocks, layers_per_block, strict=True):
-            for depth in range(done + 1, done + count + 1):
-                arriving, first = _finest_scales(depth, total, self.num_scales, prune)
-                units = _dense_units(channels, growthRate, grFactor, bn, arriving, first)
-                block.append(Layer(units, first, arriving))
-                channels += growthRate
-                at_transition = first > arriving if prune == "max" else depth in (total // 3, 2 * total // 3)
-                if at_transition and reduction > 0:
-                    reduced = math.floor(reduction * channels)
-                    widths = [[c * g for g in grFactor[first:]] for c in (channels, reduced)]
-                    block.append(Transition(*widths, first))
-                    channels = reduced
-            done += count
-            n_in = channels * grFactor[-1]
-            heads.append(MapClassifier(n_in, 128 if stem == "cifar" else n_in, num_classes))
-        self.blocks = nn.ModuleList(nn.ModuleList(block) for block in blocks)
-        self.classifier = nn.ModuleList(heads)
+        plan = Plan(stem, layers, nChannels, growthRate, grFactor, bn, prune, reduction)
+        self.blocks = nn.ModuleList()
+        self.classifier = nn.ModuleList()
+        for block, n_in in plan.blocks():
+            self.blocks.append(block)
+            self.classifier.append(MapClassifier(n_in, 128 if stem == "cifar" else n_in, num_classes))
         self.plan, self.kept = self._plan(lazy)
         self._freeze_unread()
         if init == "he":
-            self.apply(init_he_out)
+            init_he_out(self, zero_bias=nn.Linear)
 
     def _elements(self, exits: int) -> list[tuple[int, int]]:
         """(block, index) of all layers and transitions up to an exit, in order."""
@@ -234,39 +224,40 @@ class MSDNet(MultiExitModel):
 
     def _finest_needed(self, exits: int) -> dict[tuple[int, int], int]:
         """Per element, the finest scale of its output that the last of `exits` exits depends on."""
-        needed, scale = {}, self.num_scales - 1
+        needed = {}
+        scale = self.num_scales - 1
         for b, j in reversed(self._elements(exits)):
             needed[b, j] = scale
             scale = self.blocks[b][j].finest_read(scale)  # walks back from the coarsest map
         return dict(reversed(needed.items()))
 
     def _plan(self, lazy: bool) -> tuple[list[list[tuple[int, int, int]]], list[int]]:
-        """Per exit, the (block, index, scale) to run in order, and the number of maps that later exits still
-        read."""
+        """Per exit, the (block, index, scale) to run in order; and how many maps later exits read."""
         done = dict.fromkeys(self._elements(self.num_exits), self.num_scales)
-        plan, finest_reads = [], []
+        plan = []
+        finest_reads = []
         for exits in range(1, self.num_exits + 1):
             needed = self._finest_needed(exits)
             if not lazy:
                 needed = {(b, j): self.blocks[b][j].first for b, j in needed}
             # Coarse scales first: a fused unit reads the finer map as it was before this layer.
-            plan.append([(*at, s) for at in needed for s in reversed(range(needed[at], done[at]))])
-            finest_reads.append(min(self.blocks[b][j].finest_read(s) for b, j, s in plan[-1]))
+            runs = [(b, j, s) for b, j in needed for s in reversed(range(needed[b, j], done[b, j]))]
+            plan.append(runs)
+            finest_reads.append(min(self.blocks[b][j].finest_read(s) for b, j, s in runs))
             done |= needed
-        return plan, [
-            self.num_scales - min(finest_reads[k:], default=self.num_scales) for k in range(1, len(plan) + 1)
-        ]
+        finest_reads.append(self.num_scales)
+        kept = [self.num_scales - min(finest_reads[k + 1 :]) for k in range(self.num_exits)]
+        return plan, kept
 
     def _freeze_unread(self) -> None:
-        """Units whose output no exit reads keep their keys, but get no gradient (where more than one scale
-        leaves)."""
+        """Freezes units whose output no exit reads, where more than one scale leaves; their keys stay."""
         for (b, j), finest in self._finest_needed(self.num_exits).items():
             element = self.blocks[b][j]
-            element.units[: finest - element.first].requires_grad_(False)
+            (units,) = element.children()  # one per scale that leaves, finest first
+            units[: finest - element.first].requires_grad_(False)
 
     def begin(self, images: Tensor) -> State:
-        """The state is one map per scale, fine to coarse, each advanced just as far as an exit so far could
-        see."""
+        """The state is one map per scale, fine to coarse, each as far as the exits so far needed it."""
         return self.blocks[0][0](images)
 
     def trunk(self, k: int, state: State) -> tuple[Tensor, State]:
@@ -279,6 +270,15 @@ class MSDNet(MultiExitModel):
     def head(self, k: int, features: Tensor) -> Tensor:
         """Logits [B, C] from the coarsest map."""
         return self.classifier[k](features)
+
+
+def _check(gr: Sequence[int], bn: Sequence[int], growth: int, reduction: float) -> None:
+    if len(gr) == 0 or len(bn) != len(gr):
+        raise ValueError(f"bnFactor {list(bn)} and grFactor {list(gr)} need one number per scale each")
+    if any(growth * g % 2 for g in gr[1:]):
+        raise ValueError(f"growthRate {growth} times grFactor {list(gr)} must be even beyond the first scale")
+    if not 0 <= reduction < 1:
+        raise ValueError(f"reduction is {reduction}; it must be at least 0 and below 1")
 
 
 register(MSDNet, "msdnet", "MSDNet; the options default to the CIFAR budgeted configuration")

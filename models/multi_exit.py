@@ -1,32 +1,30 @@
-"""The protocol of every network here: an ordered list of stages; stage k turns a state into exit k's
-answer."""
+"""The protocol of every network: an ordered list of stages; stage k turns a state into exit k's answer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Any nest of list, tuple, dict and None; every tensor leaf has the batch on dim 0.
+# Any nesting of list, tuple, dict and None; every tensor leaf has the batch on dim 0.
 State = Any
 
 
 class MultiExitModel(nn.Module):
     """An ordered list of stages; stage k turns a state into exit k's answer and the next state.
 
-    A family writes `begin`, `trunk` and `head`, and `carry` only where a later stage reads an earlier exit's
-    logits. A state holds what later stages read and nothing else; per-batch tensors are never kept on the
-    module.
+    A family implements `begin`, `trunk` and `head`, and `carry` only where a later stage reads an earlier
+    exit's logits. A state holds what later stages read and nothing else; per-batch tensors are never kept on
+    the module.
     """
 
     num_exits: int
-    loss_weights: tuple[
-        float, ...
-    ] = ()  # of the exits' losses, where a family was published with others than 1
-    normalisation: tuple[
-        tuple[float, ...], ...
-    ] = ()  # mean and std that released weights read, if not the data set's
-    embeddings: tuple[str, ...] = ()  # last part of the names of weights that are added, not multiplied with
+    # Weights of the exits' losses, where a family was published with others than 1.
+    loss_weights: tuple[float, ...] = ()
+    # Mean and standard deviation that released weights expect, if not the data set's.
+    normalisation: tuple[tuple[float, ...], ...] = ()
+    # Last part of the names of parameters that are added to activations, not multiplied with them.
+    embeddings: tuple[str, ...] = ()
 
     def begin(self, images: Tensor) -> State:
         """Images [B, 3, H, W] to the state before stage 0."""
@@ -41,8 +39,7 @@ class MultiExitModel(nn.Module):
         raise NotImplementedError
 
     def carry(self, k: int, state: State, logits: Tensor) -> State:
-        """The state for stage k + 1 once exit k has answered; only where later stages read logits is it
-        another."""
+        """The state for stage k + 1 after exit k; changed only where a later stage reads its logits."""
         return state
 
     def step(self, k: int, state: State) -> tuple[Tensor, State]:
@@ -51,13 +48,16 @@ class MultiExitModel(nn.Module):
         logits = self.head(k, features)
         return logits, self.carry(k, state, logits)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] to the logits [B, C] of all exits, cheapest exit first."""
-        state, exits = self.begin(images), []
+    def each_exit(self, images: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Images [B, 3, H, W] to (k, logits [B, C]), exit by exit; each stage runs on request."""
+        state = self.begin(images)
         for k in range(self.num_exits):
             logits, state = self.step(k, state)
-            exits.append(logits)
-        return exits
+            yield k, logits
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] to the logits [B, C] of all exits, cheapest exit first."""
+        return [logits for _, logits in self.each_exit(images)]
 
     def reads_logits(self, k: int) -> bool:
         """Whether a later stage reads exit k's logits."""
@@ -68,8 +68,7 @@ class MultiExitModel(nn.Module):
         return range(k)
 
     def timm_modules(self) -> dict[str, str]:
-        """Modules that hold weights to their names in timm's version of the network; empty where they
-        agree."""
+        """Names of modules with weights to timm's names for them; empty where they agree."""
         return {}
 
 
@@ -85,8 +84,7 @@ def join(states: list[State]) -> State:
 
 
 def map_leaves(function: Callable[..., Tensor], *states: State) -> State:
-    """The nest of what `function` makes of each tensor leaf, or of the leaves at one place of several
-    nests."""
+    """Applies `function` to each tensor leaf, or to the leaves at one place of several nests."""
     first = states[0]
     if isinstance(first, Tensor):
         return function(*states)

@@ -7,35 +7,39 @@ have an exit.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import ConvUnit, ImageNetStem, MapClassifier, init_he_out
+from models.layers import (
+    ConvUnit,
+    ImageNetStem,
+    MapChain,
+    MapClassifier,
+    check_at_least,
+    check_dense_options,
+    init_he_out,
+)
 from models.multi_exit import MultiExitModel, State
 from models.registry import register
 
 
-class Stem(nn.Module):
-    """Images to the map that each flow starts from; `layers` run from fine to coarse, the last flow's map
-    first."""
+class Stem(MapChain):
+    """Images to the map that each flow starts from; `layers` run fine to coarse, the last flow's first."""
 
     def __init__(self, stem: str, widths: list[int], levels: Sequence[int]) -> None:
         """`widths`, `levels`: channels and resolution level per flow, low resolution first."""
-        super().__init__()
         layers = [ConvUnit(3, widths[-1]) if stem == "cifar" else ImageNetStem(widths[-1])]
-        for f in range(len(widths) - 2, -1, -1):
-            layers.append(ConvUnit(widths[f + 1], widths[f], stride=1 if levels[f] == levels[f + 1] else 2))
-        self.layers = nn.ModuleList(layers)
+        for f in reversed(range(len(widths) - 1)):
+            stride = 1 if levels[f] == levels[f + 1] else 2
+            layers.append(ConvUnit(widths[f + 1], widths[f], stride=stride))
+        super().__init__(*layers)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """[B, 3, H, W] to one map per flow, low resolution first."""
-        maps = []
-        for layer in self.layers:
-            x = layer(x)
-            maps.append(x)
-        return maps[::-1]
+        return super().forward(x)[::-1]
 
 
 class DenseLayer(nn.Module):
@@ -46,20 +50,24 @@ class DenseLayer(nn.Module):
         self.conv_normal = ConvUnit(n_in, n_new, bottleneck=bottleneck)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         return torch.cat([x, self.conv_normal(x)], 1)
 
 
+def transition(n_in: int, reduction: float) -> nn.Module:
+    """A 1x1 unit that keeps `reduction` of the channels; nothing where that is 0."""
+    return ConvUnit(n_in, math.floor(reduction * n_in), kernel=1) if reduction else nn.Identity()
+
+
 class PlainBlock(nn.Module):
-    """Dense layers and, if the block has a transition, a 1x1 unit that keeps `reduction` of the channels."""
+    """Dense layers and, where `reduction` is not 0, a transition."""
 
     def __init__(self, n_in: int, count: int, growth: int, bottleneck: int, reduction: float) -> None:
-        """`reduction` of 0 is no transition."""
         super().__init__()
-        self.layers = nn.ModuleList(DenseLayer(n_in + i * growth, growth, bottleneck) for i in range(count))
         self.widths = [n_in + i * growth for i in range(count + 1)]  # of the trace
-        self.n_out = math.floor(reduction * self.widths[-1]) if reduction else self.widths[-1]
-        self.trans = ConvUnit(self.widths[-1], self.n_out, kernel=1) if reduction else nn.Identity()
+        self.layers = nn.ModuleList(DenseLayer(width, growth, bottleneck) for width in self.widths[:-1])
+        whole = self.widths[-1]
+        self.trans = transition(whole, reduction)
+        self.n_out = math.floor(reduction * whole) if reduction else whole
 
     def forward(self, x: Tensor, _: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """[B, C, H, W] to the block's map and its trace: the map before the first layer and after each."""
@@ -70,14 +78,12 @@ class PlainBlock(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """Appends channels made of the lower-resolution flow's map, and of this flow's; `stride` 2 halves the
-    side."""
+    """Appends channels made from the lower flow's map and this flow's; `stride` 2 halves the side."""
 
     def __init__(
         self, n_in: int, n_low: int, n_new: int, n_up: int, bottlenecks: tuple[int, int], stride: int
     ) -> None:
-        """`n_up` of the `n_new` channels come from the lower flow's `n_low`; `bottlenecks` of that flow and
-        this."""
+        """`n_up` of the `n_new` channels come from the lower flow's `n_low`; `bottlenecks` of both flows."""
         super().__init__()
         self.conv_up = ConvUnit(n_low, n_up, bottleneck=bottlenecks[0])
         self.conv_normal = ConvUnit(n_in, n_new - n_up, stride=stride, bottleneck=bottlenecks[1])
@@ -89,8 +95,7 @@ class FusionLayer(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """Fusion layers, then a 1x1 view of the end of the lower flow's trace, and a transition as in
-    `PlainBlock`."""
+    """Fusion layers, then a 1x1 view of the end of the lower flow's trace, and a transition."""
 
     def __init__(
         self,
@@ -105,32 +110,26 @@ class FusionBlock(nn.Module):
     ) -> None:
         """`low`: widths of the lower flow's trace; `compress`: share of new channels that come from there."""
         super().__init__()
-        count, n_up = len(low) - 1, math.floor(compress * growth)
-        self.layers = nn.ModuleList(
-            FusionLayer(
-                n_in + i * growth,
-                low[i],
-                growth,
-                n_up,
-                bottlenecks,
-                stride=2 if down and i == count - 1 else 1,
-            )
-            for i in range(count)
-        )
+        n_up = math.floor(compress * growth)
+        count = len(low) - 1
         self.widths = [n_in + i * growth for i in range(count + 1)]
-        seen = math.floor(compress * self.widths[-1])
-        self.conv_last = ConvUnit(low[-1], seen, kernel=1)
-        whole = self.widths[-1] + seen
+        self.layers = nn.ModuleList()
+        for i in range(count):
+            stride = 2 if down and i == count - 1 else 1
+            self.layers.append(FusionLayer(self.widths[i], low[i], growth, n_up, bottlenecks, stride))
+        from_low = math.floor(compress * self.widths[-1])
+        self.conv_last = ConvUnit(low[-1], from_low, kernel=1)
+        whole = self.widths[-1] + from_low
+        self.trans = transition(whole, reduction)
         self.n_out = math.floor(reduction * whole) if reduction else whole
-        self.trans = ConvUnit(whole, self.n_out, kernel=1) if reduction else nn.Identity()
 
     def forward(self, x: Tensor, low: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """[B, C, H, W] and the lower flow's trace to the block's map and its own trace."""
         trace = [x]
-        for layer, seen in zip(self.layers, low, strict=False):
-            trace.append(layer(trace[-1], seen))
-        x = torch.cat([trace[-1], resized(self.conv_last(low[-1]), trace[-1])], 1)
-        return self.trans(x), trace
+        for layer, low_map in zip(self.layers, low, strict=False):
+            trace.append(layer(trace[-1], low_map))
+        last = resized(self.conv_last(low[-1]), like=trace[-1])
+        return self.trans(torch.cat([trace[-1], last], 1)), trace
 
 
 def resized(x: Tensor, like: Tensor) -> Tensor:
@@ -151,9 +150,54 @@ def downs(blocks_before: Sequence[int], level: int) -> set[int]:
     return set([0, *blocks_before][-(level - 1) :]) if level > 1 else set()
 
 
+class Plan(NamedTuple):
+    """How the blocks are built; see the options of `RANet`."""
+
+    counts: list[int]  # blocks of each flow
+    growths: list[int]  # channels added per layer of each flow
+    bottlenecks: Sequence[int]
+    levels: Sequence[int]
+    step: int
+    stepmode: str
+    compress: float
+    reduction: float
+
+    def check(self, gr: Sequence[int]) -> None:
+        """Raises ValueError for options that cannot be built; `gr` is grFactor."""
+        levels, gr, bn = list(self.levels), list(gr), list(self.bottlenecks)
+        if not len(gr) == len(bn) == len(levels) or not levels:
+            raise ValueError(f"scale_list {levels}, grFactor {gr} and bnFactor {bn}: one number per flow")
+        if levels[0] < 1 or levels != sorted(levels):
+            raise ValueError(f"scale_list is {levels}; levels are at least 1 and never fall")
+        if min(*gr, *bn, 1) < 1:
+            raise ValueError(f"grFactor {gr} and bnFactor {bn}: numbers of at least 1")
+        new = self.growths[1:]
+        if any(not 0 < math.floor(self.compress * growth) < growth for growth in new):
+            wanted = f"of {new} new channels it must leave some for either side"
+            raise ValueError(f"compress_factor is {self.compress}; {wanted}")
+        if not 0 < self.reduction < 1:
+            raise ValueError(f"reduction is {self.reduction}; it must be above 0 and below 1")
+
+    def block(self, f: int, j: int, n_in: int, lower: Sequence[nn.Module]) -> PlainBlock | FusionBlock:
+        """Block j (from 1) of flow f, entered with `n_in` channels; `lower` are the blocks of flow f - 1."""
+        level = self.levels[f]
+        kept = self.reduction if j in transitions(self.counts[f], level) else 0.0
+        if j > len(lower):
+            count = self.step * j if self.stepmode == "lg" else self.step
+            return PlainBlock(n_in, count, self.growths[f], self.bottlenecks[f], kept)
+        return FusionBlock(
+            n_in,
+            lower[j - 1].widths,
+            self.growths[f],
+            bottlenecks=(self.bottlenecks[f - 1], self.bottlenecks[f]),
+            compress=self.compress,
+            reduction=kept,
+            down=j in downs(self.counts[:f], level),
+        )
+
+
 class RANet(MultiExitModel):
-    """Resolution adaptive network. Options carry the names of the published commands; lists are low
-    resolution first.
+    """Options carry the names of the published commands; lists are low resolution first.
 
     Args:
         stem: "cifar" (full resolution) or "imagenet" (7x7 convolution and pooling; wider classifiers).
@@ -188,61 +232,41 @@ class RANet(MultiExitModel):
         bnAfter: bool = True,
     ) -> None:
         super().__init__()
-        for option, value, choices in (
-            ("stem", stem, ("cifar", "imagenet")),
-            ("stepmode", stepmode, ("even", "lg")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{option} is {value!r}; accepted: {', '.join(choices)}")
-        counts = {
-            "nBlocks": nBlocks,
-            "block_step": block_step,
-            "nChannels": nChannels,
-            "growthRate": growthRate,
-        }
-        for option, value in (counts | {"step": step}).items():
-            if value < 1:
-                raise ValueError(f"{option} is {value}; it must be at least 1")
-        if not bnAfter:
-            raise ValueError("bnAfter is False; batch norm always follows its convolution")
+        check_dense_options(stem, stepmode, ("even", "lg"), bnAfter)
+        counts = {"nBlocks": nBlocks, "block_step": block_step, "step": step}
+        check_at_least(1, **counts, nChannels=nChannels, growthRate=growthRate)
         growths = [growthRate * g for g in grFactor]
-        _check(grFactor, bnFactor, scale_list, growths, compress_factor, reduction)
-
         widths = [nChannels * g for g in grFactor]
         blocks_of = [nBlocks + f * block_step for f in range(len(widths))]
-        flows, heads, self.stages, low = [], [], [], []
-        for f, (n, level) in enumerate(zip(widths, scale_list, strict=True)):
-            blocks, first = [], 0
-            cuts, halved = transitions(blocks_of[f], level), downs(blocks_of[:f], level)
-            for j in range(1, blocks_of[f] + 1):
-                kept = reduction if j in cuts else 0.0
-                if j <= len(low):
-                    factors = (bnFactor[f - 1], bnFactor[f])
-                    block = FusionBlock(
-                        n, low[j - 1].widths, growths[f], factors, compress_factor, kept, down=j in halved
-                    )
-                else:
-                    count = step * j if stepmode == "lg" else step
-                    block = PlainBlock(n, count, growths[f], bnFactor[f], kept)
-                    self.stages.append((f, first, j))
-                    first = j
-                    heads.append(
-                        MapClassifier(block.n_out, 128 if stem == "cifar" else block.n_out, num_classes)
-                    )
-                blocks.append(block)
-                n = block.n_out
-            low = blocks
-            flows.append(nn.ModuleList(blocks))
-        self.num_exits = len(heads)
-        self.scale_flows = nn.ModuleList(flows)
-        self.classifier = nn.ModuleList(heads)
+        plan = Plan(blocks_of, growths, bnFactor, scale_list, step, stepmode, compress_factor, reduction)
+        plan.check(grFactor)
+        self.scale_flows = nn.ModuleList()
+        self.classifier = nn.ModuleList()
+        self.stages = []  # (flow, first block, last block + 1) of each exit
+        for f, width in enumerate(widths):
+            self._add_flow(f, plan, width, num_classes, wide=stem == "imagenet")
+        self.num_exits = len(self.stages)
         self.FirstLayer = Stem(stem, widths, scale_list)
-        for part in (self.scale_flows, self.classifier):
-            part.apply(init_he_out)
+        init_he_out(self.scale_flows, zero_bias=nn.Linear)
+        init_he_out(self.classifier, zero_bias=nn.Linear)
+
+    def _add_flow(self, f: int, plan: Plan, width: int, num_classes: int, *, wide: bool) -> None:
+        """Flow f, from a map of `width` channels, and its exits; `wide` classifiers keep the width."""
+        lower = self.scale_flows[f - 1] if f else []
+        flow = nn.ModuleList()
+        first = 0
+        for j in range(1, plan.counts[f] + 1):
+            block = plan.block(f, j, width, lower)
+            flow.append(block)
+            width = block.n_out
+            if isinstance(block, PlainBlock):
+                self.stages.append((f, first, j))
+                first = j
+                self.classifier.append(MapClassifier(width, width if wide else 128, num_classes))
+        self.scale_flows.append(flow)
 
     def begin(self, images: Tensor) -> State:
-        """The state is the maps that later flows start from, this flow's map, the traces it reads and those
-        it made."""
+        """The state: maps that later flows start from, this flow's map, traces it reads, traces it made."""
         maps = self.FirstLayer(images)
         return maps[1:], maps[0], [], []
 
@@ -252,7 +276,7 @@ class RANet(MultiExitModel):
         f, first, last = self.stages[k]
         for j in range(first, last):
             x, trace = self.scale_flows[f][j](x, read[j] if j < len(read) else [])
-            made = [*made, trace] if maps else []  # the last flow's are read by nobody
+            made = [*made, trace] if maps else []  # nothing reads the last flow's traces
         if last < len(self.scale_flows[f]):
             return x, (maps, x, [], made)  # all fusion blocks come before the flow's first exit
         return x, (maps[1:], maps[0], made, []) if maps else None
@@ -260,30 +284,6 @@ class RANet(MultiExitModel):
     def head(self, k: int, features: Tensor) -> Tensor:
         """Logits [B, C] from the map."""
         return self.classifier[k](features)
-
-
-def _check(
-    gr: Sequence[int],
-    bn: Sequence[int],
-    levels: Sequence[int],
-    growths: list[int],
-    compress: float,
-    reduction: float,
-) -> None:
-    if not len(gr) == len(bn) == len(levels) or not levels:
-        raise ValueError(
-            f"scale_list {list(levels)}, grFactor {list(gr)} and bnFactor {list(bn)}: one number per flow"
-        )
-    if levels[0] < 1 or list(levels) != sorted(levels):
-        raise ValueError(f"scale_list is {list(levels)}; levels are at least 1 and never fall")
-    if min(*gr, *bn, 1) < 1:
-        raise ValueError(f"grFactor {list(gr)} and bnFactor {list(bn)}: numbers of at least 1")
-    if any(not 0 < math.floor(compress * growth) < growth for growth in growths[1:]):
-        raise ValueError(
-            f"compress_factor is {compress}; of {growths[1:]} new channels it must leave some for either side"
-        )
-    if not 0 < reduction < 1:
-        raise ValueError(f"reduction is {reduction}; it must be above 0 and below 1")
 
 
 register(RANet, "ranet", "RANet; the options default to the CIFAR training script's")

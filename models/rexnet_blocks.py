@@ -1,8 +1,8 @@
 """The blocks of ReXNet (https://arxiv.org/abs/2007.00992) and how their widths grow."""
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,15 @@ STRIDES = (1, 2, 2, 2, 1, 2)  # of their first blocks
 STEM, WIDTH, LAST, HIDDEN = 32, 16, 1280, 1024
 
 
-def widths(input_ch: float, final_ch: float, multiplier: float, count: int, parts: int) -> list[float]:
-    """Widths of the outputs of `count` blocks before rounding: each `final_ch / parts` wider, times
-    `multiplier`.
+def widths(input_ch: float, final_ch: float, multiplier: float, count: int, parts: int) -> Iterator[float]:
+    """Output widths of `count` blocks, unrounded: each `final_ch / parts` wider, times `multiplier`.
 
     The sum is formed one addition at a time, as published, since rounding is sensitive to the last bit.
     """
-    width, found = input_ch / min(multiplier, 1.0), []
+    width = input_ch / min(multiplier, 1.0)
     for _ in range(count):
-        found.append(width * multiplier)
+        yield width * multiplier
         width += final_ch / parts
-    return found
 
 
 class Excite(nn.Module):
@@ -41,50 +39,54 @@ class Excite(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         return x * self.fc(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+@dataclass(frozen=True)
+class Style:
+    """What the blocks of a variant have in common.
+
+    Attributes:
+        act: after a block's expansion, the stem and the last convolution.
+        se_ratio: by how much squeeze and excitation, from the third stage on, squeezes; 0 = there is none.
+        kernels: sizes of the depthwise kernels of the six stages.
+        norm: batch norm for a number of channels.
+    """
+
+    act: type[nn.Module]
+    se_ratio: int = 0
+    kernels: Sequence[int] = (3, 3, 3, 3, 3, 3)
+    norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+
+    def conv(self, n_in: int, n_out: int, kernel: int = 1, stride: int = 1) -> nn.Sequential:
+        """Convolution, batch norm and the activation."""
+        return conv_norm(n_in, n_out, kernel, stride=stride, act=self.act, norm=self.norm)
 
 
 class Block(nn.Module):
     """1x1 expansion, depthwise convolution, 1x1 projection; the input is added to the first `n_in` channels.
 
-    Nothing is added where the map or its channels shrink. Maps [B, n_in, H, W] to [B, n_out, H / stride, W /
-    stride].
-
-    Args:
-        expansion: width between, in multiples of `n_in`; 1 leaves the expansion out.
-        act: behind the expansion.
-        middle: what stands between the depthwise convolution and the projection, made for a width.
-        conv: `conv_norm` with this family's batch norm.
-        drop: rate of stochastic depth, of blocks with a shortcut.
+    Nothing is added where the map or its channels shrink. Maps [B, n_in, H, W] to
+    [B, n_out, H / stride, W / stride]. The first stage does not expand. `drop` is the rate of stochastic
+    depth, of blocks with a shortcut.
     """
 
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        *,
-        expansion: int,
-        stride: int,
-        kernel: int = 3,
-        act: type[nn.Module],
-        middle: Callable[[int], list[nn.Module]],
-        conv: Callable[..., nn.Sequential] = conv_norm,
-        drop: float = 0.0,
-    ) -> None:
+    def __init__(self, n_in: int, n_out: int, style: Style, stage: int, *, stride: int, drop: float) -> None:
         super().__init__()
-        hidden = n_in * expansion
-        self.out = nn.Sequential(
-            *(conv(n_in, hidden, act=act) if expansion != 1 else ()),
-            *conv(hidden, hidden, kernel, stride=stride, groups=hidden),
-            *middle(hidden),
-            *conv(hidden, n_out),
-        )
+        hidden = 6 * n_in if stage else n_in
+        kernel = style.kernels[stage]
+        self.out = nn.Sequential()
+        if stage:
+            self.out.extend(style.conv(n_in, hidden))
+        self.out.extend(conv_norm(hidden, hidden, kernel, stride=stride, groups=hidden, norm=style.norm))
+        if style.se_ratio and stage >= 2:
+            self.out.append(Excite(hidden, style.se_ratio))
+        self.out.append(nn.ReLU6(inplace=True))
+        self.out.extend(conv_norm(hidden, n_out, norm=style.norm))
         self.shared = n_in if stride == 1 and n_in <= n_out else 0
         self.drop_path = drop_path(drop if self.shared else 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         y = self.drop_path(self.out(x))
         if not self.shared:
             return y
@@ -94,47 +96,55 @@ class Block(nn.Module):
         return y
 
 
-def stack(
-    n_in: int,
-    outs: Sequence[int],
-    depths: Sequence[int],
-    drop: float,
-    *,
-    act: type[nn.Module],
-    middle: Callable[[int, int], list[nn.Module]],
-    kernels: str = "333333",
-    conv: Callable[..., nn.Sequential] = conv_norm,
-) -> list[Block]:
-    """The blocks of six stages of `depths` blocks that put out `outs` channels; `middle` gets the stage,
-    too."""
+def stack(n_in: int, outs: Sequence[int], depths: Sequence[int], style: Style, drop: float) -> list[Block]:
+    """The blocks of six stages of `depths` blocks, which put out `outs` channels."""
     places = [(stage, j) for stage, depth in enumerate(depths) for j in range(depth)]
-    return [
-        Block(
-            a,
-            b,
-            expansion=6 if stage else 1,
-            stride=1 if j else STRIDES[stage],
-            kernel=int(kernels[stage]),
-            act=act,
-            middle=partial(middle, stage),
-            conv=conv,
-            drop=rate,
-        )
-        for a, b, (stage, j), rate in zip(
-            [n_in, *outs], outs, places, rising(drop, len(places)), strict=False
-        )
-    ]
+    blocks = []
+    for n_out, (stage, j), rate in zip(outs, places, rising(drop, len(places)), strict=True):
+        stride = 1 if j else STRIDES[stage]
+        blocks.append(Block(n_in, n_out, style, stage, stride=stride, drop=rate))
+        n_in = n_out
+    return blocks
 
 
-def v1_blocks(
-    width_mult: float, drop: float, input_ch=WIDTH, final_ch=180, depth_mult=1.0, use_se=True, se_ratio=12
-) -> tuple[int, list[int], list[Block]]:
-    """ReXNetV1's blocks, the width of the map that they read, and the width that each puts out."""
-    depths = [math.ceil(n * depth_mult) for n in BLOCKS]
-    stem = round(STEM / min(width_mult, 1.0) * width_mult)
-    outs = [round(width) for width in widths(input_ch, final_ch, width_mult, sum(depths), sum(depths))]
+@dataclass(frozen=True)
+class V1Plan:
+    """The widths and depths of a ReXNetV1; see the options of `models.rexnet.ReXNetV1`."""
 
-    def middle(stage: int, width: int) -> list[nn.Module]:
-        return [*([Excite(width, se_ratio)] if use_se and stage >= 2 else []), nn.ReLU6(inplace=True)]
+    width_mult: float
+    input_ch: int = WIDTH
+    final_ch: int = 180
+    depth_mult: float = 1.0
 
-    return stem, outs, stack(stem, outs, depths, drop, act=nn.SiLU, middle=middle)
+    @property
+    def stem(self) -> int:
+        """Channels of the map that the first block reads."""
+        return round(STEM / min(self.width_mult, 1.0) * self.width_mult)
+
+    @property
+    def last(self) -> int:
+        """Channels of the last convolution."""
+        return int(LAST * self.width_mult)
+
+    @property
+    def depths(self) -> list[int]:
+        """Blocks per stage."""
+        return [math.ceil(n * self.depth_mult) for n in BLOCKS]
+
+    @property
+    def outs(self) -> list[int]:
+        """Channels that each block puts out."""
+        count = sum(self.depths)
+        return [round(w) for w in widths(self.input_ch, self.final_ch, self.width_mult, count, count)]
+
+    def stem_layers(self) -> nn.Sequential:
+        """Images to the map that the first block reads."""
+        return conv_norm(3, self.stem, 3, stride=2, act=nn.SiLU)
+
+    def last_layers(self) -> nn.Sequential:
+        """The last block's map to the one that is pooled."""
+        return conv_norm(self.outs[-1], self.last, act=nn.SiLU)
+
+    def blocks(self, se_ratio: int, drop: float) -> list[Block]:
+        """The blocks, without squeeze and excitation where `se_ratio` is 0."""
+        return stack(self.stem, self.outs, self.depths, Style(nn.SiLU, se_ratio), drop)

@@ -1,23 +1,22 @@
-"""Networks from timm (https://github.com/huggingface/pytorch-image-models): as they are, and with exits in
-between."""
+"""Networks of timm (https://github.com/huggingface/pytorch-image-models), as they are or with exits."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor, fx, nn
 
-from models.layers import MapHead
-from models.multi_exit import MultiExitModel, State
+from models.bases import SingleExit, Spans
 from models.registry import nearest, register
 
+Part = Callable[..., Sequence[Tensor]]
 
-class TimmNet(MultiExitModel):
-    """Any timm model as a one-exit network: the trunk is its `forward_features`, the head its `forward_head`.
+
+class TimmNet(SingleExit):
+    """Any timm model as a one-exit network, in timm's halves `forward_features` and `forward_head`.
 
     `pretrained` loads timm's published weights (needs network access), whose own head is kept if
     `num_classes` agrees.
     """
-
-    num_exits = 1
 
     def __init__(
         self,
@@ -40,15 +39,11 @@ class TimmNet(MultiExitModel):
             **_depth(drop_path_rate),
         )
 
-    def begin(self, images: Tensor) -> State:
-        """The state is the images [B, 3, H, W]."""
-        return images
+    def extract(self, images: Tensor) -> Tensor:
+        """timm's features before pooling."""
+        return self.net.forward_features(images)
 
-    def trunk(self, k: int, state: State) -> tuple[Tensor, State]:
-        """timm's features before pooling, and no state: there is no later stage."""
-        return self.net.forward_features(state), None
-
-    def head(self, k: int, features: Tensor) -> Tensor:
+    def classify(self, features: Tensor) -> Tensor:
         """Logits [B, C]."""
         return self.net.forward_head(features)
 
@@ -65,7 +60,7 @@ def _depth(rate: float) -> dict[str, float]:
     return {"drop_path_rate": rate} if rate else {}
 
 
-class TimmExits(MultiExitModel):
+class TimmExits(Spans):
     """Exits on the feature maps of any timm model that offers them (`features_only`).
 
     The forward pass is traced once and cut at the maps, so that a stage runs just what its exit needs beyond
@@ -98,21 +93,7 @@ class TimmExits(MultiExitModel):
 
         super().__init__()
         _check_name(backbone)
-        try:
-            maps = len(timm.create_model(backbone, features_only=True).feature_info.info)
-        except (
-            AttributeError,
-            RuntimeError,
-            AssertionError,
-        ) as error:  # how timm says that a model offers no maps
-            raise ValueError(f"timm's {backbone} offers no feature maps to put exits on: {error}") from error
-        if not 1 <= exits <= maps:
-            raise ValueError(
-                f"exits is {exits}; {backbone} has {maps} feature maps, so accepted: 1 to {maps}"
-            )
-        chosen = range(maps - exits, maps) if out_indices is None else out_indices
-        if not chosen or list(chosen) != sorted({i for i in chosen if 0 <= i < maps}):
-            raise ValueError(f"out_indices is {list(chosen)}; accepted: rising numbers from 0 to {maps - 1}")
+        chosen = _chosen_maps(backbone, exits, out_indices)
         self.num_exits = len(chosen)
         self.backbone: nn.Module = timm.create_model(
             backbone,
@@ -121,31 +102,40 @@ class TimmExits(MultiExitModel):
             pretrained=pretrained,
             **_depth(drop_path_rate),
         )
-        self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
-        widths = self.backbone.feature_info.channels()
-        self.exits = nn.ModuleList(
-            MapHead(width, head_width, num_classes, act=nn.SiLU, dropout=drop_rate) for width in widths
-        )
-        # Functions that read a module's mode, such as dropout, have it fixed when they are traced.
+        self.positions_first = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
+        self.add_exits(self.backbone.feature_info.channels(), head_width, num_classes, drop_rate)
+        # Tracing fixes the mode of functions that read it from a module, such as dropout.
         try:
-            self.spans = {mode: cut(self.backbone.train(mode)) for mode in (False, True)}
+            self.parts = {mode: cut(self.backbone.train(mode)) for mode in (False, True)}
         except (
             Exception
         ) as error:  # tracing runs timm's code on stand-ins for tensors, which may fail in any way
             raise ValueError(f"timm's {backbone} cannot be cut at its feature maps: {error}") from error
 
-    def begin(self, images: Tensor) -> State:
-        """The state is what later spans read, at first the images [B, 3, H, W]."""
-        return [images]
-
-    def trunk(self, k: int, state: State) -> tuple[Tensor, State]:
+    def span(self, k: int, *values: Tensor) -> Sequence[Tensor]:
         """Map k [B, C, H, W] and what later spans read."""
-        features, *state = self.spans[self.training][k](self.backbone, *state)
-        return (features.permute(0, 3, 1, 2) if self.channels_last else features), state
+        features, *rest = self.parts[self.training][k](self.backbone, *values)
+        return [features.permute(0, 3, 1, 2) if self.positions_first else features, *rest]
 
-    def head(self, k: int, features: Tensor) -> Tensor:
-        """Logits [B, num_classes]."""
-        return self.exits[k](features)
+
+def _chosen_maps(backbone: str, exits: int, out_indices: Sequence[int] | None) -> Sequence[int]:
+    """Numbers of the maps that get an exit. Raises ValueError where the backbone does not have them."""
+    import timm
+
+    try:
+        maps = len(timm.create_model(backbone, features_only=True).feature_info.info)
+    except (
+        AttributeError,
+        RuntimeError,
+        AssertionError,
+    ) as error:  # timm's ways to report that there are no maps
+        raise ValueError(f"timm's {backbone} offers no feature maps to put exits on: {error}") from error
+    if not 1 <= exits <= maps:
+        raise ValueError(f"exits is {exits}; {backbone} has {maps} feature maps, so accepted: 1 to {maps}")
+    chosen = range(maps - exits, maps) if out_indices is None else out_indices
+    if not chosen or list(chosen) != sorted({i for i in chosen if 0 <= i < maps}):
+        raise ValueError(f"out_indices is {list(chosen)}; accepted: rising numbers from 0 to {maps - 1}")
+    return chosen
 
 
 class _Tracer(fx.Tracer):
@@ -156,78 +146,95 @@ class _Tracer(fx.Tracer):
         self.whole = (nn.modules.batchnorm._BatchNorm, *get_notrace_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Modules without parts, batch norms (timm's have an activation inside) and what timm marks run as a
-        whole."""
+        """Modules that tracing does not enter: no parts, batch norms, what timm marks to run as a whole.
+
+        timm's batch norms have an activation inside.
+        """
         return isinstance(m, self.whole) or not any(True for _ in m.children())
 
 
-def cut(backbone: nn.Module) -> list[Callable[..., tuple[Tensor, ...]]]:
+class _Section(NamedTuple):
+    """The nodes of one part: its map, what it computes, and what it reads of earlier parts."""
+
+    end: fx.Node
+    made: set[fx.Node]
+    reads: set[fx.Node]
+
+
+def cut(backbone: nn.Module) -> list[Part]:
     """The forward pass of a network that returns a list of maps, in as many parts, in the mode that it is in.
 
     Part k, called with the network and the values that part k - 1 returned after its map (the images for part
-    0),
-    returns map k and the values that later parts read: tensors with the batch on dim 0. Sizes and what does
-    not depend on the images are computed where they are read.
+    0), returns map k and the values that later parts read: tensors with the batch on dim 0. Sizes and other
+    values that do not depend on the images are computed where they are read.
     """
     nodes = list(_Tracer().trace(backbone).nodes)
-    images, maps = nodes[0], nodes[-1].args[0]
+    images = nodes[0]
+    maps = nodes[-1].args[0]
     if not maps:
         raise ValueError("timm collects its maps by hooks, which tracing does not see")
-    carried = _carried(nodes)
-    ready, parts = {images}, []  # `ready` are the values that earlier parts have made
+    sections = _sections(images, maps, carried=_carried(nodes))
+    parts = []
+    known = {images}
+    for k, section in enumerate(sections):
+        read_later = set().union(*(later.reads for later in sections[k + 1 :]))
+        given = (known | section.made) & read_later
+        parts.append(_part(backbone, nodes, known, section, given))
+        known = given
+    return parts
+
+
+def _sections(images: fx.Node, maps: Sequence[fx.Node], carried: set[fx.Node]) -> list[_Section]:
+    """Walks back from every map to what earlier parts have made of the values that may be `carried`."""
+    ready = {images}
+    sections = []
     for end in maps:
-        asked, made, reads = [end], set(), set()
+        section = _Section(end, made=set(), reads=set())
+        asked = [end]
         while asked:
             node = asked.pop()
             if node in ready:
-                reads.add(node)
-            elif node not in made:
-                made.add(node)
+                section.reads.add(node)
+            elif node not in section.made:
+                section.made.add(node)
                 asked.extend(node.all_input_nodes)
-        parts.append((end, made, reads))
-        ready |= made & carried
-    known, functions = {images}, []
-    for k, (end, made, _) in enumerate(parts):
-        takes = [node for node in nodes if node in known]
-        known = (known | made) & set().union(*(reads for _, _, reads in parts[k + 1 :]))
-        functions.append(_function(nodes, takes, made, [end, *(node for node in nodes if node in known)]))
-    return functions
+        ready |= section.made & carried
+        sections.append(section)
+    return sections
 
 
 def _carried(nodes: list[fx.Node]) -> set[fx.Node]:
-    """The values that one part may hand to another: tensors that depend on the images."""
-    depends, sizes = {nodes[0]}, set()
+    """The values that one part may pass to another: tensors that depend on the images."""
+    depends = {nodes[0]}
+    sizes = set()
     for node in nodes:
         inputs = node.all_input_nodes
-        asks = node.target is getattr and node.args[1] == "shape" or node.target in ("size", "dim")
-        counts = (
-            inputs
-            and all(i in sizes for i in inputs)
-            and getattr(node.target, "__module__", "") == "_operator"
-        )
-        if asks or counts:
+        is_arithmetic = getattr(node.target, "__module__", "") == "_operator"
+        if node.target is getattr:
+            is_size = node.args[1] == "shape"
+        else:
+            of_sizes = bool(inputs) and all(i in sizes for i in inputs)
+            is_size = node.target in ("size", "dim") or (of_sizes and is_arithmetic)
+        if is_size:
             sizes.add(node)
         elif any(i in depends or i in sizes for i in inputs):
             depends.add(node)
     return depends
 
 
-def _function(
-    nodes: list[fx.Node], takes: list[fx.Node], made: set[fx.Node], gives: list[fx.Node]
-) -> Callable[..., tuple[Tensor, ...]]:
-    """The part that computes the nodes `made` from the values `takes`, as a function of the network and
-    these."""
-    graph, env = fx.Graph(), {}
-    for node in takes:
-        env[node] = graph.placeholder(node.name)
-    for node in nodes:
-        if node in made:
-            env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[node] for node in gives))
-    code = graph.python_code("self")
-    names = dict(code.globals)
-    exec(code.src, names)  # source that torch.fx wrote from the traced network
-    return names["forward"]
+def _part(
+    backbone: nn.Module, nodes: list[fx.Node], known: set[fx.Node], section: _Section, given: set[fx.Node]
+) -> Part:
+    """A section as a function of the network and the values `known`; returns its map and `given` values."""
+    graph = fx.Graph()
+    copies = {}
+    for node in (node for node in nodes if node in known):
+        copies[node] = graph.placeholder(node.name)
+    for node in (node for node in nodes if node in section.made):
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in (section.end, *(node for node in nodes if node in given))))
+    # The method, not the module: called with the network, it reads the weights that this has by then.
+    return type(fx.GraphModule(backbone, graph)).forward
 
 
 register(TimmNet, "timm/", "any timm model as a one-exit network")

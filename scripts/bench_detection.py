@@ -3,130 +3,91 @@
     python scripts/bench_detection.py runs/shapes [--model faster_rcnn_rexnet_090] [--epochs 4] [--count 480]
 
 Draws circles, squares and triangles with polygons around them, in COCO's format; trains from random weights
-through scripts/main_detection.py; prints the average precision on held-out drawings and writes
+as scripts/main_detection.py does; prints the average precision on held-out drawings and writes
 predictions.png: three of them with the boxes that score above 0.5.
 """
 
-import argparse
 import json
-import subprocess
-import sys
-import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from common import read_flags, timed, word
+from PIL import Image
 from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from detection.shapes import SIDE, draw_shapes
+from detection.train import Detection, Job, fit
+from utils import describe_machine, option, run_main
 
-from models.detection import create_detector
-from training.checkpoint import LAST, load
-from training.detection import CocoImages
-from utils import describe_machine, run_main
-
-SIDE, SCALE = 128, 3  # pixels of a drawing, and how much larger the picture shows it
-CORNERS = {"circle": 24, "square": 4, "triangle": 3}
+SCALE = 3  # how much larger than the drawings the picture shows them
 
 
-def draw_shapes(folder, split, count, seed):
-    """Writes `count` pictures of one to three shapes each, and their annotations, as a split in COCO's
-    layout."""
-    rng, images, objects = np.random.default_rng(seed), [], []
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    (folder / "annotations").mkdir(exist_ok=True)
-    for number in range(1, count + 1):
-        picture = Image.fromarray(rng.integers(60, 110, (SIDE, SIDE, 3), dtype=np.uint8))
-        taken = []
-        for _ in range(rng.integers(1, 4)):
-            radius = rng.uniform(12, 26)
-            centre = rng.uniform(radius + 1, SIDE - radius - 1, 2)
-            if any(np.hypot(*(centre - other)) < radius + size for other, size in taken):
-                continue  # shapes do not overlap
-            taken.append((centre, radius))
-            category = int(rng.integers(len(CORNERS)))
-            corners = list(CORNERS.values())[category]
-            angles = rng.uniform(0, 2 * np.pi) + np.arange(corners) * 2 * np.pi / corners
-            points = centre + radius * np.stack([np.cos(angles), np.sin(angles)], 1)  # (corners, 2)
-            colour = tuple(int(c) for c in rng.integers(0, 256, 3))
-            ImageDraw.Draw(picture).polygon([tuple(point) for point in points], fill=colour)
-            low, size = points.min(0), np.ptp(points, 0)
-            objects.append(
-                {
-                    "id": len(objects) + 1,
-                    "image_id": number,
-                    "category_id": category + 1,
-                    "bbox": [*low.tolist(), *size.tolist()],
-                    "area": float(size.prod()),
-                    "iscrowd": 0,
-                    "segmentation": [points.flatten().tolist()],
-                }
-            )
-        picture.save(folder / split / f"{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "width": SIDE, "height": SIDE})
-    categories = [{"id": i, "name": name} for i, name in enumerate(CORNERS, 1)]
-    content = {"images": images, "annotations": objects, "categories": categories}
-    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+@dataclass(frozen=True)
+class Flags:
+    """What is trained."""
+
+    output_dir: Path = word("where the data, the run and the picture go")
+    model: str = option("faster_rcnn_rexnet_090", "detector")
+    epochs: int = option(4, low=1)
+    count: int = option(480, "training images", low=4)
+    held_out: int = option(100, "images to evaluate on", low=3)
 
 
 @torch.no_grad()
-def picture_of(detector, data, count=3):
-    """The first images of a split side by side, with what the detector finds in them."""
-    names, shown = [name for _, name in data.categories], []
+def picture_of(job: Job, count: int = 3) -> Image.Image:
+    """The first held-out images side by side, with what the detector finds in them."""
+    names = [name for _, name in job.held_out.categories]
+    shown = []
     for i in range(count):
-        image, _ = data[i]
-        (found,) = detector([image])
+        image, _ = job.held_out[i]
+        (found,) = job.detector.eval()([image.to(job.device)])
         sure = found["scores"] > 0.5
-        boxes, scores = SCALE * found["boxes"][sure], found["scores"][sure].tolist()
-        labels = [names[label - 1] for label in found["labels"][sure].tolist()]
-        texts = [f"{label} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+        labels = found["labels"][sure].tolist()
+        scores = found["scores"][sure].tolist()
+        texts = [f"{names[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
         large = resize(image, [SCALE * SIDE, SCALE * SIDE], antialias=True)
+        boxes = SCALE * found["boxes"][sure].cpu()
         shown.append(draw_bounding_boxes(large, boxes, texts, colors="yellow", width=2))
     return to_pil_image(torch.cat(shown, 2))
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Draws, trains, evaluates and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--model", default="faster_rcnn_rexnet_090")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--count", type=int, default=480, help="training images")
-    args = parser.parse_args(argv)
-
-    data = args.output_dir / "data"
-    draw_shapes(data, "train", args.count, seed=0)
-    draw_shapes(data, "val", 100, seed=1)
-    build = {"min_size": SIDE, "max_size": SIDE, "smallest_anchor": 8, "proposals": 50, "sampled": 32}
-    flags = build | {"epochs": args.epochs, "decay_epochs": args.epochs - 1, "batch_size": 4, "lr": 0.01}
-    flags |= {
-        "warmup_steps": 60,
-        "clip_grad": 10,
-        "num_workers": 1,
-        "train_split": "train",
-        "val_split": "val",
-    }
-    flags |= {"model": args.model, "data_path": data, "output_dir": args.output_dir}
-    start = time.monotonic()
-    program = [sys.executable, str(Path(__file__).with_name("main_detection.py"))]
-    subprocess.run(
-        [*program, *(str(word) for name, value in flags.items() for word in (f"--{name}", value))], check=True
+    flags = read_flags(Flags, argv, __doc__)
+    data = flags.output_dir / "data"
+    draw_shapes(data, "train", flags.count, seed=0)
+    draw_shapes(data, "val", flags.held_out, seed=1)
+    detection = Detection(
+        model=flags.model,
+        data_path=str(data),
+        output_dir=str(flags.output_dir),
+        train_split="train",
+        val_split="val",
+        min_size=SIDE,
+        max_size=SIDE,
+        smallest_anchor=8,
+        proposals=50,
+        sampled=32,
+        epochs=flags.epochs,
+        decay_epochs=(flags.epochs - 1,),
+        batch_size=4,
+        lr=0.01,
+        warmup_steps=60,
+        clip_grad=10,
+        num_workers=1,
     )
-    seconds = time.monotonic() - start
-    figures = json.loads((args.output_dir / "log.txt").read_text().splitlines()[-1])
-    print(
-        f"{describe_machine(torch.device('cpu'))}\n{args.model}, {args.count} drawings, {args.epochs} epochs"
-    )
-    print(
-        "  ".join(f"{name} {figures[name]:.3f}" for name in figures if "AP" in name) + f"  in {seconds:.0f} s"
-    )
-
-    detector = create_detector(args.model, len(CORNERS) + 1, **build).eval()
-    detector.load_state_dict(load(args.output_dir / LAST)["model"])
-    picture_of(detector, CocoImages(data, "val")).save(args.output_dir / "predictions.png")
-    print(f"wrote {args.output_dir / 'predictions.png'}")
+    job, seconds = timed(partial(fit, detection))
+    figures = json.loads((flags.output_dir / "log.txt").read_text(encoding="utf-8").splitlines()[-1])
+    print(describe_machine(job.device))
+    print(f"{flags.model}, {flags.count} drawings, {flags.epochs} epochs")
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in figures.items() if "AP" in name)
+    print(f"{shown}  in {seconds:.0f} s")
+    path = flags.output_dir / "predictions.png"
+    picture_of(job).save(path)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,17 @@ timed as what it takes from the image to its answer, in turn with all the others
 drifts slows all alike. Channels-last, batch norm as it stands.
 """
 
-import argparse
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import print_table, read_flags, warm_times
+from torch import Tensor
 
 from adaptive.flops import exit_costs
-from adaptive.latency import interleaved
-from models import create_model
-from utils import describe_machine, run_main, start_compute
+from models import MultiExitModel, create_model, tune
+from utils import Runtime, describe_machine, option, run_main, start_compute
 
 # Published milliseconds on the paper's CPU; the reference of each family comes first.
 PUBLISHED = {
@@ -36,48 +34,54 @@ PUBLISHED = {
     "rexnetv1_lite_150": 39,
     "rexnetv1_lite_200": 49,
 }
+HEADS = ["network", "exit", "M MACs:.0f", "ms:.1f", "ratio:.2f", "published ratio"]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What is timed."""
+
+    models: tuple[str, ...] = option(tuple(PUBLISHED), "registered networks, or timm/NAME")
+    input_size: int = option(224, "side of the image", low=1)
+    rounds: int = option(30, "of which the median is shown", low=1)
 
 
 @torch.inference_mode()
-def answer(network, image, k):
-    """Runs a network up to exit k."""
-    state = network.begin(image)
-    for stage in range(k + 1):
-        _, state = network.step(stage, state)
+def answer(network: MultiExitModel, image: Tensor, k: int) -> Tensor:
+    """Logits [1, C] of exit k; the network runs only up to there."""
+    return next(logits for j, logits in network.each_exit(image) if j == k)
 
 
-def main(argv):
-    """Prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(PUBLISHED))
-    parser.add_argument("--input_size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=30)
-    args = parser.parse_args(argv)
-
-    device = start_compute("auto", "none", True).device
-    image = torch.randn(1, 3, args.input_size, args.input_size, device=device)
-    image = image.contiguous(memory_format=torch.channels_last)
-    calls, costs = {}, {}
-    for name in args.models:
-        network = create_model(name).eval().to(device, memory_format=torch.channels_last)
-        for k, cost in enumerate(exit_costs(network, tuple(image.shape[1:]))):
-            calls[name, k], costs[name, k] = partial(answer, network, image, k), cost
-    interleaved(calls, rounds=3, device=device)  # warm up
-    times = interleaved(calls, rounds=args.rounds, device=device)
-
-    print(
-        f"{describe_machine(device)}\nbatch 1, {args.input_size} pixels, fp32, median of {args.rounds} rounds"
-    )
-    print(f"{'network':34}{'exit':>5}{'M MACs':>9}{'ms':>8}{'ratio':>7}{'published ratio':>17}")
-    reference = None
+def compared(times: dict[tuple[str, int], float], macs: dict[tuple[str, int], int]) -> Iterator[tuple]:
+    """The rows of the table, from seconds and multiply-adds by network and exit."""
+    last = {name: seconds for (name, _), seconds in times.items()}  # of each network's last exit
+    reference = next(iter(last))
     for (name, k), seconds in times.items():
         # Networks are compared with the last one of timm before them, and with the first of all before any.
-        reference = name if name.startswith("timm/") or reference is None else reference
-        last = max(exit for other, exit in times if other == reference)
-        known = name in PUBLISHED and reference in PUBLISHED
-        published = f"{PUBLISHED[name] / PUBLISHED[reference]:.2f}" if known else "-"
-        ratio = seconds / times[reference, last]
-        print(f"{name:34}{k:5}{costs[name, k] / 1e6:9.0f}{1e3 * seconds:8.1f}{ratio:7.2f}{published:>17}")
+        if name.startswith("timm/"):
+            reference = name
+        published = "-"
+        if name in PUBLISHED and reference in PUBLISHED:
+            published = f"{PUBLISHED[name] / PUBLISHED[reference]:.2f}"
+        yield name, k, macs[name, k] / 1e6, 1e3 * seconds, seconds / last[reference], published
+
+
+def main(argv: list[str]) -> None:
+    """Prints a table."""
+    flags = read_flags(Flags, argv, __doc__)
+    compute = start_compute(Runtime(channels_last=True))
+    image = compute.put(torch.randn(1, 3, flags.input_size, flags.input_size))
+    calls, macs = {}, {}
+    for name in flags.models:
+        network = create_model(name).eval().to(compute.device, memory_format=torch.channels_last)
+        tune(network, compute.device)
+        for k, cost in enumerate(exit_costs(network, (3, *image.shape[2:]))):
+            calls[name, k] = partial(answer, network, image, k)
+            macs[name, k] = cost
+    times = warm_times(calls, flags.rounds, compute.device)
+    print(describe_machine(compute.device))
+    print(f"batch 1, {flags.input_size} pixels, fp32, median of {flags.rounds} rounds")
+    print_table(HEADS, compared(times, macs))
 
 
 if __name__ == "__main__":

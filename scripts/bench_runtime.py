@@ -1,223 +1,230 @@
-"""Images per second of real early exit against running all exits, over batch sizes; or its latency at batch
-1.
+"""Images per second of real early exit and of all exits, over batch sizes; or its latency at batch 1.
 
     python scripts/bench_runtime.py [--checkpoint FILE] [--model msdnet_cifar_lin5] [--shares 50 20 15 10 5]
-    python scripts/bench_runtime.py --latency [--model reg800m_perceiver_t128] [--baselines
-    torchvision/resnet50 ...]
+    python scripts/bench_runtime.py --latency [--model reg800m_perceiver_t128] [--baselines resnet18 ...]
 
 With a checkpoint: its weights, its test images, and the thresholds of the cheapest setting that is as
 accurate as the last exit on calib. Without: random weights and images, and thresholds by which the given
-shares (percent) of the images leave at each exit. Floor: the ideal ratio is that of the multiply-adds. Every
-line is measured in the same run; policies take turns, and the median of the rounds is shown.
+shares (percent) of the images leave at each exit. Floor: the ideal ratio is that of the multiply-adds.
+Every line is measured in the same run; policies take turns, and the median of the rounds is shown.
 
-With --latency: milliseconds for one image to leave at each exit, all earlier exits tried and found unsure,
-beside one-exit networks (registered, or torchvision's own as torchvision/NAME), as built and tuned alike.
-Random weights.
+With --latency: milliseconds for one image to leave at each exit after all earlier exits have been evaluated,
+beside one-exit networks (registered, or torchvision's own as torchvision/NAME), both as built and tuned.
+Random weights. Options of the network named by --model are flags too, such as --depth_factor 1 1 1 2.
 """
 
-import argparse
-import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
+from common import largest_difference, network_options, print_table, read_known, timed
+from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from adaptive.confidence import max_prob
 from adaptive.flops import exit_costs
 from adaptive.inference import fold_batch_norm, run_adaptive
-from adaptive.latency import early_policies, interleaved, percentile, static_policies
-from adaptive.thresholds import EVERYBODY, NOBODY, exit_of, quota_thresholds
-from eval_dynamic import Evaluation
-from models import MultiExitModel, create_model
-from utils import describe_machine
+from adaptive.policy import Policy, choose, policies_of, rules_of
+from adaptive.thresholds import EVERYBODY, NOBODY, quota_thresholds
+from adaptive.timing import Deployed, early_contestants, measure, percentile, static_contestants
+from eval_dynamic import calibrate, tables, test_images
+from experiment.options import Given
+from experiment.subject import open_evaluation
+from models import MultiExitModel, create_model, tune
+from models.bases import SingleExit
+from utils import describe_machine, option, run_main
 
 SIZES = (1, 8, 64, 256)
+BASELINES = ("torchvision/regnet_y_800mf", "torchvision/regnet_y_400mf")
 BURST = 4  # calls in a row at batch 1; the first of them, whose caches others have filled, is not counted
-# Top-1 of the exits on ImageNet and the depth_factor it was published with
-# (https://arxiv.org/abs/2306.11248).
+CPU = torch.device("cpu")
+# Published depth_factor, and top-1 of the exits on ImageNet (https://arxiv.org/abs/2306.11248).
 PUBLISHED = {
     "reg800m_perceiver_t128": ([1, 1, 1, 2], ("68.62", "78.32", "79.15", "79.86")),
     "resnet50_0375_perceiver_t128": ([1, 1, 1, 1], ("72.93", "77.52", "74.32", "77.70")),
     "mobilenetV3_0x75_perceiver_t128": ([1, 1, 1, 3], ("53.13", "71.65", "71.89", "74.59")),
 }
+HEADS = ["batch", "all exits:.0f", "throughput order:.0f", "ratio:.2f", "latency order:.0f", "ratio:.2f"]
+HEADS += ["ideal:.2f", "exits unlike simulated"]
+LATENCY_HEADS = ["network", "exit", "MACs, M:.1f", "as built p50:.1f", "p95:.1f", "tuned p50:.1f", "p95:.1f"]
+LATENCY_HEADS += ["top-1, %, not measured here"]
 
 
-def trained_subject(checkpoint, count):
-    """Network, images and thresholds of a checkpoint."""
-    job = Evaluation({"checkpoint": checkpoint, "num_workers": 1}, {})
-    calib, test, _ = job.calibrate(job.tables(job.splits.test, "test"))
-    rows = job.operating_points(calib, test)
-    row = rows[job.choose(rows, calib)[0]]
-    images = torch.stack(
-        [job.splits.test[i][0] for i in range(0, len(job.splits.test), max(1, len(job.splits.test) // count))]
-    )
-    print(
-        f"{checkpoint}: {row['policy']}, simulated accuracy {100 * row['accuracy']:.2f} % on all test images"
-    )
-    return job.model, images[:count], torch.tensor(row["thresholds"])
+@dataclass(frozen=True)
+class Flags:
+    """What is timed."""
+
+    checkpoint: str = option("", "a trained network, with its images")
+    model: str = option("", "default: msdnet_cifar_lin5, with --latency reg800m_perceiver_t128")
+    input_size: int | None = option(None, "default: the network's, with --latency 224")
+    latency: bool = option(False, "batch 1 instead of throughput")
+    baselines: tuple[str, ...] = option(BASELINES, "one-exit networks for --latency")
+    images: int = option(2048, low=1)
+    shares: tuple[float, ...] = option((50, 20, 15, 10, 5), "percent of the images for each exit")
+    rounds: int | None = option(None, "default: 3, with --latency 50", low=1)
 
 
-def random_subject(name, options, shares, count, side):
-    """A network with random weights, random images, and thresholds at which `shares` of them leave."""
+def trained_subject(flags: Flags) -> tuple[MultiExitModel, Tensor, Policy]:
+    """Network, images and policy of a checkpoint."""
+    subject = open_evaluation(Given({"checkpoint": flags.checkpoint, "num_workers": 1}, {}))
+    test, calib, _ = calibrate(subject, tables(subject, subject.splits.test, "test"))
+    costs = exit_costs(subject.network, subject.shape)
+    exits = subject.recipe.exits
+    policies = policies_of(rules_of(exits, len(costs)), calib, costs, exits.confidence)
+    policy = policies[choose(policies, exits, calib.means()["acc1"][-1])[0]]
+    accuracy = 100 * policy.simulate(test, costs).accuracy
+    print(f"{flags.checkpoint}: {policy.name}, simulated accuracy {accuracy:.2f} % on all test images")
+    return subject.network, test_images(subject, flags.images)[0], policy
+
+
+def random_subject(flags: Flags, options: dict[str, Any]) -> tuple[MultiExitModel, Tensor, Policy]:
+    """A network with random weights, random images, and a policy by which the given shares of them leave."""
     torch.manual_seed(0)
-    model = create_model(name, num_classes=10, **options).eval()
-    side = side or (224 if "imagenet" in name else 32)
-    images = torch.randn(count, 3, side, side)
-    with torch.inference_mode():
-        confidence = torch.cat([max_prob(torch.stack(model(part))) for part in images.split(64)], dim=1)
-    return model, images, quota_thresholds(confidence, torch.tensor(shares) / 100)
-
-
-def report(title, model, tuned, images, tuned_images, thresholds, rounds):
-    """One table: batch size by policy."""
-    costs = exit_costs(model, tuple(images.shape[1:]))
-    policies = static_policies(model, tuned, images, tuned_images)
-    policies = {
-        "all exits": policies["all exits"],
-        **early_policies(tuned, tuned_images, thresholds, "max_prob"),
-    }
-    print(f"\n{title}")
-    print(
-        "batch   all exits   throughput order   ratio   latency order   ratio   ideal   exits unlike simulated"
-    )
-    with torch.inference_mode():
-        confidence = torch.cat([max_prob(torch.stack(tuned(part))) for part in tuned_images.split(64)], dim=1)
-    simulated = exit_of(confidence, thresholds)
-    for size in SIZES:
-        count = min(len(images), max(256, 32 * size))
-        ideal = costs[-1] / torch.tensor(costs, dtype=torch.float64)[simulated[:count]].mean().item()
-        calls = {name: partial(p.run, p.images[:count], size) for name, p in policies.items()}
-        answers = {name: call() for name, call in calls.items()}
-        rates = {
-            name: count / t for name, t in interleaved(calls, rounds=rounds, device=images.device).items()
-        }
-        differ = [int((answers[order][1] != simulated[:count]).sum()) for order in ("throughput", "latency")]
-        everything, pooled, compacted = rates.values()
-        line = f"{size:5}{everything:12.0f}{pooled:19.0f}{pooled / everything:8.2f}{compacted:16.0f}"
-        unlike = f"{differ[0]} and {differ[1]} of {count}"
-        print(f"{line}{compacted / everything:8.2f}{ideal:8.2f}{unlike:>25}")
-
-
-class OneExit(MultiExitModel):
-    """Any classifier as a network with one exit."""
-
-    num_exits = 1
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def begin(self, images):
-        """The state is the images [B, 3, H, W]."""
-        return images
-
-    def trunk(self, k, state):
-        """The whole network."""
-        return self.network(state), None
-
-    def head(self, k, features):
-        """The logits are there already."""
-        return features
-
-
-def latency_subject(name, depth_factor=None):
-    """A network with random weights and, by exit, the top-1 that is told of it."""
-    if name.startswith("torchvision/"):
-        name = name.removeprefix("torchvision/")
-        told = [
-            w.meta["_metrics"]["ImageNet-1K"]["acc@1"] for w in torchvision.models.get_model_weights(name)
-        ]
-        row = f"{' or '.join(f'{acc:.2f}' for acc in told)} (torchvision docs, by weights)"
-        return OneExit(torchvision.models.get_model(name)).eval(), [row]
-    depth, told = PUBLISHED.get(name, (None, ()))
-    wanted = depth_factor or depth
-    model = create_model(name, **({"depth_factor": wanted} if wanted else {})).eval()
-    return model, [f"{acc} (published)" for acc in told] if wanted == depth and told else [
-        "-"
-    ] * model.num_exits
+    model = create_model(flags.model, num_classes=10, **options).eval()
+    tune(model, CPU)
+    side = flags.input_size or (224 if "imagenet" in flags.model else 32)
+    images = torch.randn(flags.images, 3, side, side)
+    confidence = confidence_of(model, images, Policy.of([EVERYBODY]))
+    return model, images, Policy.of(quota_thresholds(confidence, torch.tensor(flags.shares) / 100))
 
 
 @torch.inference_mode()
-def answer(model, image, k):
-    """Logits of exit k, at which the image really stops; one-exit networks have nothing to decide and just
-    run."""
+def confidence_of(model: MultiExitModel, images: Tensor, policy: Policy) -> Tensor:
+    """Confidence of every exit in every image, [K, N], as the policy computes it."""
+    return torch.cat([policy.scores(torch.stack(model(part))) for part in images.split(64)], dim=1)
+
+
+def by_batch(deployed: Deployed, policy: Policy, rounds: int) -> Iterator[tuple]:
+    """The rows of a table: all exits and early exit in both orders, by batch size."""
+    contestants = {"all exits": static_contestants(deployed)["all exits"]}
+    contestants |= early_contestants(deployed, policy)
+    simulated = policy.exit_of(confidence_of(deployed.tuned, deployed.tuned_images, policy)).cpu()
+    for size in SIZES:
+        count = min(len(deployed.images), max(256, 32 * size))
+        targets = torch.zeros(count, device=deployed.images.device)
+        parts = {name: replace(one, images=one.images[:count]) for name, one in contestants.items()}
+        found = measure(parts, targets, micro_batch=size, rounds=rounds, singles=1)
+        everything, pooled, compacted = (row.images_per_s for row in found)
+        differ = [int((row.exits != simulated[:count]).sum()) for row in found[1:]]
+        unlike = f"{differ[0]} and {differ[1]} of {count}"
+        ratios = (pooled / everything, compacted, compacted / everything, found[0].macs / found[1].macs)
+        yield size, everything, pooled, *ratios, unlike
+
+
+def report_throughput(flags: Flags, options: dict[str, Any]) -> None:
+    """A table for the network as it is, and one for each way to deploy it."""
+    chosen = trained_subject(flags) if flags.checkpoint else random_subject(flags, options)
+    model, images, policy = chosen
+    print(describe_machine(images.device))
+    for title, deployed in {
+        "eager, fp32": Deployed(model, model, images, images),
+        "batch norm folded, channels-last, fp32": Deployed.of(model, images, channels_last=True),
+        "the same in bf16": Deployed.of(model, images, channels_last=True, dtype=torch.bfloat16),
+    }.items():
+        print(f"\n{title}, images/s")
+        print_table(HEADS, by_batch(deployed, policy, flags.rounds or 3))
+
+
+class OneExit(SingleExit):
+    """Any classifier as a network with one exit."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def extract(self, images: Tensor) -> Tensor:
+        """The whole network."""
+        return self.network(images)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """The logits already."""
+        return features
+
+
+def latency_subject(name: str, options: dict[str, Any]) -> tuple[MultiExitModel, list[str]]:
+    """A network with random weights and the published top-1 of each exit."""
+    if name.startswith("torchvision/"):
+        name = name.removeprefix("torchvision/")
+        known = torchvision.models.get_model_weights(name)
+        reported = [f"{one.meta['_metrics']['ImageNet-1K']['acc@1']:.2f}" for one in known]
+        network = OneExit(torchvision.models.get_model(name))
+        return network, [f"{' or '.join(reported)} (torchvision docs, by weights)"]
+    depth, reported = PUBLISHED.get(name, (None, ()))
+    options = {"depth_factor": depth, **options} if depth else options
+    network = create_model(name, **options)
+    if options == {"depth_factor": depth}:
+        return network, [f"{accuracy} (published)" for accuracy in reported]
+    return network, ["-"] * network.num_exits
+
+
+@torch.inference_mode()
+def answer(model: MultiExitModel, image: Tensor, k: int) -> Tensor:
+    """Logits of exit k, where the image really leaves; a single exit decides nothing and just runs."""
     if model.num_exits == 1:
         return model(image)[0]
-    return run_adaptive(model, image, torch.tensor([NOBODY] * k + [EVERYBODY] * (model.num_exits - k)))[0]
+    return run_adaptive(model, image, [NOBODY] * k + [EVERYBODY] * (model.num_exits - k))[0]
 
 
-def report_latency(names, depth_factor, side, rounds):
+@dataclass(frozen=True)
+class ExitLatency:
+    """An exit of a network, as built and tuned: calls that answer for one image, and their times in ms."""
+
+    network: str
+    exit: int
+    macs: int
+    reported: str
+    calls: list[Callable[[], Tensor]]
+    times: list[list[float]]
+
+    def burst(self) -> None:
+        """Times a few calls of each in a row, without the first."""
+        for call, times in zip(self.calls, self.times, strict=True):
+            spent = [timed(call)[1] for _ in range(BURST)]
+            times += [1e3 * seconds for seconds in spent[1:]]
+
+    def cells(self) -> tuple:
+        """The row of the table."""
+        figures = [percentile(times, share) for times in self.times for share in (0.5, 0.95)]
+        return self.network, self.exit, self.macs / 1e6, *figures, self.reported
+
+
+def exits_of(name: str, options: dict[str, Any], image: Tensor) -> Iterator[ExitLatency]:
+    """Every exit of a network."""
+    model, reported = latency_subject(name, options)
+    tune(model.eval(), CPU)
+    tuned = fold_batch_norm(model).to(memory_format=torch.channels_last)
+    tuned_image = image.to(memory_format=torch.channels_last)
+    for k, macs in enumerate(exit_costs(model, (3, image.shape[2], image.shape[3]))):
+        calls = [partial(answer, model, image, k), partial(answer, tuned, tuned_image, k)]
+        yield ExitLatency(name, k, macs, reported[k] if image.shape[2] == 224 else "-", calls, [[], []])
+
+
+def report_latency(flags: Flags, options: dict[str, Any]) -> None:
     """One table: exits of the first network and the other networks, as built and tuned."""
     torch.manual_seed(0)
-    image, layout = torch.randn(1, 3, side, side), torch.channels_last
-    calls, rows, differ = {}, [], 0.0
-    for i, name in enumerate(names):
-        model, told = latency_subject(name, None if i else depth_factor)
-        tuned = fold_batch_norm(model).to(memory_format=layout)
-        for k, macs in enumerate(exit_costs(model, (3, side, side))):
-            both = partial(answer, model, image, k), partial(answer, tuned, image.to(memory_format=layout), k)
-            expected, found = (call() for call in both)  # warms up, too
-            differ = max(differ, ((expected - found).abs().max() / expected.abs().max()).item())
-            rows.append((name, k, macs, told[k] if side == 224 else "-"))
-            calls |= {(name, k, kind, n): call for kind, call in enumerate(both) for n in range(BURST)}
-    turns = [interleaved(calls, rounds=1, device=image.device) for _ in range(rounds)]
-    print(
-        f"\nbatch 1, {side} pixels, fp32, ms; tuned = batch norm folded, channels-last (logits within {differ:.0e})"
-    )
-    print(f"{'':36}{'':5}{'':9}    as built         tuned      top-1, %, not measured here")
-    print(f"{'network':36} exit  MACs, M     p50     p95     p50     p95")
-    for name, k, macs, told in rows:
-        line = f"{name:36}{k:5}{macs / 1e6:9.1f}"
-        for kind in range(2):
-            times = [1e3 * turn[name, k, kind, n] for turn in turns for n in range(1, BURST)]
-            line += "".join(f"{percentile(times, share):8.1f}" for share in (0.5, 0.95))
-        print(f"{line}  {told}")
+    image = torch.randn(1, 3, flags.input_size or 224, flags.input_size or 224)
+    rows = list(exits_of(flags.model, options, image))
+    for name in flags.baselines:
+        rows += exits_of(name, {}, image)
+    differ = max(largest_difference(row.calls[1](), row.calls[0]()) for row in rows)  # warms up, too
+    for _ in range(flags.rounds or 50):
+        for row in rows:
+            row.burst()
+    print(describe_machine(CPU))
+    tuning = f"tuned = batch norm folded, channels-last (logits within {differ:.0e})"
+    print(f"\nbatch 1, {image.shape[2]} pixels, fp32, ms; {tuning}")
+    print_table(LATENCY_HEADS, [row.cells() for row in rows])
 
 
-def main():
-    """Prints a table for the network as it is and one for each way to deploy it, or the table of
-    latencies."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint")
-    parser.add_argument("--model", help="default: msdnet_cifar_lin5, with --latency reg800m_perceiver_t128")
-    parser.add_argument(
-        "--depth_factor", type=int, nargs=4, help="default: the network's, with --latency as published"
-    )
-    parser.add_argument("--input_size", type=int, help="default: the network's, with --latency 224")
-    parser.add_argument("--latency", action="store_true", help="batch 1 instead of throughput")
-    baselines = ["torchvision/regnet_y_800mf", "torchvision/regnet_y_400mf"]
-    parser.add_argument("--baselines", nargs="*", default=baselines, help="one-exit networks for --latency")
-    parser.add_argument("--images", type=int, default=2048)
-    parser.add_argument("--shares", type=float, nargs="+", default=[50, 20, 15, 10, 5])
-    parser.add_argument("--rounds", type=int, help="default: 3, with --latency 50")
-    args = parser.parse_args()
-    if args.latency:
-        print(describe_machine(torch.device("cpu")))
-        names = [args.model or "reg800m_perceiver_t128", *args.baselines]
-        report_latency(names, args.depth_factor, args.input_size or 224, args.rounds or 50)
-        return
-    if args.checkpoint:
-        model, images, thresholds = trained_subject(args.checkpoint, args.images)
-    else:
-        options = {"depth_factor": args.depth_factor} if args.depth_factor else {}
-        model, images, thresholds = random_subject(
-            args.model or "msdnet_cifar_lin5", options, args.shares, args.images, args.input_size
-        )
-    rounds = args.rounds or 3
-    print(describe_machine(images.device))
-    report("eager, fp32, images/s", model, model, images, images, thresholds, rounds)
-    layout = torch.channels_last
-    folded, fast = fold_batch_norm(model).to(memory_format=layout), images.to(memory_format=layout)
-    report(
-        "batch norm folded, channels-last, fp32, images/s", model, folded, images, fast, thresholds, rounds
-    )
-    half = fold_batch_norm(model).to(torch.bfloat16, memory_format=layout)
-    half_images = images.to(torch.bfloat16, memory_format=layout)
-    report("the same in bf16, images/s", model, half, images, half_images, thresholds, rounds)
+def main(argv: list[str]) -> None:
+    """Prints the tables of throughput, or the table of latencies."""
+    flags, words = read_known(Flags, argv, __doc__)
+    default = "reg800m_perceiver_t128" if flags.latency else "msdnet_cifar_lin5"
+    flags = replace(flags, model=flags.model or default)
+    report = report_latency if flags.latency else report_throughput
+    report(flags, network_options(Flags, flags.model, words))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

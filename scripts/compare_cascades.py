@@ -2,8 +2,7 @@
 
     python scripts/compare_cascades.py --networks A B C --cascades 0,2 1,2 0,1,2 --budgets 20e6 40e6 80e6 \
         --data_set CIFAR10 --data_path "$DATA"
-    python scripts/compare_cascades.py --networks A B C --cascades 0,2 1,2 --popular 0 1 2 --mixes 0.5 0.7 0.9
-    ...
+    python scripts/compare_cascades.py --networks A B C --cascades 0,2 1,2 --popular 0 1 2 --mixes 0.5 0.9 ...
 
 Networks are written as for eval_dynamic.py, whose other flags apply; each runs once on every image.
 Thresholds are chosen on one half of the test images among all combinations of quantiles, for the least cost
@@ -12,53 +11,67 @@ that these classes are that share of the traffic, and asks for the least cost at
 accuracy of the last network.
 """
 
-import argparse
-import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from common import read_known
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from adaptive.exit_tables import ExitTables
 from adaptive.flops import single_costs
-from adaptive.thresholds import EVERYBODY, cheapest, exit_of, within_budget
-from eval_dynamic import FLAGS, Evaluation
-from models import model_options, nearest
-from training.flags import parse_flags
-from utils import run_main
+from adaptive.thresholds import EVERYBODY, NOBODY, cheapest, exit_of, within_budget
+from eval_dynamic import calibrate, tables
+from experiment.recipe import read_command
+from experiment.subject import EVALUATION, Subject, open_evaluation
+from utils import option, run_main
+
+Weigh = Callable[[ExitTables], Tensor]  # tables to the weight of every sample [N], summing to 1
+Rule = Callable[[Sequence[float], Sequence[float]], int]  # accuracies and costs to the index of the best
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What is compared; the flags of eval_dynamic.py apply besides."""
+
+    networks: tuple[str, ...] = option((), "NAME:weights=FILE ..., the cheapest first")
+    cascades: tuple[str, ...] = option((), "numbers of networks, as in 0,2")
+    budgets: tuple[float, ...] = option((), "multiply-adds per image")
+    popular: tuple[int, ...] = option((), "the popular classes")
+    mixes: tuple[float, ...] = option((), "their shares of the traffic")
+    drop: float = option(0.005, "accuracy that may be lost, a fraction")
+    steps: int = option(41, "quantiles tried per exit", low=2)
 
 
 class Point(NamedTuple):
-    """What a set of thresholds does: accuracy (a fraction), mean multiply-adds, share that leaves at every
-    exit."""
+    """What thresholds do: accuracy (a fraction), mean multiply-adds, share that leaves at each exit."""
 
     accuracy: float
     macs: float
     shares: list[float]
 
 
-def operate(tables, weights, thresholds, costs):
+def operate(tables: ExitTables, weights: Tensor, thresholds: Tensor, costs: Sequence[float]) -> Point:
     """What thresholds [K] do to weighted samples [N]."""
     exits = exit_of(tables.confidence, thresholds)
-    right = tables.correct.gather(0, exits[None])[0].double()
-    shares = [(weights * (exits == k)).sum().item() for k in range(len(costs))]
-    return Point(
-        (weights * right).sum().item(), sum(s * c for s, c in zip(shares, costs, strict=True)), shares
-    )
+    right = tables.correct.gather(0, exits[None])[0]
+    shares = [weights[exits == k].sum().item() for k in range(len(costs))]
+    macs = sum(share * cost for share, cost in zip(shares, costs, strict=True))
+    return Point(weights[right].sum().item(), macs, shares)
 
 
-def candidates(confidence, steps):
-    """Threshold combinations [K]: quantiles of every exit's confidence, nobody and everybody among them."""
+def candidates(confidence: Tensor, steps: int) -> list[Tensor]:
+    """Threshold combinations [K]: quantiles of every exit's confidence, including nobody and everybody."""
     levels = torch.linspace(0, 1, steps, dtype=torch.float64)
-    rows = [[*row.double().quantile(levels).tolist(), 1e8] for row in confidence[:-1]]
+    rows = [[*row.double().quantile(levels).tolist(), NOBODY] for row in confidence[:-1]]
     return [torch.tensor([*limits, EVERYBODY], dtype=torch.float64) for limits in product(*rows)]
 
 
-def traffic(tables, popular, share):
-    """The weight of every sample [N], summing to 1, when the popular classes make up `share` (None: as they
-    come)."""
+def traffic(tables: ExitTables, popular: Sequence[int], share: float | None) -> Tensor:
+    """The weight of every sample [N] when popular classes make up `share` (None: uniform)."""
     if share is None:
         return torch.full((len(tables),), 1 / len(tables), dtype=torch.float64)
     wanted = torch.isin(tables.targets, torch.tensor(popular))
@@ -66,95 +79,91 @@ def traffic(tables, popular, share):
 
 
 class Cascade:
-    """Some of the networks in a row: their tables, cut from everybody's, and what their exits cost."""
+    """Some of the networks in a row: their part of the common tables, and the costs of their exits."""
 
-    def __init__(self, stages, halves, alone, steps):
-        self.stages = stages
-        self.calib, self.test = (self.of(half) for half in halves)
+    def __init__(
+        self, stages: list[int], halves: tuple[ExitTables, ExitTables], alone: Sequence[int], steps: int
+    ) -> None:
+        self.calib, self.test = (half.of_exits(stages) for half in halves)
         self.costs = torch.tensor([alone[i] for i in stages], dtype=torch.float64).cumsum(0).tolist()
         self.limits = candidates(self.calib.confidence, steps if len(stages) < 4 else 11)
 
-    def of(self, tables):
-        """The rows of tables that belong to the cascade."""
-        pick = torch.tensor(self.stages)
-        parts = (
-            tables.confidence,
-            tables.correct,
-            tables.correct5,
-            tables.loss,
-            tables.scores[:, pick],
-            tables.targets,
-        )
-        return type(tables)(*(part[pick] if i < 4 else part for i, part in enumerate(parts)))
-
-    def choose(self, weigh, rule):
-        """The point on the test half of the thresholds that `rule(accuracies, costs)` picks on the other."""
-        tried = [operate(self.calib, weigh(self.calib), limits, self.costs) for limits in self.limits]
+    def choose(self, weigh: Weigh, rule: Rule) -> Point:
+        """The point on the test half, for the thresholds that the rule picks on the other half."""
+        weights = weigh(self.calib)
+        tried = [operate(self.calib, weights, limits, self.costs) for limits in self.limits]
         best = rule([point.accuracy for point in tried], [point.macs for point in tried])
         return operate(self.test, weigh(self.test), self.limits[best], self.costs)
 
 
-def shown(name, point):
-    """One line of a table."""
+def stages_of(texts: Sequence[str], networks: int) -> dict[str, list[int]]:
+    """The numbers of the networks in each cascade, as in "0,2"; ValueError where there is no such network."""
+    stages = {text: [int(number) for number in text.split(",")] for text in texts}
+    for text, row in stages.items():
+        if not set(row) <= set(range(networks)):
+            raise ValueError(f"--cascades {text}: accepted: numbers from 0 to {networks - 1}")
+    return stages
+
+
+def show(name: str, point: Point) -> None:
+    """One line for a cascade."""
     shares = " ".join(f"{100 * share:5.1f}" for share in point.shares)
-    return f"  {name:14}{100 * point.accuracy:8.2f} %{point.macs / 1e6:10.2f} M   leave at each, %: {shares}"
+    figures = f"{100 * point.accuracy:8.2f} %{point.macs / 1e6:10.2f} M"
+    print(f"  {name:14}{figures}   leave at each, %: {shares}")
 
 
-def main(argv):
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--networks", nargs="+", required=True, metavar="NAME:weights=FILE")
-    parser.add_argument("--cascades", nargs="+", required=True, help="numbers of networks, as in 0,2")
-    parser.add_argument("--budgets", nargs="*", type=float, default=[], help="multiply-adds per image")
-    parser.add_argument("--popular", nargs="*", type=int, default=[], help="the popular classes")
-    parser.add_argument("--mixes", nargs="*", type=float, default=[], help="their shares of the traffic")
-    parser.add_argument("--drop", type=float, default=0.005, help="accuracy that may be lost, a fraction")
-    parser.add_argument("--steps", type=int, default=41, help="quantiles tried per exit")
-    args, rest = parser.parse_known_args(argv)
-    words = ["--model", "ebjr", "--networks", *args.networks, "--calib", "half_test", *rest]
-    evaluation = Evaluation(*parse_flags(FLAGS, words, model_options, nearest))
-    stages = [[int(i) for i in text.split(",")] for text in args.cascades]
-    known = range(evaluation.model.num_exits)
-    wrong = [
-        text for text, row in zip(args.cascades, stages, strict=True) if not row or not set(row) <= set(known)
-    ]
-    if wrong or bool(args.popular) != bool(args.mixes):
-        raise ValueError(
-            f"--cascades {wrong[0]}: accepted: numbers from 0 to {known[-1]}"
-            if wrong
-            else "--popular needs --mixes"
-        )
-    test = evaluation.tables(evaluation.splits.test, "test")
-    half, other, _ = evaluation.calibrate(test)
-    alone = single_costs(evaluation.model, evaluation.shape)
-    print(
-        f"thresholds from {len(half)} test images, figures of the other {len(other)}; {evaluation.args.confidence}"
-    )
-    for k in known:
-        print(
-            f"network {k}: {100 * other.correct[k].double().mean():.2f} %, {alone[k] / 1e6:.2f} M, {args.networks[k]}"
-        )
-    cascades = {
-        text: Cascade(row, (half, other), alone, args.steps)
-        for text, row in zip(args.cascades, stages, strict=True)
-    }
-    for budget in args.budgets:
+def show_budgets(cascades: dict[str, Cascade], budgets: Sequence[float]) -> None:
+    """For every budget, what each cascade that can afford its first network gains."""
+    weigh = partial(traffic, popular=(), share=None)
+    for budget in budgets:
         print(f"at most {budget / 1e6:.1f} M per image")
-        for name, cascade in cascades.items():
-            if cascade.costs[0] <= budget:
-                rule = lambda accuracies, costs, b=budget: within_budget(accuracies, costs, b)  # noqa: E731
-                print(shown(name, cascade.choose(lambda t: traffic(t, (), None), rule)))
-    for mix in args.mixes:
-        weigh = lambda tables, q=mix: traffic(tables, args.popular, q)  # noqa: E731
-        print(
-            f"{100 * mix:.0f} % of the traffic are classes {args.popular}: least cost within {100 * args.drop} points"
+        for name, one in cascades.items():
+            if one.costs[0] <= budget:
+                show(name, one.choose(weigh, partial(within_budget, budget=budget)))
+
+
+def show_mixes(cascades: dict[str, Cascade], flags: Flags) -> None:
+    """For every mix of the traffic, what each cascade costs that stays close to its last network."""
+    for mix in flags.mixes:
+        weigh = partial(traffic, popular=flags.popular, share=mix)
+        classes = f"{100 * mix:.0f} % of the traffic are classes {list(flags.popular)}"
+        print(f"{classes}: least cost within {100 * flags.drop} points")
+        for name, one in cascades.items():
+            last = weigh(one.calib)[one.calib.correct[-1]].sum().item()
+            show(name, one.choose(weigh, partial(cheapest, accuracy=last - flags.drop)))
+
+
+def open_networks(flags: Flags, words: list[str]) -> Subject:
+    """All networks as one cascade, on the images that the other words name."""
+    networks = ["--model", "ebjr", "--networks", *flags.networks]
+    subject = open_evaluation(read_command(EVALUATION, [*networks, "--calib", "half_test", *words]))
+    count = subject.network.num_exits
+    if count != len(flags.networks):
+        raise ValueError(
+            f"{len(flags.networks)} networks with {count} exits in all; give networks of one exit"
         )
-        for name, cascade in cascades.items():
-            last = (weigh(cascade.calib) * cascade.calib.correct[-1]).sum().item()
-            rule = lambda accuracies, costs, a=last - args.drop: cheapest(accuracies, costs, a)  # noqa: E731
-            print(shown(name, cascade.choose(weigh, rule)))
+    return subject
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    flags, words = read_known(Flags, argv, __doc__)
+    if bool(flags.popular) != bool(flags.mixes):
+        raise ValueError("--popular needs --mixes")
+    if not flags.cascades:
+        raise ValueError("name the cascades to compare, as in --cascades 0,2 0,1,2")
+    stages = stages_of(flags.cascades, len(flags.networks))
+    subject = open_networks(flags, words)
+    other, half, _ = calibrate(subject, tables(subject, subject.splits.test, "test"))
+    alone = single_costs(subject.network, subject.shape)
+    kind = subject.recipe.exits.confidence
+    print(f"thresholds from {len(half)} test images, figures of the other {len(other)}; {kind}")
+    for k, network in enumerate(flags.networks):
+        accuracy = 100 * other.means()["acc1"][k]
+        print(f"network {k}: {accuracy:.2f} %, {alone[k] / 1e6:.2f} M, {network}")
+    cascades = {text: Cascade(row, (half, other), alone, flags.steps) for text, row in stages.items()}
+    show_budgets(cascades, flags.budgets)
+    show_mixes(cascades, flags)
 
 
 if __name__ == "__main__":

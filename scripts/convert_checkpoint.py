@@ -1,61 +1,70 @@
 """Rewrites a checkpoint so that it loads safely: tensors and plain types only, on the CPU.
 
     python scripts/convert_checkpoint.py checkpoint.pth.tar converted.pth
-    python scripts/convert_checkpoint.py lite0.pth lite0_timm.pth --model timm/tf_efficientnet_lite0  # rename
-    in order
+    python scripts/convert_checkpoint.py lite0.pth lite0_timm.pth --model timm/tf_efficientnet_lite0
 
 Reads with torch's restricted unpickler and, besides what that allows, NumPy scalars, which become Python
 numbers; a file that holds anything else is refused by name and nothing in it is run. With `--model` the
 weights, which must be the network's in number, order and shape, get the network's names.
 """
 
-import argparse
 import pickle
 import re
-import sys
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from common import read_flags, word
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from training.checkpoint import load, save
-from training.foreign import named_in_order, weights_of
-from utils import run_main
+from experiment.checkpoint import load, save
+from experiment.published import named_in_order, understood
+from utils import option, run_main
 
 NUMBERS = [np.dtype(kind) for kind in "?bhilqBHILQefd"]
 
 
-def latin1(text, encoding):
-    """What old pickles call to spell bytes; other encodings, which could do more, are refused."""
+@dataclass(frozen=True)
+class Flags:
+    """What is rewritten."""
+
+    source: str = word("checkpoint to read")
+    target: str = word("file to write")
+    model: str = option("", "registered network whose names the weights get")
+
+
+def latin1(text: str, encoding: str) -> bytes:
+    """What old pickles call to encode bytes; other encodings, which could do more, are refused."""
     if encoding != "latin1" or not isinstance(text, str):
         raise pickle.UnpicklingError(f"GLOBAL _codecs.encode to {encoding}")
     return text.encode("latin1")
 
 
-def allowed():
+def allowed() -> list[Any]:
     """NumPy's scalars under their old and new names, and what these are made of."""
     scalar = np._core.multiarray.scalar
     names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     return [*names, np.dtype, *{type(kind) for kind in NUMBERS}, (latin1, "_codecs.encode")]
 
 
-def read(path):
+def read(path: str) -> dict[Any, Any]:
     """The content of a checkpoint. Raises ValueError in one line for what is not allowed."""
     try:
         with torch.serialization.safe_globals(allowed()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # damaged bytes can fail anywhere in the reader
         held = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"it holds {held[1]}" if held else "it is damaged or no checkpoint"
         raise ValueError(f"{path} is refused: {why}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
+    return content
 
 
-def plain(value):
-    """The same nest with Python numbers in the place of NumPy's."""
+def plain(value: Any) -> Any:
+    """The same nested value with Python numbers in place of NumPy's."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
@@ -65,23 +74,15 @@ def plain(value):
     return value
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source")
-    parser.add_argument("target")
-    parser.add_argument("--model", help="registered network whose names the weights get")
-    args = parser.parse_args(argv)
-    content = read(args.source)
-    if not isinstance(content, dict):
-        raise ValueError(f"{args.source} is not a checkpoint: it holds a {type(content).__name__}")
-    content = plain(content)
-    if args.model:
-        content = {"state_dict": named_in_order(weights_of(content, args.source), args.model, args.source)}
-    save(args.target, content)
-    print(f"wrote {args.target}: {', '.join(map(str, list(load(args.target))[:8]))}")
+    flags = read_flags(Flags, argv, __doc__)
+    content = plain(read(flags.source))
+    if flags.model:
+        weights = understood(content, flags.source).weights("model")
+        content = {"state_dict": named_in_order(weights, flags.model, flags.source)}
+    save(flags.target, content)
+    print(f"wrote {flags.target}: {', '.join(map(str, list(load(flags.target))[:8]))}")
 
 
 if __name__ == "__main__":

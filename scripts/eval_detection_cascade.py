@@ -1,114 +1,134 @@
-"""A cascade of two detectors on data in COCO's format: average precision and cost by the share of images
-handed on.
+"""A cascade of two detectors on data in COCO's format: average precision and cost by share deferred.
 
-    python scripts/eval_detection_cascade.py "$DATA/coco" runs/small/checkpoint-last.pth
-    runs/large/checkpoint-last.pth python scripts/eval_detection_cascade.py "$DATA/coco" tf_efficientdet_d0
-    tf_efficientdet_d4 --limit 4   # effdet
+Deferred images are answered by the teacher.
+
+    python scripts/eval_detection_cascade.py "$DATA/coco" runs/small/checkpoint-last.pth \
+        runs/large/checkpoint-last.pth
+    python scripts/eval_detection_cascade.py "$DATA/coco" tf_efficientdet_d0 tf_efficientdet_d4 --limit 4
 
 Detectors are checkpoints of scripts/main_detection.py or names of effdet (random weights unless
-`--pretrained`). Both run on every image, whose multiply-adds are counted as it runs. The last line runs the
-cascade for real.
+`--pretrained`). Both run on every image, and multiply-adds are counted during the run. The last line is of a
+real run of the cascade.
 """
 
-import argparse
-import sys
-import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch.utils.data import Subset
+from common import print_table, read_flags, timed, word
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from adaptive.confidence import CONFIDENCES, confidence_function
-from models.detection_cascade import DetectionCascade, EffDet, WithLogits, image_confidence
-from training.checkpoint import load
-from training.detection import CocoImages, detector_of, precision
-from utils import Progress, run_main
+from detection.cascade import DetectionCascade, EffDet, Found, WithLogits, deferred, image_confidence
+from detection.data import CocoImages
+from detection.detectors import detector_of
+from detection.measure import MEASURES, precision
+from experiment.checkpoint import load
+from utils import Progress, option, run_main
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 
-def opened(name, pretrained):
+@dataclass(frozen=True)
+class Flags:
+    """What is evaluated."""
+
+    data_path: Path = word("folder in COCO's layout")
+    student: str = word("checkpoint of scripts/main_detection.py, or a name of effdet")
+    teacher: str = word("the same")
+    val_split: str = option("val2017", "name of the split")
+    confidence: str = option("energy_softmax", ", ".join(CONFIDENCES))
+    top: int = option(10, "detections of an image that are asked", low=1)
+    limit: int | None = option(None, "only so many images, without average precision", low=1)
+    pretrained: bool = option(False, "effdet: its weights for COCO")
+
+
+def opened(name: str, pretrained: bool) -> nn.Module:
     """A detector of effdet by name, with COCO's classes, or one from a checkpoint."""
     if "efficientdet" in name:
         return EffDet(name, pretrained=pretrained).eval()
-    return WithLogits(detector_of(load(name), name).eval()).eval()
+    return WithLogits(detector_of(load(name), name)).eval()
 
 
-def run(detector, images, title):
-    """Detections, multiply-adds and seconds of every image."""
-    found, macs, seconds = [], [], []
-    for i in Progress(range(len(images)), title, len(images), shown=True):
+class Answers(NamedTuple):
+    """What a detector found in N images, and the multiply-adds [N], float64, that each took."""
+
+    found: list[Found]
+    macs: Tensor
+
+
+def answers_of(name: str, detector: nn.Module, data: CocoImages, count: int) -> Answers:
+    """Runs a detector on `count` images, once to count and once to time; prints its size and mean cost."""
+    found: list[Found] = []
+    macs = []
+    seconds = 0.0
+    for i in Progress(range(count), name, count, shown=True):
+        image, _ = data[i]
         with FlopCounterMode(display=False) as counter:
-            detector([images[i][0]])
-        start = time.perf_counter()
-        found += detector([images[i][0]])
-        seconds.append(time.perf_counter() - start)
+            detector([image])
         macs.append(counter.get_total_flops() // 2)
-    return found, torch.tensor(macs, dtype=torch.float64), seconds
+        output, spent = timed(partial(detector, [image]))
+        found += output
+        seconds += spent
+    params = sum(p.numel() for p in detector.parameters())
+    ms = 1e3 * seconds / count
+    print(f"{name}: {params / 1e6:.2f} M parameters, {sum(macs) / count / 1e9:.4f} G, {ms:.1f} ms")
+    return Answers(found, torch.tensor(macs, dtype=torch.float64))
 
 
-def main(argv):
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data_path", type=Path)
-    parser.add_argument("student")
-    parser.add_argument("teacher")
-    parser.add_argument("--val_split", default="val2017")
-    parser.add_argument("--confidence", default="energy_softmax", help=", ".join(CONFIDENCES))
-    parser.add_argument("--top", type=int, default=10, help="detections of an image that are asked")
-    parser.add_argument("--limit", type=int, help="only so many images, without average precision")
-    parser.add_argument("--pretrained", action="store_true", help="effdet: its weights for COCO")
-    args = parser.parse_args(argv)
-    sure = confidence_function(args.confidence)
-    data = CocoImages(args.data_path, args.val_split)
-    images = Subset(data, range(min(args.limit, len(data)))) if args.limit else data
-    detectors = [opened(name, args.pretrained) for name in (args.student, args.teacher)]
-    results = [run(d, images, name) for d, name in zip(detectors, ("student", "teacher"), strict=True)]
-    (first, student_macs, student_time), (second, teacher_macs, teacher_time) = results
-    for name, detector, (_, macs, spent) in zip(
-        (args.student, args.teacher), detectors, results, strict=True
-    ):
-        size = sum(p.numel() for p in detector.parameters()) / 1e6
-        print(
-            f"{name}: {size:.2f} M parameters, {macs.mean() / 1e9:.4f} G, {1e3 * sum(spent) / len(spent):.1f} ms"
-        )
-    scores = torch.tensor([image_confidence(found, sure, args.top) for found in first], dtype=torch.float64)
+def print_shares(data: CocoImages, student: Answers, teacher: Answers, scores: Tensor) -> None:
+    """A line for each share of the images, the least confident first, that is deferred to the teacher.
+
+    `scores` [N] are the student's; there is no average precision where N is not the whole of the data.
+    """
     order = scores.argsort()
-    ids = [int(images[i][1]["image_id"]) for i in range(len(images))]
-    print(
-        f"{'routed':>8}{'threshold':>12}{'mean G':>9}"
-        + ("" if args.limit else f"{'AP':>8}{'AP50':>8}{'AP75':>8}")
-    )
+    thresholds = [*scores[order].tolist(), float("inf")]
+    measures = MEASURES if len(scores) == len(data) else ()
+    rows = []
 
-    def row(name, routed, cost, threshold=""):
-        answers = {
-            number: (second if at else first)[i]
-            for i, (number, at) in enumerate(zip(ids, routed, strict=True))
-        }
-        figures = "" if args.limit else "".join(f"{v:8.3f}" for v in precision(data, answers).values())
-        print(f"{name:>8}{threshold:>12}{cost / 1e9:9.4f}{figures}", flush=True)
+    def add(name: str, threshold: str, asked: Tensor, macs: Tensor) -> None:
+        found = [(teacher if at else student).found[i] for i, at in enumerate(asked.tolist())]
+        figures = precision(data, dict(zip(data.ids, found, strict=True))) if measures else {}
+        rows.append((name, threshold, macs.mean().item() / 1e9, *figures.values()))
 
     for share in SHARES:
-        count = round(share * len(images))
-        routed = torch.zeros(len(images), dtype=torch.bool)
-        routed[order[:count]] = True
-        limit = scores[order[count]].item() if count < len(images) else float("inf")
-        cost = (student_macs + routed * teacher_macs).mean()
-        row(f"{100 * share:.0f} %", routed.tolist(), cost, f"{limit:.6g}")
-    row("teacher", [True] * len(images), teacher_macs.mean())
-    limit = scores[order[round(0.3 * len(images))]].item()
-    cascade = DetectionCascade(*detectors, threshold=limit, confidence=sure, top=args.top)
-    start = time.perf_counter()
-    exits = torch.stack([cascade([images[i][0]])[0]["exit"] for i in range(len(images))])
-    spent = 1e3 * (time.perf_counter() - start) / len(images)
-    differ = int((exits != (scores < limit).long()).sum())
-    handed = 100 * exits.double().mean().item()
-    print(f"run for real at {limit:.6g}: {handed:.1f} % handed on, {spent:.1f} ms an image, {differ} differ")
+        count = round(share * len(scores))
+        asked = torch.zeros(len(scores), dtype=torch.bool)
+        asked[order[:count]] = True
+        add(f"{100 * share:.0f} %", f"{thresholds[count]:.6g}", asked, student.macs + asked * teacher.macs)
+    add("teacher", "", torch.ones(len(scores), dtype=torch.bool), teacher.macs)
+    print_table(["deferred", "threshold", "mean G:.4f", *(f"{name}:.3f" for name in measures)], rows)
+
+
+def print_real_run(cascade: DetectionCascade, data: CocoImages, scores: Tensor) -> None:
+    """Runs the cascade and compares its deferred images with those that the student's `scores` [N] give."""
+    answers, seconds = timed(lambda: [cascade([data[i][0]])[0] for i in range(len(scores))])
+    exits = torch.stack([answer["exit"] for answer in answers])
+    ms = 1e3 * seconds / len(scores)
+    differ = int((exits != deferred(scores, cascade.threshold)).sum())
+    share = f"{100 * exits.double().mean():.1f} % deferred to the teacher"
+    print(f"run for real at {cascade.threshold:.6g}: {share}, {ms:.1f} ms an image, {differ} differ")
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    flags = read_flags(Flags, argv, __doc__)
+    confidence = confidence_function(flags.confidence)
+    data = CocoImages(flags.data_path, flags.val_split)
+    count = min(flags.limit or len(data), len(data))
+    student = opened(flags.student, flags.pretrained)
+    teacher = opened(flags.teacher, flags.pretrained)
+    first = answers_of(flags.student, student, data, count)
+    second = answers_of(flags.teacher, teacher, data, count)
+    sure = [image_confidence(found, confidence, flags.top) for found in first.found]
+    scores = torch.tensor(sure, dtype=torch.float64)
+    print_shares(data, first, second, scores)
+    threshold = scores.sort().values[round(0.3 * count)].item()
+    cascade = DetectionCascade(student, teacher, threshold=threshold, confidence=confidence, top=flags.top)
+    print_real_run(cascade, data, scores)
 
 
 if __name__ == "__main__":

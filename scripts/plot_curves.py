@@ -5,59 +5,88 @@
 Each run is a label and a folder that `eval_dynamic.py` wrote `anytime.json` and `dynamic.json` to.
 """
 
-import argparse
 import json
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import read_flags, word
 
 from utils import replacing, run_main
 
-
-def read(folder, name):
-    """One of the files of an evaluation; ValueError where there is none."""
-    path = Path(folder) / name
-    if not path.is_file():
-        raise ValueError(f"no {name} in {folder}: run eval_dynamic.py on its checkpoint first")
-    return json.loads(path.read_text())
+Rows = list[dict[str, Any]]
 
 
-def table(runs):
-    """Top-1 of every exit, and of the best row of the dynamic curve that costs no more than each exit but the
-    first."""
-    costs = {label: [e["macs"] for e in exits] for label, (exits, _) in runs.items()}
-    first = next(iter(costs))
-    for label, other in costs.items():
-        if other != costs[first]:
+@dataclass(frozen=True)
+class Flags:
+    """What is drawn."""
+
+    figure: Path = word("file to draw to: .png, .svg or .pdf")
+    runs: tuple[str, ...] = word("LABEL=FOLDER")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """An evaluated run: rows for each exit, and for each setting of all; accuracies are fractions."""
+
+    label: str
+    exits: Rows
+    settings: Rows
+
+    @classmethod
+    def read(cls, text: str) -> "Curves":
+        """The results from LABEL=FOLDER; ValueError where the folder holds none."""
+        label, equals, folder = text.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r} is not LABEL=FOLDER")
+        contents = []
+        for name in ("anytime.json", "dynamic.json"):
+            path = Path(folder) / name
+            if not path.is_file():
+                raise ValueError(f"no {name} in {folder}: run eval_dynamic.py on its checkpoint first")
+            contents.append(json.loads(path.read_text()))
+        return cls(label, *contents)
+
+    @property
+    def costs(self) -> list[int]:
+        """Multiply-adds of the exits."""
+        return [row["macs"] for row in self.exits]
+
+    def row(self) -> str:
+        """Top-1 of every exit, and of the best setting that costs no more than each exit but the first."""
+        words = [f"{100 * row['acc1']:.2f}" for row in self.exits]
+        for cost in self.costs[1:]:
+            good = [row["accuracy"] for row in self.settings if row["macs"] <= cost]
+            words.append(f"{100 * max(good):.2f}" if good else "–")
+        return f"| {self.label} | {' | '.join(words)} |"
+
+
+def table(runs: list[Curves]) -> str:
+    """A row for each run; ValueError where they are not of one network."""
+    first = runs[0]
+    for other in runs[1:]:
+        if other.costs != first.costs:
             raise ValueError(
-                f"{label} is another network than {first}: exits cost {other}, not {costs[first]}"
+                f"{other.label} is another network than {first.label}: "
+                f"exits cost {other.costs}, not {first.costs}"
             )
-    rows = []
-    for label, (exits, curve) in runs.items():
-        best = [
-            max((r["accuracy"] for r in curve if r["macs"] <= e["macs"]), default=None) for e in exits[1:]
-        ]
-        words = [f"{100 * e['acc1']:.2f}" for e in exits] + [
-            "–" if b is None else f"{100 * b:.2f}" for b in best
-        ]
-        rows.append(f"| {label} | {' | '.join(words)} |")
-    exits = next(iter(runs.values()))[0]
-    heads = [f"exit {e['exit']}" for e in exits] + [f"up to {e['macs'] / 1e6:.1f} M" for e in exits[1:]]
-    return "\n".join([f"| run | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|", *rows])
+    heads = [f"exit {row['exit']}" for row in first.exits]
+    heads += [f"up to {cost / 1e6:.1f} M" for cost in first.costs[1:]]
+    lines = [f"| run | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    return "\n".join([*lines, *(run.row() for run in runs)])
 
 
-def draw(path, runs):
+def draw(path: Path, runs: list[Curves]) -> None:
     """Accuracy against multiply-adds: lines for the curves, dots for single exits."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 4), dpi=200, layout="constrained")
     axes = figure.add_subplot()
-    for label, (exits, curve) in runs.items():
-        points = sorted((row["macs"] / 1e6, 100 * row["accuracy"]) for row in curve)
-        (line,) = axes.plot(*zip(*points, strict=True), linewidth=1.6, label=label)
-        single = [(e["macs"] / 1e6, 100 * e["acc1"]) for e in exits]
-        axes.scatter(*zip(*single, strict=True), s=24, color=line.get_color())
+    for run in runs:
+        points = sorted((row["macs"] / 1e6, 100 * row["accuracy"]) for row in run.settings)
+        (line,) = axes.plot(*zip(*points, strict=True), linewidth=1.6, label=run.label)
+        tops = [100 * row["acc1"] for row in run.exits]
+        axes.scatter([cost / 1e6 for cost in run.costs], tops, s=24, color=line.get_color())
     axes.set(xlabel="multiply-adds per image (M)", ylabel="top-1 accuracy (%)")
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
@@ -66,20 +95,12 @@ def draw(path, runs):
         figure.savefig(temp, format=path.suffix[1:])
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Draws the figure and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("figure", type=Path, help="file to draw to: .png, .svg or .pdf")
-    parser.add_argument("runs", nargs="+", metavar="LABEL=FOLDER")
-    args = parser.parse_args(argv)
-    runs = {}
-    for word in args.runs:
-        label, equals, folder = word.partition("=")
-        if not equals:
-            raise ValueError(f"{word!r} is not LABEL=FOLDER")
-        runs[label] = read(folder, "anytime.json"), read(folder, "dynamic.json")
+    flags = read_flags(Flags, argv, __doc__)
+    runs = [Curves.read(text) for text in flags.runs]
     text = table(runs)
-    draw(args.figure, runs)
+    draw(flags.figure, runs)
     print(text)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to real early exit: installs into .venv, trains a five-exit MSDNet on 1,797 real handwritten digits
-# (embedded, no download), evaluates every exit, sweeps thresholds, exits early for real at three of them and times it.
+# The whole path to real early exit: installs into .venv, trains a five-exit MSDNet on 1,797 real handwritten digits
+# (part of scikit-learn, no download), evaluates every exit, sweeps thresholds, and times real early exit with three of them.
 # Leaves curve.png, report.html and the tables in runs/quickstart. Some minutes on two CPU cores after installation.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"

@@ -8,12 +8,12 @@
 #   --with_dwc true --with_z2x true --with_isc true --with_kd true --T_kd 1 --alpha_kd 0.5 --loss_cnn_factor 1
 #   --loss_att_factor 0.5 --loss_merge_factor 1 --model_ema true --model_ema_eval true --epochs 600
 #   --warmup_epochs 20 --lr 1e-3 --weight_decay 0.05, AdamW, default augmentation, no mixed precision.
-# Dropout of 0.2 before the last layer of exits 2 and 3 is the network's default, here as there.
+# Dropout of 0.2 before the last layer of exits 2 and 3 is the network's default, as published.
 # Published (not reproduced here): top-1 of exits 0 to 3 53.13 71.65 71.89 74.59; 9.299 M parameters.
 # Hardware: 8 GPUs. GPUS=4, 2 or 1 keeps the batch of 1,024 by taking more micro-batches of 128 per step,
 # so that batch norm still sees 128 images at a time. Hours: not measured.
 # DATA holds train/ and val/ (https://image-net.org). 50,000 of the training images are held out for thresholds;
-# `--num_calib 0` trains on all of them, as published. Further flags may follow the folder for results.
+# `--num_calib 0` trains on all of them, as published. Flags after the folder for results are added.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
 out=${1:?folder for results} gpus=${GPUS:-8}

@@ -12,7 +12,7 @@
 # Hardware: 8 GPUs. GPUS=4, 2 or 1 keeps the batch of 1,024 by taking more micro-batches of 128 per step,
 # so that batch norm still sees 128 images at a time. Hours: not measured.
 # DATA holds train/ and val/ (https://image-net.org). 50,000 of the training images are held out for thresholds;
-# `--num_calib 0` trains on all of them, as published. Further flags may follow the folder for results.
+# `--num_calib 0` trains on all of them, as published. Flags after the folder for results are added.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
 out=${1:?folder for results} gpus=${GPUS:-8}

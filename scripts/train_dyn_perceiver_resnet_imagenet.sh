@@ -8,12 +8,12 @@
 #   --with_dwc true --with_z2x true --with_isc true --with_kd true --T_kd 1 --alpha_kd 0.5 --loss_cnn_factor 1
 #   --loss_att_factor 0.5 --loss_merge_factor 1 --model_ema true --model_ema_eval true --epochs 300
 #   --warmup_epochs 20 --lr 6e-4 --weight_decay 0.05, AdamW, default augmentation, no mixed precision.
-# Drop path of 0.2 in the CNN and dropout of 0.2 before exit 2 are the network's defaults, here as there.
+# Drop path of 0.2 in the CNN and dropout of 0.2 before exit 2 are the network's defaults, as published.
 # Published (not reproduced here): top-1 of exits 0 to 3 72.93 77.52 74.32 77.70; 20.283 M parameters.
 # Hardware: 8 GPUs. GPUS=4, 2 or 1 keeps the batch of 1,024 by taking more micro-batches of 128 per step,
 # so that batch norm still sees 128 images at a time. Hours: not measured.
 # DATA holds train/ and val/ (https://image-net.org). 50,000 of the training images are held out for thresholds;
-# `--num_calib 0` trains on all of them, as published. Further flags may follow the folder for results.
+# `--num_calib 0` trains on all of them, as published. Flags after the folder for results are added.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
 out=${1:?folder for results} gpus=${GPUS:-8}

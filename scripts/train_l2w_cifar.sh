@@ -6,8 +6,8 @@
 # Command of the L2W repository: msdnet, --epochs 300 --batch-size 1024 --lr 0.8 --meta_net_hidden_size 500
 #   --meta_net_num_layers 1 --meta_interval 1 --meta_lr 1e-4 --meta_weight_decay 1e-4 --epsilon 0.8
 #   --target_p_index 15 --meta_net_input_type loss --constraint_dimension col --seed 1; SGD, momentum 0.9, cosine.
-# Hardware: one GPU. Published (figures, dynamic): CIFAR-10 94.0 % at 18 M, at most 94.75; CIFAR-100 at most 76.0, 75 % at
-# 49 M; not reproduced here. DATA is what train_msdnet_cifar.sh takes. Further flags may follow the three words.
+# Hardware: one GPU. Published (read off figures, dynamic): CIFAR-10 94.0 % at 18 M, at most 94.75; CIFAR-100 at most 76.0, 75 % at
+# 49 M; not reproduced here. DATA is what train_msdnet_cifar.sh takes. Flags after the three arguments are added.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
 data_set=${1:?CIFAR10 or CIFAR100} model=${2:?name of a network} out=${3:?folder for results}

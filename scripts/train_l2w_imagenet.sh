@@ -16,7 +16,7 @@ root=${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..} # a batch job runs a
 model=${1:?name of a network} out=${2:?folder for results}
 nodes=${SLURM_JOB_NUM_NODES:-${NODES:-1}} gpus=${SLURM_GPUS_ON_NODE:-${GPUS:-8}}
 launch=(torchrun --nnodes="$nodes" --nproc_per_node="$gpus")
-if [ -n "${SLURM_JOB_ID:-}" ]; then # one torchrun per machine; they meet at the first
+if [ -n "${SLURM_JOB_ID:-}" ]; then # one torchrun per machine; all connect to the first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     launch=(srun torchrun --nnodes="$nodes" --nproc_per_node="$gpus" --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID"
         --rdzv_endpoint "$first:29500")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MSDNet (https://arxiv.org/abs/1703.09844, section 5) and RANet (https://arxiv.org/abs/2003.07326), which is trained in
-# the same way, on CIFAR-10 or CIFAR-100, as their authors do.
+# the same way, on CIFAR-10 or CIFAR-100, with the settings of their authors.
 #
 #   DATA=/path/to/torchvision/data bash scripts/train_msdnet_cifar.sh CIFAR100 msdnet_cifar_lin5 runs/msdnet_c100
 #   ... msdnet_cifar_even7 ...     the seven-exit network of the anytime curves
@@ -8,10 +8,10 @@
 #
 # Command of the MSDNet repository: --nBlocks 5 --stepmode lin_grow --step 1 --base 1 --nChannels 16 --epochs 300
 #   --batch-size 64 --lr 0.1 (decayed at 50 % and 75 %) --momentum 0.9 --weight-decay 1e-4 (biases and batch norm too).
-# Hardware: one GPU. Published (figures): MSDNet on CIFAR-100 up to about 75.0 % (dynamic); RANet, the eight exits on
+# Hardware: one GPU. Published (read off figures): MSDNet on CIFAR-100 up to about 75.0 % (dynamic); RANet, the eight exits on
 # CIFAR-10 91.3 91.9 93.1 93.1 93.2 93.3 93.6 93.7, on CIFAR-100 66.3 69.4 71.7 71.7 72.3 72.4 73.8 74.4; not reproduced.
-# Images held out for thresholds: 5,000, as there. DATA comes from https://www.cs.toronto.edu/~kriz/cifar.html
-# or is fetched by `--download true`. Further flags may follow the three words.
+# 5,000 images are held out for thresholds, as published. DATA comes from https://www.cs.toronto.edu/~kriz/cifar.html
+# or is fetched by `--download true`. Flags after the three arguments are added.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
 data_set=${1:?CIFAR10 or CIFAR100} model=${2:?name of a network} out=${3:?folder for results}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MSDNet (https://arxiv.org/abs/1703.09844, section 5) and RANet (https://arxiv.org/abs/2003.07326), which is trained in
-# the same way, on ImageNet, as their authors do.
+# the same way, on ImageNet, with the settings of their authors.
 #
 #   DATA=/path/to/imagenet bash scripts/train_msdnet_imagenet.sh msdnet_imagenet_step4 runs/msdnet_step4
 #   ... ranet_imagenet ...     RANet with 64 channels; ranet_imagenet_script and ranet_imagenet_readme have 16 and 32

@@ -7,8 +7,8 @@
 # `--download true` fetches all but StanfordCars. Weights: a published .pth, one of timm's or torchvision's, or a
 # checkpoint of main_earlyExit.py. Features learn at a tenth of the classifier's rate: `--lr_scales features.=0.1` is
 # for ReXNet; for another network name the start of its features' parameters, as in `--lr_scales blocks.=0.1`.
-# With exits on a backbone that stays as it is: rexnet_ee_100 ... --freeze_backbone true.
-# Settings are common ones, not those of a paper; accuracy not measured here for want of ImageNet weights.
+# To train only the exits on a backbone that stays as it is: rexnet_ee_100 ... --freeze_backbone true.
+# The settings are common ones, not those of a paper. Their accuracy was not measured here.
 # Hardware: 1 GPU of 64 images; hours: not measured.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..

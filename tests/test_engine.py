@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets import ArrayImages, Split, batch_names, eval_loader, set_epoch, train_loader
+from datasets import Split, TrainLoader, ordered_loader
 from engine import evaluate, summarise, train_one_epoch
+from loading.sources import ArrayImages
 from models import MultiExitModel
-from training.losses import joint_objective
+from training.losses import Losses, joint_objective
 from training.optim import Update
-from utils import Compute
+from utils import Compute, Runtime
 
 CPU = Compute(torch.device("cpu"))
 SIZES = (1, 7, 9)  # fewer than two processes, odd, and one more than a multiple of two batches
@@ -72,12 +72,14 @@ def number_of(name):
 
 
 def loader_of(split, batch_size, compute=CPU, epoch=0):
-    shard = {"rank": compute.rank, "world_size": compute.world_size}
-    loader = train_loader(
-        split, batch_size=batch_size, update_freq=1, num_workers=0, pin_memory=False, seed=5, **shard
-    )
-    set_epoch(loader, epoch)
+    loader = TrainLoader(split, Runtime(batch_size=batch_size, num_workers=0), compute, seed=5)
+    loader.set_epoch(epoch)
     return loader
+
+
+def in_order(split, batch_size, compute=CPU):
+    """Batches half as large again as in training."""
+    return ordered_loader(split, Runtime(batch_size=batch_size, num_workers=0), compute)
 
 
 def make_update(model, lr=0.5):
@@ -90,7 +92,7 @@ def toy(seed=0):
     return Toy().double()
 
 
-JOINT = joint_objective(exit_weights=[1.0, 0.5], smoothing=0.0)
+JOINT = joint_objective(Losses(exit_weights=[1.0, 0.5], smoothing=0.0))
 
 
 # Training
@@ -101,12 +103,12 @@ def test_a_toy_learns_what_is_separable():
     loader, update = loader_of(split, 8), make_update(model)
     epochs = []
     for epoch in range(6):
-        set_epoch(loader, epoch)
+        loader.set_epoch(epoch)
         epochs.append(train_one_epoch(model, loader, JOINT, update, CPU, epoch=epoch))
     assert update.step == 6 * 5
     assert epochs[-1]["loss"] < 0.1 * epochs[0]["loss"]
     assert epochs[-1]["acc1/exit0"] == epochs[-1]["acc1/exit1"] == 1.0
-    tables = evaluate(model, eval_loader(split, batch_size=16, num_workers=0, pin_memory=False), CPU)
+    tables = evaluate(model, in_order(split, 11), CPU)
     assert tables.correct.all() and not model.training
 
 
@@ -167,7 +169,7 @@ def test_the_second_loss_sees_the_first_update():
 
 @pytest.mark.parametrize(("print_freq", "batches_run"), [(2, 4), (50, 6)])
 def test_a_loss_that_is_not_finite_stops_at_the_next_report_and_names_its_images(print_freq, batches_run):
-    names = batch_names(loader_of(dark_and_bright(60), 10, epoch=3), 2)
+    names = loader_of(dark_and_bright(60), 10, epoch=3).names(2)
     loader = loader_of(with_black(60, number_of(names[4])), 10, epoch=3)
     model, updates = toy(), []
     update = make_update(model)
@@ -213,7 +215,7 @@ def grey_levels(levels, labels):
 
 def test_the_table_is_in_order_and_exact():
     levels, labels = [255, 0, 200, 100, 250, 30, 180], [0, 0, 1, 1, 1, 0, 2]
-    loader = eval_loader(grey_levels(levels, labels), batch_size=3, num_workers=0, pin_memory=False)
+    loader = in_order(grey_levels(levels, labels), 2)
     tables = evaluate(Mirror(), loader, CPU)
     x = torch.tensor(levels) / 127.5 - 1
     for k, scaled in enumerate((x, -2 * x)):
@@ -236,7 +238,7 @@ def test_the_table_is_in_order_and_exact():
 
 
 def test_the_confidence_asked_for_is_in_the_table():
-    loader = eval_loader(grey_levels([255, 0], [0, 0]), batch_size=3, num_workers=0, pin_memory=False)
+    loader = in_order(grey_levels([255, 0], [0, 0]), 2)
     tables = evaluate(Mirror(), loader, CPU, confidence="margin")
     top, second = torch.tensor([1.0, 0.0, -1.0]).softmax(0)[:2].tolist()
     assert tables.confidence[0].tolist() == pytest.approx([top - second] * 2)
@@ -258,11 +260,10 @@ def train_three_steps(compute, batch_size):
 
 
 def tables_of_sizes(compute):
-    shard = {"rank": compute.rank, "world_size": compute.world_size}
     tables = {}
     for size in SIZES:
         split = dark_and_bright(size)
-        loader = eval_loader(split, batch_size=2, num_workers=0, pin_memory=False, **shard)
+        loader = in_order(split, 1, compute)
         table = evaluate(toy(), loader, compute)
         tables[size] = {name: getattr(table, name) for name in ("confidence", "correct", "correct5", "loss")}
     return tables
@@ -288,24 +289,23 @@ def message_of_bad_loss(compute, black):
 def black_sample():
     """A sample that process 1 of 2 reads in its batch 1."""
     loader = loader_of(dark_and_bright(48), 4, Compute(torch.device("cpu"), rank=1, world_size=2))
-    return number_of(batch_names(loader, 1)[2])
+    return number_of(loader.names(1)[2])
 
 
-def worker(rank, folder):
+def worker(folder):
     """One of two processes: everything at once, because starting processes takes seconds."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     compute = Compute(torch.device("cpu"), rank=rank, world_size=2)
     results = {"trained": train_three_steps(compute, 4), "tables": tables_of_sizes(compute)}
     results["stopped"] = message_of_bad_loss(compute, black_sample())
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def both(in_processes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(worker, (str(folder),), nprocs=2)
+    in_processes(2, worker, str(folder))
     return [SimpleNamespace(**torch.load(folder / f"{rank}.pt", weights_only=True)) for rank in range(2)]
 
 
@@ -330,7 +330,7 @@ def test_two_processes_make_the_table_of_one(both, size):
 
 def test_a_bad_loss_on_one_process_stops_both_with_the_same_message(both):
     loader = loader_of(dark_and_bright(48), 4, Compute(torch.device("cpu"), rank=1, world_size=2))
-    names = ", ".join(batch_names(loader, 1))
+    names = ", ".join(loader.names(1))
     assert both[0].stopped["message"] == f"the loss is not finite at epoch 0, batch 1, process 1: {names}"
     assert both[1].stopped["message"] == both[0].stopped["message"]
     assert [process.stopped["finite"][:2] for process in both] == [[True, True], [True, False]]

@@ -1,6 +1,8 @@
-"""The plan of the repository: imports go one way, files and functions stay within their budgets."""
+"""The plan of the repository: imports go down, files and functions stay within their budgets."""
 
 import ast
+import io
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -11,23 +13,33 @@ FILES = sorted(
     for path in ROOT.rglob("*.py")
     if not {".venv", "runs", "tests"} & set(path.relative_to(ROOT).parts) and not path.name.startswith(".")
 )
-# Who may import whom: a layer may import the ones listed for it.
-LAYERS = {
-    "utils": set(),
-    "models": set(),
-    "adaptive": {"utils", "models"},
-    "training": {"utils", "models"},
-    "datasets": {"utils", "models", "training"},
-    "engine": {"utils", "models", "adaptive", "training", "datasets"},
-    "eval_dynamic": {"utils", "models", "adaptive", "training", "datasets", "engine"},
-    "main_earlyExit": {"utils", "models", "adaptive", "training", "datasets", "engine", "eval_dynamic"},
-}
-# Edges inside and between folders that are allowed or forbidden by themselves.
+# Layers from the ground up; a module imports from layers below its own, and from its own folder.
+LAYERS = [
+    {"utils", "models"},
+    {"loading", "adaptive"},
+    {"training", "datasets"},
+    {"engine"},
+    {"experiment"},
+    {"eval_dynamic"},
+    {"main_earlyExit"},
+    {"detection", "deploy"},
+    {"scripts"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# What a family's file may import of its own folder; other families it may not.
 FAMILY_HELPERS = {
     *("models.registry", "models.multi_exit", "models.layers", "models.attention", "models.backbones"),
-    *("models.rexnet_blocks", "models.cifar"),
+    *("models.bases", "models.tuning", "models.rexnet_blocks", "models.cifar"),
 }
-EXCEPTIONS = {("training.l2w", "adaptive.confidence")}
+NOISE = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENCODING,
+    tokenize.ENDMARKER,
+}
 
 
 def module_of(path):
@@ -44,69 +56,110 @@ def imports_of(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names.add(node.module)
-    return {name for name in names if name.split(".")[0] in LAYERS}
+    return {name for name in names if name.split(".")[0] in LEVEL}
 
 
 def forbidden(importer, imported):
     """True where module `importer` may not import module `imported`."""
     layer, other = importer.split(".")[0], imported.split(".")[0]
-    if layer == "scripts" or (importer, imported) in EXCEPTIONS:
-        return False
     if layer == other == "models":
         return importer != "models" and imported not in FAMILY_HELPERS
-    if layer == "datasets" and other == "training":
-        return imported != "training.augment"
-    return layer != other and other not in LAYERS[layer]
+    if layer == other:
+        return layer == "scripts" and imported != "scripts.common"
+    return LEVEL[other] >= LEVEL[layer]
+
+
+def tokens_of(tree, text):
+    """The positions of all tokens but comments, layout and docstrings."""
+    documented = set()
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
+            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    found = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in NOISE]
+    return [t for t in found if not (t.type == tokenize.STRING and t.start[0] in documented)]
+
+
+SOURCES = {path: path.read_text(encoding="utf-8") for path in FILES}
+TREES = {path: ast.parse(text) for path, text in SOURCES.items()}
+TOKENS = {path: tokens_of(TREES[path], text) for path, text in SOURCES.items()}
+
+
+def functions_of(path):
+    return [
+        node for node in ast.walk(TREES[path]) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+
+
+def constructors_of_models():
+    """The `__init__` of every class in models/ and of what has the options of one."""
+    for path, tree in TREES.items():
+        if path.parent.name == "models":
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                    yield node
 
 
 def test_every_file_is_seen():
-    assert {"models.msdnet", "engine", "adaptive.inference", "scripts.bench_runtime"} <= {
-        module_of(f) for f in FILES
-    }
+    names = {module_of(path) for path in FILES}
+    assert {
+        "models.msdnet",
+        "engine",
+        "adaptive.inference",
+        "scripts.bench_runtime",
+        "experiment.open",
+    } <= names
 
 
 def test_the_check_finds_forbidden_edges():
-    assert forbidden("adaptive.report", "training.optim")
+    assert forbidden("adaptive.report", "training.optim") and forbidden("loading.loaders", "adaptive.policy")
     assert forbidden("models.ranet", "models.msdnet") and forbidden("models.layers", "utils")
     assert forbidden("engine", "eval_dynamic") and forbidden("datasets", "training.optim")
-    assert not forbidden("models.ranet", "models.layers") and not forbidden("datasets", "training.augment")
+    assert forbidden("experiment.open", "detection.train") and forbidden("utils", "models.registry")
+    assert not forbidden("models.ranet", "models.layers") and not forbidden("datasets", "loading.split")
+    assert not forbidden("training.l2w", "adaptive.confidence") and not forbidden(
+        "detection.train", "experiment.run"
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_imports_go_one_way(path):
+def test_imports_go_down(path):
     importer = module_of(path)
     wrong = {name for name in imports_of(path) if forbidden(importer, name)}
     assert not wrong, f"{importer} must not import {wrong}"
 
 
-def test_nothing_imports_scripts():
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert not any(name.split(".")[0] == "scripts" for name in names), path
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_budgets_of_a_file(path):
+    lines = SOURCES[path].splitlines()
+    assert len(lines) <= 320 and len(TOKENS[path]) <= 2500
+    assert max(map(len, lines), default=0) <= 110
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_budgets(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= (230 if path.parent.name == "scripts" else 420)
-    assert max(map(len, lines), default=0) <= 122
-    for node in ast.walk(ast.parse("\n".join(lines))):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            limit = 60 if node.name == "train_one_epoch" else 100
-            assert node.end_lineno - node.lineno + 1 <= limit, node.name
+def test_budgets_of_functions(path):
+    free = list(constructors_of_models())
+    for node in functions_of(path):
+        inside = sum(node.lineno <= token.start[0] <= node.end_lineno for token in TOKENS[path])
+        assert node.end_lineno - node.lineno + 1 <= 60 and inside <= 450, (node.name, inside)
+        names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        assert len([n for n in names if n not in ("self", "cls")]) <= 8 or node in free, node.name
 
 
-def test_training_step_has_few_parameters():
-    tree = ast.parse((ROOT / "engine.py").read_text(encoding="utf-8"))
-    step = next(node for node in tree.body if getattr(node, "name", "") == "train_one_epoch")
-    assert len(step.args.args) + len(step.args.kwonlyargs) <= 10
+def test_budget_of_the_whole():
+    tokens = sum(map(len, TOKENS.values()))
+    lines = 0
+    for found in TOKENS.values():
+        lines += len({line for token in found for line in range(token.start[0], token.end[0] + 1)})
+    # The goal is 70,000 and 10: these limits go down with the code, and never up.
+    assert tokens <= 87_200 and tokens / lines <= 10.4
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_public_names_are_documented(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = TREES[path]
     if path.name != "__init__.py" or tree.body:
         assert ast.get_docstring(tree), f"{path} says nothing of itself"
     for node in tree.body:
@@ -116,10 +169,34 @@ def test_public_names_are_documented(path):
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_every_load_is_weights_only(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
-            "torch.load",
-            "torch.hub.load_state_dict_from_url",
-        ):
-            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
-            assert given.get("weights_only") == "True", f"{path}:{node.lineno}"
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in ("torch.load", "torch.hub.load_state_dict_from_url"):
+                given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert given.get("weights_only") == "True", f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_nothing_is_executed_or_patched(path):
+    """No exec, eval or unittest.mock in the product."""
+    assert not any(name.startswith("unittest") for name in _all_imports(TREES[path]))
+    for node in ast.walk(TREES[path]):
+        assert not (isinstance(node, ast.Call) and ast.unparse(node.func) in ("exec", "eval")), node.lineno
+
+
+def _all_imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_tests_mirror_the_tree_and_stand_alone():
+    for path in (ROOT / "tests").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 600, path
+        assert not any(
+            name.split(".")[0] in ("tests", "conftest") for name in _all_imports(ast.parse(text))
+        ), path

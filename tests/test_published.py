@@ -5,9 +5,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +13,12 @@ from PIL import Image
 
 import eval_dynamic
 import main_earlyExit
-from models import create_model, model_options, nearest
-from training.flags import REFUSED, parse_flags, with_defaults
+from experiment.checks import check
+from experiment.options import options_of, plain
+from experiment.recipe import GROUPS, Recipe, Unsupported, read_command
+from models import create_model
 
-ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("costs_once", "no_pictures")
 RUN = shlex.split("--num_workers 1 --device cpu")
 DYNAMIC = shlex.split("--mode dynamic --quota_sweep dyn_perceiver --quota_scales 0.85 1 0.5")
 
@@ -50,15 +49,7 @@ RECIPE = """
 
 
 def parse(*words):
-    return parse_flags(main_earlyExit.FLAGS, [*shlex.split(FLAGS), *words], model_options, nearest)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_launcher():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"):
-            patch.delenv(name, raising=False)
-        yield
+    return read_command(list(GROUPS.values()), [*shlex.split(FLAGS), *words])
 
 
 def write_images(root, classes, **counts):
@@ -78,16 +69,15 @@ def write_images(root, classes, **counts):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """30 + 12 images in three classes."""
-    return write_images(tmp_path_factory.mktemp("images"), ("ant", "bee", "cat"), train=10, val=4)
+    """21 + 12 images in three classes."""
+    return write_images(tmp_path_factory.mktemp("images"), ("ant", "bee", "cat"), train=7, val=4)
 
 
 @pytest.fixture(scope="module")
 def thousand(tmp_path_factory):
     """One image for training and one for the test in each of a thousand classes."""
-    return write_images(
-        tmp_path_factory.mktemp("thousand"), [f"n{i:04d}" for i in range(1000)], train=1, val=1
-    )
+    names = [f"n{i:04d}" for i in range(1000)]
+    return write_images(tmp_path_factory.mktemp("thousand"), names, train=1, val=1)
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +123,6 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-def read_log(out):
-    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
-
-
 def evaluate(checkpoint, out, *words):
     eval_dynamic.main(["--checkpoint", str(checkpoint), "--output_dir", str(out), *RUN, *map(str, words)])
 
@@ -148,25 +134,24 @@ def test_every_published_flag_is_known():
     given, options = parse()
     words = re.findall(r"--(\w+)", FLAGS)
     assert len(words) == len(set(words)) == 90 and {*given, *options} == set(words)
-    args = with_defaults(main_earlyExit.FLAGS, given)
-    main_earlyExit.check(args)
-    assert args.data_set == "IMNET" and args.cutmix_minmax == [0.2, 0.8]
+    recipe = Recipe.of(given)
+    check(recipe)
+    assert recipe.data.data_set == "IMNET" and recipe.mixing.cutmix_minmax == (0.2, 0.8)
     with torch.device("meta"):
-        create_model(args.model, 1000, **options)
+        create_model(recipe.network.model, 1000, **options)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", plain(Unsupported()))
 def test_a_published_flag_that_does_nothing_is_refused_with_a_reason(name):
-    accepted, reason = REFUSED[name]
+    accepted = getattr(Unsupported(), name)
+    reason = next(option.about for option in options_of(Unsupported) if option.name == name)
     other = {bool: str(not accepted), float: "0.5", str: "latent"}[type(accepted)]
     given, _ = parse(f"--{name}", other)
     with pytest.raises(ValueError, match=rf"^--{name} \S+ is not supported: {re.escape(reason)}$"):
-        main_earlyExit.check(with_defaults(main_earlyExit.FLAGS, given))
+        check(Recipe.of(given))
 
 
 # The recipes: trained, gone on with, evaluated
-
-LAUNCH = shlex.split("-m torch.distributed.run --standalone --nproc_per_node 2 main_earlyExit.py")
 
 
 @pytest.mark.parametrize(
@@ -177,24 +162,23 @@ LAUNCH = shlex.split("-m torch.distributed.run --standalone --nproc_per_node 2 m
         "--model mobilenetV3_0x75_perceiver_t128 --depth_factor 1 1 1 3 --lr 1e-3 --epochs 600",
     ],
 )
-def test_published_recipes_in_two_processes(images, tmp_path, capfd, flags):
+def test_published_recipes_in_two_processes(images, tmp_path, capfd, in_processes, read_log, flags):
     out = tmp_path / "out"
     words = shlex.split(
-        f"{flags} {RECIPE} --data_path {images} --output_dir {out} --batch_size 4 --input_size 64"
+        f"{flags} {RECIPE} --data_path {images} --output_dir {out} --batch_size 4 --input_size 32"
     )
     for epochs in ("1", "2"):
-        command = [sys.executable, *LAUNCH, *words, *RUN, "--epochs", epochs]
-        subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+        in_processes(2, main_earlyExit.main, [*words, *RUN, "--epochs", epochs])
     printed = capfd.readouterr().out
     assert printed.count(f"going on from {out / 'checkpoint-last.pth'}") == printed.count("epoch 2/2") == 1
-    lines, steps = read_log(out), 27 // (2 * 4)  # 3 images are held out
+    lines, steps = read_log(out), 19 // (2 * 4)  # 2 images are held out
     assert [line["epoch"] for line in lines] == [0, 1]
     assert all(np.isfinite(value) for line in lines for value in line.values())
     assert {
         f"{part}/acc1/exit{k}" for part in ("calib", "calib_ema", "test", "test_ema") for k in range(4)
     } <= {*lines[1]}
     content = torch.load(out / "checkpoint-last.pth", weights_only=True)
-    assert content["step"] == 2 * steps and content["arch"]["options"]["input_size"] == 64
+    assert content["step"] == 2 * steps and content["arch"]["options"]["input_size"] == 32
     assert {float(state["step"]) for state in content["optimizer"]["state"].values()} == {2.0 * steps}
 
     main_earlyExit.main(["--eval", "true", "--output_dir", str(out), *DYNAMIC, *RUN])
@@ -203,11 +187,11 @@ def test_published_recipes_in_two_processes(images, tmp_path, capfd, flags):
     assert [row["acc1"] for row in exits] == pytest.approx(
         [lines[1][f"test_ema/acc1/exit{k}"] for k in range(4)]
     )
-    assert len(rows) == 33 and "3 images held out of the training set" in (out / "report.html").read_text()
+    assert len(rows) == 33 and "2 images held out of the training set" in (out / "report.html").read_text()
     evaluate(out / "checkpoint-best.pth", tmp_path / "augmented", "--calib", "train_augmented", *DYNAMIC)
     rows = read_json(tmp_path / "augmented" / "dynamic.json")
     assert len(rows) == 33 and all(sum(row["shares"]) == pytest.approx(1) for row in rows)
-    assert "27 training images with training augmentation, the published procedure" in capfd.readouterr().out
+    assert "19 training images with training augmentation, the published procedure" in capfd.readouterr().out
 
 
 # Files
@@ -249,7 +233,7 @@ def going_on(checkpoint, folder, out, epochs):
     return [*shlex.split(words), "--disable_eval", "true"]
 
 
-def test_a_published_run_goes_on(checkpoint, thousand, tmp_path, capsys):
+def test_a_published_run_goes_on(checkpoint, thousand, tmp_path, capsys, read_log):
     main_earlyExit.main(going_on(checkpoint, thousand, tmp_path, 5))
     assert f"going on from {checkpoint}" in capsys.readouterr().out
     assert [line["epoch"] for line in read_log(tmp_path)] == [4]
@@ -294,9 +278,7 @@ def test_what_does_not_fit_a_published_file_is_said(checkpoint, thousand, images
         with pytest.raises(ValueError, match=complaint):
             evaluate(path, out, *words)
     other = changed(checkpoint, tmp_path / "other.pth", model_ema={"latent": torch.zeros(3)})
-    with pytest.raises(
-        ValueError, match="the moving average in checkpoint .*other.pth does not fit the model: "
-    ):
+    with pytest.raises(ValueError, match="model_ema of checkpoint .*other.pth does not fit the model: "):
         main_earlyExit.main(going_on(other, thousand, out, 5))
     words = [*going_on(checkpoint, thousand, out, 5), "--depth_factor", "1", "1", "1", "2"]
     with pytest.raises(
@@ -305,7 +287,7 @@ def test_what_does_not_fit_a_published_file_is_said(checkpoint, thousand, images
         main_earlyExit.main(words)
 
 
-def test_a_published_network_is_fine_tuned_to_other_classes(checkpoint, images, tmp_path, capsys):
+def test_a_published_network_is_fine_tuned_to_other_classes(checkpoint, images, tmp_path, capsys, read_log):
     words = f"{FLAGS} --data_path {images} --output_dir {tmp_path} --finetune {checkpoint} --epochs 1 --batch_size 8"
     words += " --model_key model_ema --eval_data_path= --log_dir= --device cpu --num_workers 1 --data_set image_folder"
     main_earlyExit.main([*shlex.split(words), "--nb_classes", "3"])

@@ -1,7 +1,7 @@
-import json
 import os
 import random
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,11 +10,10 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from utils import (
-    Board,
     Compute,
     Meters,
     Progress,
-    append_json,
+    Runtime,
     describe_machine,
     gather,
     run_main,
@@ -70,12 +69,14 @@ def lines_of(capsys, items, total, note=None, **options):
 def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys):
     seen, lines = lines_of(capsys, [7, 8], 2, {"loss": 0.123456, "acc": 1.0}, shown=True, every=0.0)
     assert seen == [7, 8]
-    assert lines == [f"epoch 3: {done}/2, 0 s, 0 s left loss 0.1235 acc 1" for done in (1, 2)]
+    noted = [f"epoch 3: {done}/2, 00:00 elapsed, 00:00 left, loss 0.1235 acc 1" for done in (1, 2)]
+    assert lines == ["epoch 3: 0/2, 00:00 elapsed, ? left", *noted]
 
 
 def test_progress_without_a_total_says_so(capsys):
     seen, lines = lines_of(capsys, iter("ab"), None, shown=True, every=0.0)
-    assert seen == ["a", "b"] and [line.split(",")[0] for line in lines] == ["epoch 3: 1/?", "epoch 3: 2/?"]
+    counts = [line.split(",")[0] for line in lines]
+    assert seen == ["a", "b"] and counts == [f"epoch 3: {done}/?" for done in (0, 1, 2)]
 
 
 @pytest.mark.parametrize("options", [{"shown": False, "every": 0.0}, {"shown": True}])
@@ -88,6 +89,7 @@ def test_progress_shows_a_bar_with_notes_on_a_terminal(capsys, monkeypatch):
     progress = Progress([1, 2], "epoch 3", 2, shown=True)
     for _ in progress:
         progress.note({"loss": 0.5})
+        time.sleep(0.11)  # a bar is drawn ten times a second at most
     captured = capsys.readouterr()
     assert "epoch 3" in captured.err and "loss 0.5" in captured.err and captured.out == ""
 
@@ -113,13 +115,6 @@ def test_seeds_repeat_and_differ_by_seed_epoch_and_process():
 # Files
 
 
-def test_append_json_adds_lines(tmp_path):
-    for epoch in range(2):
-        append_json(tmp_path / "log.txt", {"epoch": epoch, "name": "é"})
-    lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"epoch": 0, "name": "é"}, {"epoch": 1, "name": "é"}]
-
-
 def test_write_text_replaces_the_file_in_one_piece(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     write_text(path, "old")
@@ -136,9 +131,11 @@ def test_write_text_replaces_the_file_in_one_piece(tmp_path, monkeypatch):
 
 
 def test_one_process_picks_a_device(alone):
-    compute = start_compute("auto", "none", True)
+    compute = start_compute(Runtime(device="auto", channels_last=True))
     assert compute.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert start_compute("cpu", "none", True) == Compute(torch.device("cpu"), None, True, 0, 1)
+    assert start_compute(Runtime(device="cpu", channels_last=True)) == Compute(
+        torch.device("cpu"), None, True, 0, 1
+    )
     assert alone == []
     assert gather({"a": 1}, CPU) == [{"a": 1}]
 
@@ -148,7 +145,8 @@ def test_one_process_picks_a_device(alone):
     [("none", None), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("auto", torch.bfloat16)],
 )
 def test_mixed_precision_types_on_cpu(alone, amp, kind):
-    compute = start_compute("cpu", amp, False)
+    runtime = Runtime(device="cpu") if amp == "none" else Runtime(device="cpu", use_amp=True, amp_dtype=amp)
+    compute = start_compute(runtime)
     assert compute.amp is kind
     with compute.autocast():
         product = torch.ones(2, 2) @ torch.ones(2, 2)
@@ -157,21 +155,21 @@ def test_mixed_precision_types_on_cpu(alone, amp, kind):
 
 def test_absent_and_unknown_devices_are_refused(alone):
     with pytest.raises(ValueError, match="^--device gpu: accepted: auto, cpu, cuda, cuda:N$"):
-        start_compute("gpu", "none", False)
+        start_compute(Runtime(device="gpu"))
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     for device in ("cuda", "cuda:1"):
         with pytest.raises(
             ValueError, match=f"^--device {device}: no CUDA device here; accepted: auto, cpu$"
         ):
-            start_compute(device, "none", False)
+            start_compute(Runtime(device=device))
 
 
 @pytest.mark.parametrize("names", [LAUNCHERS[:3], LAUNCHERS[3:]])
 def test_launchers_variables_are_read(alone, monkeypatch, names):
     for name, value in zip(names, ("1", "2", "1"), strict=True):
         monkeypatch.setenv(name, value)
-    compute = start_compute("cpu", "none", False)
+    compute = start_compute(Runtime(device="cpu"))
     assert (compute.rank, compute.world_size) == (1, 2)
     assert alone == [("gloo", {"rank": 1, "world_size": 2})]
 
@@ -179,7 +177,7 @@ def test_launchers_variables_are_read(alone, monkeypatch, names):
 def test_a_launcher_of_one_process_joins_nothing(alone, monkeypatch):
     for name, value in zip(LAUNCHERS[3:], ("0", "1", "0"), strict=True):
         monkeypatch.setenv(name, value)
-    assert start_compute("cpu", "none", False) == CPU and alone == []
+    assert start_compute(Runtime(device="cpu")) == CPU and alone == []
 
 
 def test_only_maps_become_channels_last():
@@ -240,10 +238,3 @@ def test_other_errors_and_wanted_tracebacks_pass(monkeypatch):
     monkeypatch.setenv("DYNEXIT_TRACEBACK", "1")
     with pytest.raises(ValueError, match="ours"):
         run_main(lambda argv: fail(ValueError))
-
-
-@pytest.mark.parametrize("folder", [None, ""])
-def test_a_board_without_a_folder_writes_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Board(folder, None, {}).add({"loss": 1.0}, 0)
-    assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,7 @@
-"""How the exits' losses change as the weights move in some direction: one pass of forward-mode
-differentiation.
+"""How the exits' losses change along a direction of the weights, by one forward-mode pass.
 
 The pass goes over the same images as the training pass before it, at the same weights and with the same
-random draws, so the results of that pass's convolutions, which its backward pass keeps anyway, need not be
+random draws. So the results of that pass's convolutions, which its backward pass keeps anyway, need not be
 computed again.
 """
 
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Recording:
-    """A pass in training mode, to be made again with tangents."""
+    """A pass in training mode that can be repeated with tangents."""
 
     def __init__(self, device: torch.device) -> None:
         self.devices = [device] if device.type == "cuda" else []
@@ -31,8 +30,7 @@ class Recording:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """The context of its repetition. It draws what the pass drew; afterwards the generators are as
-        before."""
+        """The context of the repetition: the same random draws; generators are restored afterwards."""
         with torch.random.fork_rng(self.devices), _Replay(self.results):
             torch.set_rng_state(self.draws[0])
             for device, state in zip(self.devices, self.draws[1], strict=True):
@@ -48,10 +46,10 @@ def tangent_of(
 ) -> Tensor:
     """Derivative of `function(logits of all exits)` as the network's named parameters move in `directions`.
 
-    In training mode, without a trace in the buffers. Raises NotImplementedError (RuntimeError for Python
+    In training mode, without changing the buffers. Raises NotImplementedError (RuntimeError for Python
     functions) if an operator has no forward-mode derivative.
     """
-    # Of the attention kernels, only the one that is written out has such a derivative.
+    # Of the attention kernels, only MATH has such a derivative.
     with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         duals = {name: p.detach() for name, p in network.named_parameters()}
         duals |= {
@@ -63,7 +61,7 @@ def tangent_of(
 
 
 def buffers_of(network: nn.Module) -> dict[str, Tensor]:
-    """Copies of the buffers, for a pass in training mode that leaves no trace."""
+    """Copies of the buffers, for a pass in training mode that does not change them."""
     return {name: buffer.clone() for name, buffer in network.named_buffers()}
 
 
@@ -88,7 +86,7 @@ class _Replay(TorchFunctionMode):
         if func is not torch.conv2d:
             return func(*args, **(kwargs or {}))
         result, version = next(self.results, (None, 0))
-        if result is None or result._version != version:  # written over in place
+        if result is None or result._version != version:  # overwritten in place
             return func(*args, **(kwargs or {}))
         return _convolution(result, *args, **(kwargs or {}))
 

@@ -1,20 +1,19 @@
 """Learning to weight samples for early-exit networks (L2W-DEN, https://arxiv.org/abs/2209.08310).
 
-A small network sees how every exit does on a sample and weighs that sample's losses. It learns from a
-look-ahead: the classifier takes a step under the weights proposed, and is then judged as it will be used,
-every exit on the samples that leave there. The parts are pure functions in `training.weights`.
+A small network reads how every exit does on a sample and weighs that sample's losses. It learns from a
+look-ahead: the classifier takes a step under the proposed weights, and is then judged as it will be used,
+every exit on the samples that leave there. The parts are pure functions in `training.weight_net`.
 
-The judgement depends on a weight through the classifier's gradient alone, and linearly, so its derivative is
-a
-directional derivative of the losses: one forward-mode product instead of a graph of second order.
+This judgement, the meta loss, depends on a weight through the classifier's gradient alone, and linearly. So
+its derivative is a directional derivative of the losses: one forward-mode product, no second-order graph.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,9 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adaptive.confidence import max_prob
 from training.directional import Recording, buffers_of, tangent_of
-from training.losses import Distillation
+from training.losses import Losses
 from training.optim import Update, cosine
-from training.weights import (
+from training.weight_net import (
     WeightNet,
     assign_exits,
     judgement,
@@ -36,7 +35,7 @@ from training.weights import (
     sample_weights,
     weight_inputs,
 )
-from utils import Compute, Meters
+from utils import Compute, Meters, option
 
 
 def confidence_table(exits: list[Tensor]) -> Tensor:
@@ -49,70 +48,73 @@ def full_precision_in(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Weighting:
-    """How samples are weighted and the weight net is trained, under the names of L2W's flags.
+    """Sample weighting (L2W); names are those of L2W's trainers, defaults its settings for CIFAR."""
 
-    Attributes:
-        meta_net_input_type, constraint_dimension: see `weight_inputs` and `sample_weights`.
-        epsilon: scales the centred raw weights.
-        meta_net_hidden_size, meta_net_num_layers: of the weight net.
-        meta_interval: it learns on every so many batches of an epoch.
-        meta_lr, meta_weight_decay: of its Adam; the rate falls to 0 as half a cosine.
-    """
-
-    meta_net_input_type: str = "loss"
-    constraint_dimension: str = "col"
-    epsilon: float = 0.8
-    meta_net_hidden_size: int = 500
-    meta_net_num_layers: int = 1
-    meta_interval: int = 1
-    meta_lr: float = 1e-4
-    meta_weight_decay: float = 1e-4
+    l2w: bool = option(False, "learn to weight samples")
+    target_p_index: int = option(
+        15, "p: exit k is judged by a share of the samples that goes with (p / 20)^k", low=1
+    )
+    epsilon: float = option(0.8, "how far weights may be from 1; above 0.5 they can be negative", low=0)
+    constraint_dimension: Literal["mat", "row", "col"] = option("col", "totals kept: all, exits', samples'")
+    meta_net_input_type: Literal["loss", "conf", "both"] = option("loss", "what the weight net reads")
+    meta_net_hidden_size: int = option(500, "units of its hidden layers", low=1)
+    meta_net_num_layers: int = option(1, "hidden layers", low=1)
+    meta_interval: int = option(1, "batches between two steps of the weight net", low=1)
+    meta_lr: float = option(1e-4, "its peak learning rate; falls to 0 as half a cosine", low=0)
+    meta_weight_decay: float = option(1e-4, low=0)
+    l2w_tables: int = option(0, "epochs between files of every sample's weights and losses; 0 = none", low=0)
 
 
 class SampleWeighting:
-    """The objective: two losses per batch, each of one half under weights that may have learned from the
-    other half.
+    """The objective: a loss for each half of a batch, under weights that can be learned from the other half.
 
-    `update` is the classifier's, whose rates, momentum and loss scale the look-ahead reads; `proportions` [K]
-    are the shares of the samples by which exits are judged; a run has `epochs` of `batches`. `exit_weights`
-    and `smoothing` act on the losses that train, not on what the weight net reads nor on the judgement; what
-    `distil` makes is added. Where an operator has no forward-mode derivative, or if `forward_mode` is False,
-    the weights' gradient comes from a graph of second order instead.
+    `update` is the classifier's; the look-ahead reads its learning rates, momentum and loss scale.
+    `proportions` [K] are the shares of the samples by which exits are judged; a run has `epochs` of
+    `batches`. `losses` apply to what trains, not to what the weight net reads nor to the judgement. Where an
+    operator has no forward-mode derivative, or if `forward_mode` is False, the weights' gradient comes from a
+    second-order graph instead.
     """
 
     def __init__(
         self,
         options: Weighting,
         update: Update,
+        losses: Losses,
         *,
         proportions: Tensor,
         batches: int,
         epochs: int,
-        exit_weights: Sequence[float],
-        smoothing: float = 0.0,
-        distil: Distillation | None = None,
         forward_mode: bool | None = None,
     ) -> None:
-        device, num_exits = next(update.bare_model.parameters()).device, len(exit_weights)
-        self.options, self.update, self.smoothing, self.distil = options, update, smoothing, distil
+        device, num_exits = next(update.bare_model.parameters()).device, len(losses.exit_weights)
+        self.options, self.update = options, update
+        self.smoothing, self.distil = losses.smoothing, losses.distil
+        self.exit_weights = torch.tensor(losses.exit_weights, device=device)
         self.proportions, self.batches, self.epochs = proportions, batches, epochs
-        self.exit_weights = torch.tensor(exit_weights, device=device)
-        n_in = (2 if options.meta_net_input_type == "both" else 1) * num_exits
-        shape = {"hidden": options.meta_net_hidden_size, "layers": options.meta_net_num_layers}
-        self.weight_net = WeightNet(n_in, num_exits, **shape).to(device)
-        decay = options.meta_weight_decay
-        self.optimizer = torch.optim.Adam(self.weight_net.parameters(), options.meta_lr, weight_decay=decay)
+        self.weight_net = WeightNet(
+            (2 if options.meta_net_input_type == "both" else 1) * num_exits,
+            num_exits,
+            hidden=options.meta_net_hidden_size,
+            layers=options.meta_net_num_layers,
+        ).to(device)
+        self.optimizer = torch.optim.Adam(
+            self.weight_net.parameters(), options.meta_lr, weight_decay=options.meta_weight_decay
+        )
         self.forward_mode = forward_mode  # None: not known yet
         self.batch = 0
-        self.meters, self.tables = Meters(), {}
+        self.meters = Meters()
+        self.tables: dict[str, list[Tensor]] = {}
+
+    def start(self, epoch: int) -> None:
+        """Continues at the first batch of an epoch, counted from 0."""
+        self.batch = epoch * self.batches
 
     def __call__(
         self, model: nn.Module, images: Tensor, targets: Tensor
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Yields (loss, logits) of the first half, and once the classifier has taken its step, of the
-        second."""
+        """Yields (loss, logits) of the first half and, after the classifier's step, of the second half."""
         n = len(images)
         if n < 4:
             raise ValueError(
@@ -135,9 +137,8 @@ class SampleWeighting:
         if learns and self.forward_mode:
             way = recording.first()
         else:
-            way = (
-                sdpa_kernel(SDPBackend.MATH) if learns else nullcontext()
-            )  # other kernels have no second derivative
+            # The other attention kernels have no second derivative.
+            way = sdpa_kernel(SDPBackend.MATH) if learns else nullcontext()
         with way:
             exits = model(images)
         with full_precision_in(images.device):
@@ -159,7 +160,7 @@ class SampleWeighting:
         return self._total(losses, weights) + shared, exits
 
     def _lr(self) -> float:
-        """The weight net's rate at this batch."""
+        """The weight net's learning rate at this batch."""
         return cosine(self.options.meta_lr, 0.0, self.batch, self.batches * self.epochs)
 
     def _weigh(self, inputs: Tensor) -> Tensor:
@@ -183,8 +184,8 @@ class SampleWeighting:
         judge: tuple,
         recording: Recording,
     ) -> Tensor:
-        """Derivative [B, K] of the judgement by the weights under which `losses` would train."""
-        network = self.update.bare_model  # judged by itself: gradient equilibrium around it is for training
+        """Derivative [B, K] of the judgement with respect to the weights under which `losses` would train."""
+        network = self.update.bare_model  # without gradient equilibrium around it, which is for training
         named = {name: p for name, p in network.named_parameters() if p.requires_grad}
         scale = self.update.scaler.get_scale()  # 1 unless in float16, whose small gradients would vanish
         with full_precision_in(losses.device):
@@ -219,54 +220,53 @@ class SampleWeighting:
                 dist.all_reduce(gradient)
                 gradient /= dist.get_world_size()
             p.grad = gradient
-        # In float16 a scale that is still too large overflows; the classifier's own step is then left out as
-        # well.
+        # A float16 loss scale that is still too large overflows; the classifier's step is then skipped too.
         if not self.update.scaler.is_enabled() or all(
             p.grad.isfinite().all() for p in self.weight_net.parameters()
         ):
             self.optimizer.step()
 
     def _choose_mode(self, bare: nn.Module, images: Tensor, targets: Tensor) -> None:
-        """Forward mode if every operator of the network has a derivative of that kind."""
+        """Chooses forward mode if every operator of the network has a derivative of that kind."""
         still = {name: torch.zeros_like(p) for name, p in bare.named_parameters() if p.requires_grad}
         try:
             with Recording(images.device).again(), warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", FutureWarning
-                )  # torch's own, of a part of it that it deprecated
+                warnings.simplefilter("ignore", FutureWarning)  # torch's own, about a part that it deprecated
                 tangent_of(partial(loss_table, targets=targets), bare, still, images)
             self.forward_mode = True
         except (NotImplementedError, RuntimeError) as error:
             self.forward_mode = False
             if not dist.is_initialized() or dist.get_rank() == 0:
                 print(
-                    f"weights are learned from a second-order graph, which is slower: {str(error).splitlines()[0]}"
+                    "weights are learned from a second-order graph, which is slower: "
+                    f"{str(error).splitlines()[0]}"
                 )
 
     def take_tables(self) -> dict[str, Tensor]:
-        """Weights, plain losses and confidences since the last call, [N, K] each, samples in the order they
-        came."""
+        """Weights, plain losses and confidences since the last call, [N, K] each, in order of arrival."""
         tables, self.tables = {name: torch.cat(parts).cpu() for name, parts in self.tables.items()}, {}
         return tables
 
     def take_figures(self, compute: Compute) -> dict[str, float]:
-        """Means since the last call over all processes: share of negative weights, meta loss, and the rate
-        now."""
+        """Means since the last call: share of negative weights, meta loss; and the current learning rate.
+
+        The means are over all processes.
+        """
         meters, self.meters = self.meters, Meters()
         return {**meters.means(compute), "meta_lr": self._lr()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What exact resumption needs between two batches."""
-        nets = {"weight_net": self.weight_net.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return {**nets, "batch": self.batch}
+        """What exact resumption between two batches needs."""
+        weights, optimizer = self.weight_net.state_dict(), self.optimizer.state_dict()
+        return {"weight_net": weights, "optimizer": optimizer, "batch": self.batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken."""
+        """Continues from where `state` was taken; L2W's own files hold no `batch`."""
         self.weight_net.load_state_dict(state["weight_net"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.options.meta_weight_decay  # of this run, as the rate is
-        self.batch = state["batch"]
+            group["weight_decay"] = self.options.meta_weight_decay  # this run's, like the learning rate
+        self.batch = state.get("batch", 0)
 
 
 def _gradients(loss: Tensor, named: dict[str, Tensor], **options: bool) -> dict[str, Tensor]:

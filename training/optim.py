@@ -4,6 +4,9 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -12,6 +15,41 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models import nearest
+from utils import option
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How weights move; names and defaults are those of Dyn-Perceiver's script."""
+
+    epochs: int = option(300, low=1)
+    update_freq: int = option(1, "micro-batches per optimizer step", low=1)
+    opt: str = option("adamw", "any optimizer of timm; sgd is plain SGD with momentum")
+    opt_eps: float | None = option(1e-8, low=0)
+    opt_betas: tuple[float, ...] | None = option(None)
+    momentum: float = option(0.9, low=0)
+    weight_decay: float = option(0.05, low=0)
+    weight_decay_end: float | None = option(None, "final weight decay of a cosine; default: constant", low=0)
+    filter_bias_and_bn: bool = option(True, "no weight decay for biases and other 1-D parameters")
+    decay_embeddings: bool = option(
+        False, "weight decay for Dyn-Perceiver's latents and positions too, as published"
+    )
+    clip_grad: float | None = option(None, "largest gradient norm", low=0)
+    lr: float = option(4e-3, "peak learning rate, never scaled by the batch", low=0)
+    lr_scales: tuple[str, ...] = option((), "rates of parts, in multiples of --lr: features.=0.1 ...")
+    min_lr: float = option(1e-6, "final learning rate of the cosine", low=0)
+    schedule: Literal["cosine", "multistep", "constant"] = option("cosine")
+    decay_epochs: tuple[int, ...] = option((), "epochs at which multistep decays", low=0)
+    decay_rate: float = option(0.1, "what multistep multiplies by", low=0)
+    warmup_epochs: int = option(20, low=0)
+    warmup_steps: int = option(-1, "optimizer steps of warm-up, instead of epochs where above 0")
+    model_ema: bool = option(False, "keep a moving average of the weights")
+    model_ema_decay: float = option(0.9999, low=0)
+    model_ema_warmup: bool = option(
+        False, "forget the first steps sooner, as timm does: for runs of few steps"
+    )
+    model_ema_force_cpu: bool = option(False, "keep the average in main memory")
+    model_ema_eval: bool = option(False, "evaluate the average too, and choose the best checkpoint by it")
 
 
 def cosine(start: float, end: float, step: int, length: int) -> float:
@@ -51,8 +89,7 @@ def lr_at(
 
 
 def weight_decay_at(step: int, *, base: float, end: float | None, total_steps: int) -> float:
-    """Weight decay of optimizer step `step`: a cosine from `base` to `end`, or always `base` when `end` is
-    None."""
+    """Weight decay of optimizer step `step`: a cosine from `base` to `end`; always `base` if that is None."""
     return base if end is None else cosine(base, end, step, total_steps)
 
 
@@ -67,9 +104,9 @@ def param_groups(
 
     With `filter_bias_and_bn`, parameters of one dimension, named `*.bias` or, unless `decay_embeddings`,
     among the model's `embeddings` form a group without weight decay; without it (MSDNet, RANet) one group
-    decays everything. `lr_scale` and `wd_scale` multiply the schedules' values. `lr_scales` are texts as
-    "features.=0.1": the first whose left side starts a parameter's name has its lr_scale. Raises ValueError
-    for others, and where none starts so.
+    decays everything. `lr_scale` and `wd_scale` multiply the schedules' values. `lr_scales` are texts such as
+    "features.=0.1"; a parameter gets the factor of the first text whose left side starts its name. Raises
+    ValueError for other texts, and for one that starts no name.
     """
     scales = [_scale_of(text, [name for name, _ in model.named_parameters()]) for text in lr_scales]
     groups: dict[tuple[bool, float], dict] = {}
@@ -96,49 +133,80 @@ def _scale_of(text: str, names: list[str]) -> tuple[str, float]:
     return start, float(factor)
 
 
-def make_optimizer(
-    model: nn.Module,
-    *,
-    opt: str,
-    lr: float,
-    weight_decay: float,
-    momentum: float,
-    eps: float | None,
-    betas: Sequence[float] | None,
-    filter_bias_and_bn: bool,
-    decay_embeddings: bool = False,
-    lr_scales: Sequence[str] = (),
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.Optimizer:
     """A timm optimizer over `param_groups(model)`; the prefix "lookahead_" wraps any of them.
 
-    "sgd" is plain SGD with momentum, "nesterov" its Nesterov form. Where `eps` or `betas` is None, the
-    optimizer's own default holds. Raises ValueError for a name timm does not know, or an optimizer that
+    "sgd" is plain SGD with momentum, "nesterov" its Nesterov form. Where `opt_eps` or `opt_betas` is None,
+    the optimizer's own default holds. Raises ValueError for a name timm does not know, or an optimizer that
     cannot run on this machine.
     """
-    name = opt.lower().removeprefix("lookahead_")
-    prefix = opt.lower().removesuffix(name)
+    o = optimization
+    name = o.opt.lower().removeprefix("lookahead_")
+    prefix = o.opt.lower().removesuffix(name)
     if name not in ("nvnovograd", *list_optimizers()):
-        raise ValueError(f"unknown optimizer {opt!r}; {nearest(name, list_optimizers())}")
+        raise ValueError(f"unknown optimizer {o.opt!r}; {nearest(name, list_optimizers())}")
     # timm's names for them; its "sgd" is Nesterov's.
     name = {"sgd": "momentum", "nvnovograd": "novograd"}.get(name, name)
-    given = {key: value for key, value in {"eps": eps, "betas": betas}.items() if value is not None}
+    given: dict[str, Any] = {}
+    if o.opt_eps is not None:
+        given["eps"] = o.opt_eps
+    if o.opt_betas is not None:
+        given["betas"] = o.opt_betas
     if name in ("adam", "adamw"):
-        given["fused"] = True  # one pass over the weights instead of a dozen; on a CPU a quarter of the time
-    groups = param_groups(model, weight_decay, filter_bias_and_bn, decay_embeddings, lr_scales)
+        given["fused"] = True  # one pass over the weights, not a dozen; on a CPU a quarter of the time
+    groups = param_groups(model, o.weight_decay, o.filter_bias_and_bn, o.decay_embeddings, o.lr_scales)
     try:
-        return create_optimizer_v2(groups, prefix + name, lr, weight_decay, momentum, **given)
-    except AssertionError as error:  # how timm says that a fused optimizer needs CUDA
-        raise ValueError(f"optimizer {opt!r} cannot be used here: {error}") from error
+        return create_optimizer_v2(groups, prefix + name, o.lr, o.weight_decay, o.momentum, **given)
+    except AssertionError as error:  # timm's, where a fused optimizer needs CUDA
+        raise ValueError(f"optimizer {o.opt!r} cannot be used here: {error}") from error
+
+
+def make_update(
+    model: nn.Module, optimization: Optimization, *, steps: int, losses_per_batch: int = 1, fp16: bool = False
+) -> "Update":
+    """Optimizer, schedules and moving average for a run of `steps` optimizer steps an epoch.
+
+    An objective that yields `losses_per_batch` losses takes as many steps on one batch, all at one rate.
+    """
+    o = optimization
+    together = losses_per_batch if o.update_freq == 1 else 1
+    steps //= together
+    lr = partial(
+        lr_at,
+        schedule=o.schedule,
+        base=o.lr,
+        minimum=o.min_lr,
+        warmup_steps=o.warmup_steps // together if o.warmup_steps > 0 else o.warmup_epochs * steps,
+        total_steps=o.epochs * steps,
+        milestones=sorted(epoch * steps for epoch in o.decay_epochs),
+        decay_rate=o.decay_rate,
+    )
+    decay = partial(
+        weight_decay_at, base=o.weight_decay, end=o.weight_decay_end, total_steps=o.epochs * steps
+    )
+    average = None
+    if o.model_ema:
+        device = torch.device("cpu") if o.model_ema_force_cpu else None
+        average = ModelEmaV3(model, decay=o.model_ema_decay, use_warmup=o.model_ema_warmup, device=device)
+    return Update(
+        model,
+        make_optimizer(model, o),
+        lr=lambda step: lr(step // together),
+        weight_decay=lambda step: decay(step // together),
+        clip_grad=o.clip_grad or None,
+        update_freq=o.update_freq,
+        fp16=fp16,
+        ema=average,
+    )
 
 
 class Update:
-    """Turns losses into optimizer steps: `update(loss)` once per micro-batch, a step every `update_freq`
-    calls.
+    """Turns losses into optimizer steps: `update(loss)` per micro-batch, a step per `update_freq` calls.
 
     `lr` and `weight_decay` map an optimizer step to that step's value. `clip_grad` is the largest global
     gradient norm, or None; with it, `grad_norm` is the last step's norm before clipping (a 0-d tensor).
-    `fp16` scales the loss; `ema`, made from the bare model, follows every step. `model` may be wrapped in
-    DistributedDataParallel.
+    `fp16` scales the loss; `ema`, made from the bare model, is updated after every step. `model` may be
+    wrapped in DistributedDataParallel.
     """
 
     def __init__(
@@ -164,24 +232,20 @@ class Update:
             (group.get("lr_scale", 1.0), group.get("wd_scale", 1.0)) for group in optimizer.param_groups
         ]
         self.grad_norm: Tensor | None = None
-        self.second_order = getattr(
-            optimizer, "is_second_order", False
-        )  # AdaHessian differentiates the gradients
-        if (
-            self.second_order
-        ):  # of the attention kernels, only the one that is written out has second derivatives
+        # AdaHessian differentiates the gradients.
+        self.second_order = getattr(optimizer, "is_second_order", False)
+        if self.second_order:  # of the attention kernels, only MATH has second derivatives
             torch.backends.cuda.enable_flash_sdp(False)  # the CPU's, too
             torch.backends.cuda.enable_mem_efficient_sdp(False)
         self.start(0)
 
     def attach(self, model: nn.Module) -> None:
-        """From now on the network is trained through `model`: itself, or what is wrapped around it."""
+        """From now on trains the network through `model`: the network itself or a wrapper of it."""
         self.model, self.distributed = model, isinstance(model, DistributedDataParallel)
         self._await_micro_batch(self.micro_batch)
 
     def start(self, step: int) -> None:
-        """Make ready for optimizer step `step`: its rates are set, and gradients of a half-done step are
-        dropped."""
+        """Prepares for optimizer step `step`: sets its rates and drops gradients of an unfinished step."""
         self.step = step
         self.optimizer.zero_grad()
         lr, weight_decay = self.lr(step), self.weight_decay(step)
@@ -190,17 +254,15 @@ class Update:
         self._await_micro_batch(0)
 
     def _await_micro_batch(self, index: int) -> None:
-        """Expect micro-batch `index` of this step next."""
+        """Prepares for micro-batch `index` of this step."""
         self.micro_batch = index
         if self.distributed:
-            # Read by the wrapper's forward, hence set ahead of it: only the last micro-batch need average the
-            # sum.
+            # Read by the wrapper's forward: only the last micro-batch averages over processes.
             self.model.require_backward_grad_sync = index == self.update_freq - 1
 
     def __call__(self, loss: Tensor) -> None:
         """Backward of one micro-batch's `loss` (a scalar), and the optimizer step if it completes one."""
-        # The caller may be under autocast, which is for the forward pass: backward runs in the types that
-        # this chose.
+        # The caller may be under autocast, which is for the forward pass; backward reuses its types.
         with torch.autocast(loss.device.type, enabled=False):
             self.scaler.scale(loss / self.update_freq).backward(create_graph=self.second_order)
         if self.micro_batch < self.update_freq - 1:
@@ -211,7 +273,7 @@ class Update:
             self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        torch.clear_autocast_cache()  # an objective may go on under the same autocast, with the new weights
+        torch.clear_autocast_cache()  # an objective may continue under the same autocast, with new weights
         if self.ema is not None:
             self.ema.update(self.bare_model, self.step + 1 if self.ema.use_warmup else None)
         self.start(self.step + 1)
@@ -223,25 +285,8 @@ class Update:
         # The largest: biases and embeddings may be in groups without weight decay.
         return {f"opt/{name}": max(group[name] for group in groups) for name in ("lr", "weight_decay")} | norm
 
-    def state_dict(self) -> dict:
-        """What exact resumption needs between two optimizer steps: optimizer, scaler, model_ema (or None) and
-        step."""
-        ema = None if self.ema is None else self.ema.module.state_dict()
-        states = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "model_ema": ema,
-        }
-        return states | {"step": self.step}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken. Load the model's weights first: an EMA that `state` lacks starts
-        from them."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty when the state was saved without fp16
-            self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None and state["model_ema"] is not None:
-            self.ema.module.load_state_dict(state["model_ema"])
-        elif self.ema is not None:
-            self.ema.set(self.bare_model)
-        self.start(state["step"])
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What exact resumption between two optimizer steps needs, by its name in a checkpoint."""
+        average = {"model_ema": self.ema.module} if self.ema is not None else {}
+        return {"optimizer": self.optimizer, "scaler": self.scaler, **average}

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaptive import flops
-from adaptive.flops import cost_table, count, exit_costs, fvcore_counts, single_costs
+from adaptive.flops import cost_lines, count, exit_costs, fvcore_counts, single_costs
 from models import MultiExitModel, create_model
 
 SHAPE = (3, 8, 8)
@@ -81,12 +81,9 @@ def test_multiply_adds_by_hand():
     assert exit_costs(Tiny(), SHAPE) == [first, first + SECOND + HEAD1]
 
 
-def test_multiply_adds_by_operator():
+def test_every_operator_of_a_network_has_a_formula():
     costs = count(Tiny(), SHAPE)
-    assert costs.macs == exit_costs(Tiny(), SHAPE)
-    assert costs.by_operator[0] == {"aten.convolution": STEM, "aten.addmm": HEAD0}
-    assert costs.by_operator[1] == {"aten.convolution": STEM + SECOND, "aten.addmm": HEAD0, "aten.mm": HEAD1}
-    assert costs.uncounted == []
+    assert costs.macs == exit_costs(Tiny(), SHAPE) and costs.uncounted == []
 
 
 def test_attention_is_two_products():
@@ -139,8 +136,8 @@ def test_fvcore_agrees():
 
 @pytest.mark.parametrize(
     "counter",
-    [count, exit_costs, single_costs, fvcore_counts, lambda model, shape: cost_table(model, model, shape)],
-    ids=["count", "exit_costs", "single_costs", "fvcore_counts", "cost_table"],
+    [count, exit_costs, single_costs, fvcore_counts, lambda model, shape: cost_lines(model, model, shape)],
+    ids=["count", "exit_costs", "single_costs", "fvcore_counts", "cost_lines"],
 )
 def test_counting_leaves_the_model_alone(counter):
     model = Tiny().double()
@@ -160,7 +157,7 @@ def test_counting_leaves_the_model_alone(counter):
 
 
 def test_table_has_every_exit_under_every_convention():
-    lines = cost_table(Tiny(), Attentive(), SHAPE)
+    lines = cost_lines(Tiny(), Attentive(), SHAPE)
     assert "(3, 8, 8)" in lines[0] and "in millions" in lines[0]
     assert len(lines) == 2 + 2
     ours, published = count(Tiny(), SHAPE), count(Attentive(), SHAPE)
@@ -171,7 +168,7 @@ def test_table_has_every_exit_under_every_convention():
 
 
 def test_table_reports_operators_without_a_formula():
-    assert cost_table(Distant(), Distant(), SHAPE)[-1].startswith(
+    assert cost_lines(Distant(), Distant(), SHAPE)[-1].startswith(
         "not counted for want of a formula: aten._cdist"
     )
 
@@ -180,7 +177,7 @@ def test_table_reports_counters_that_disagree(monkeypatch):
     macs = exit_costs(Tiny(), SHAPE)
     traced = [{"conv": macs[0] - 7, "linear": 7}, {"conv": macs[1] - 7, "batch_norm": 7}]
     monkeypatch.setattr(flops, "fvcore_counts", lambda model, shape: traced)
-    lines = cost_table(Tiny(), Tiny(), SHAPE)
+    lines = cost_lines(Tiny(), Tiny(), SHAPE)
     assert lines[4:] == [
         f"counters disagree at exit 1: torch has {macs[1]} multiply-adds, fvcore {macs[1] - 7}"
     ]
@@ -193,4 +190,4 @@ def test_both_counters_count_both_products_of_attention():
         assert sum(operators[name] for name in ("conv", "linear", "attention")) == macs
     # By hand, what exit 3 has beyond exit 2: one position reads 4 tokens through 440 // 8 channels.
     assert traced[3]["attention"] - traced[2]["attention"] == 1 * 4 * 55 * 2
-    assert not any("disagree" in line for line in cost_table(net, net, (3, 32, 32)))
+    assert not any("disagree" in line for line in cost_lines(net, net, (3, 32, 32)))

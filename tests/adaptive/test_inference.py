@@ -1,4 +1,5 @@
-import math
+from functools import cache
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -7,10 +8,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from adaptive.confidence import max_prob
-from adaptive.inference import ExitTables, fold_batch_norm, run_adaptive, run_single, stream_adaptive
+from adaptive.inference import fold_batch_norm, run_adaptive, run_single, stream_adaptive
+from adaptive.policy import Policy
 from adaptive.thresholds import EVERYBODY, NOBODY, exit_of, quota_thresholds
 from models import MultiExitModel
-from tests.test_models import SMALL, small
 
 ORDERS = {
     "latency": {"order": "latency"},
@@ -19,47 +20,11 @@ ORDERS = {
     "throughput, 64": {"order": "throughput", "micro_batch": 64},
 }
 
-networks = pytest.mark.parametrize("name", ["relay", *SMALL])
 orders = pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 
 
-class Relay(MultiExitModel):
-    """Three exits; a stage reads the images and what the exit before it said. Remembers what it was asked to
-    do."""
-
-    num_exits = 3
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(12 + 4, 8) for _ in range(3))
-        self.heads = nn.ModuleList(nn.Linear(8, 4) for _ in range(3))
-        self.stages, self.answers = [], []
-
-    def begin(self, images):
-        return {"images": images.flatten(1), "said": images.new_zeros(len(images), 4)}
-
-    def trunk(self, k, state):
-        self.stages.append(
-            (k, state["images"][:, 0].int().tolist())
-        )  # the first pixel tells which image it is
-        return self.layers[k](torch.cat([state["images"], state["said"]], dim=1)).tanh(), state
-
-    def head(self, k, features):
-        self.answers.append(k)
-        return 3 * self.heads[k](features)
-
-    def carry(self, k, state, logits):
-        return {**state, "said": logits}
-
-
-class Mute(Relay):
-    """The same, but no stage reads what an exit said."""
-
-    carry = MultiExitModel.carry
-
-
 @torch.no_grad()
-def toy(count=50, model_class=Relay):
+def toy(model_class, count=50):
     """The network, and images whose first pixel is their position."""
     torch.manual_seed(0)
     images, model = torch.randn(count, 3, 2, 2, dtype=torch.float64), model_class().double().eval()
@@ -69,62 +34,85 @@ def toy(count=50, model_class=Relay):
     return model, images
 
 
+class Subject(NamedTuple):
+    """A network, images, its answers to them [K, N, C], and thresholds at which as many leave at every exit,
+    at most a third."""
+
+    model: MultiExitModel
+    images: torch.Tensor
+    logits: torch.Tensor
+    thresholds: torch.Tensor
+
+
 @torch.no_grad()
-def subject(name, count=50):
-    """A network, images, and thresholds at which as many leave at every exit, at most a third."""
-    model, images = toy(count) if name == "relay" else small(name)
-    images = torch.cat([images, torch.randn(count, *images.shape[1:], dtype=torch.float64)])[:count]
-    surety = max_prob(torch.stack(model(images)))
+def subject_of(model, images):
+    logits = torch.stack(model(images))
+    surety = max_prob(logits)
     # Just below the sample that sets it: a batch of another size may round another way.
     thresholds = quota_thresholds(surety, torch.full((model.num_exits,), 1 / max(3, model.num_exits))) - 1e-9
-    if name == "relay":
-        model.stages.clear()
-    return model, images, thresholds
+    return Subject(model, images, logits, thresholds)
 
 
-@torch.no_grad()
-def simulated(model, images, thresholds):
-    logits = torch.stack(model(images))
+@pytest.fixture(scope="session")
+def subject(small, relay_class):
+    """`subject(name)`: 23 images of a family, which is asked about them once, or 50 of a new relay."""
+
+    @cache
+    def of_family(name):
+        torch.manual_seed(0)
+        model, images = small(name)
+        more = torch.randn(18, *images.shape[1:], dtype=torch.float64)
+        return subject_of(model, torch.cat([images, more]))
+
+    def make(name):
+        if name != "relay":
+            return of_family(name)
+        relay = subject_of(*toy(relay_class))
+        relay.model.stages.clear()
+        return relay
+
+    return make
+
+
+def simulated(logits, thresholds):
     exits = exit_of(max_prob(logits), thresholds)
-    return logits[exits, torch.arange(len(images))], exits
+    return logits[exits, torch.arange(logits.shape[1])], exits
 
 
-def check_against_simulation(model, images, thresholds, order):
-    logits, exits = run_adaptive(model, images, thresholds, **order)
-    expected, left_at = simulated(model, images, thresholds)
+def check_against_simulation(subject, count, thresholds, order):
+    """Compares real early exit on the first `count` images with the simulation by tables."""
+    logits, exits = run_adaptive(subject.model, subject.images[:count], thresholds, **order)
+    expected, left_at = simulated(subject.logits[:, :count], thresholds)
     assert torch.equal(exits, left_at)
     assert_close(logits, expected, rtol=1e-12, atol=1e-12)
     return exits
 
 
-@networks
 @orders
-def test_early_exit_is_the_simulation(name, order):
-    model, images, thresholds = subject(name, count=23)
-    exits = check_against_simulation(model, images, thresholds, order)
-    assert exits.unique().tolist() == list(range(model.num_exits))
+def test_early_exit_is_the_simulation(subject, family_or_relay, order):
+    given = subject(family_or_relay)
+    exits = check_against_simulation(given, 23, given.thresholds, order)
+    assert exits.unique().tolist() == list(range(given.model.num_exits))
 
 
-@networks
 @orders
 @pytest.mark.parametrize("count", [1, 3])
-def test_few_images(name, order, count):
-    model, images, thresholds = subject(name, count=9)
-    check_against_simulation(model, images[:count], thresholds, order)
-
-
-@networks
-@orders
-@pytest.mark.parametrize(("threshold", "exit_index"), [(EVERYBODY, 0), (NOBODY, -1)])
-def test_all_leave_at_one_exit(name, order, threshold, exit_index):
-    model, images, _ = subject(name, count=9)
-    exits = check_against_simulation(model, images, torch.full((model.num_exits,), threshold), order)
-    assert exits.tolist() == [range(model.num_exits)[exit_index]] * 9
+def test_few_images(subject, family_or_relay, order, count):
+    given = subject(family_or_relay)
+    check_against_simulation(given, count, given.thresholds, order)
 
 
 @orders
-def test_early_exit_uses_the_confidence_asked_for(order):
-    model, images, _ = subject("relay")
+@pytest.mark.parametrize(("threshold", "exit_index"), [(EVERYBODY, 0), (NOBODY, -1)])
+def test_all_leave_at_one_exit(subject, family_or_relay, order, threshold, exit_index):
+    given = subject(family_or_relay)
+    exits = check_against_simulation(given, 9, torch.full((given.model.num_exits,), threshold), order)
+    assert exits.tolist() == [range(given.model.num_exits)[exit_index]] * 9
+
+
+@orders
+def test_early_exit_uses_the_confidence_asked_for(order, subject):
+    model, images, *_ = subject("relay")
     exits = run_adaptive(model, images, torch.tensor([-1.0, -1.0, EVERYBODY]), "entropy", **order)[1]
     entropies = [torch.distributions.Categorical(logits=logits).entropy() for logits in model(images)]
     expected = torch.where(entropies[0] <= 1, 0, torch.where(entropies[1] <= 1, 1, 2))
@@ -132,8 +120,9 @@ def test_early_exit_uses_the_confidence_asked_for(order):
 
 
 @orders
-def test_a_sample_on_the_threshold_leaves(order):
-    model, images, _ = subject("relay", count=1)
+def test_a_sample_on_the_threshold_leaves(order, subject):
+    model, images, *_ = subject("relay")
+    images = images[:1]
     surety = max_prob(model(images)[0]).detach()
     for threshold, expected in ((surety, 0), (torch.nextafter(surety, torch.ones(1).double()), 1)):
         thresholds = torch.cat([threshold, torch.tensor([EVERYBODY, EVERYBODY])])
@@ -141,8 +130,8 @@ def test_a_sample_on_the_threshold_leaves(order):
 
 
 @orders
-def test_stages_see_exactly_the_samples_that_are_still_there(order):
-    model, images, thresholds = subject("relay")
+def test_stages_see_exactly_the_samples_that_are_still_there(order, subject):
+    model, images, _, thresholds = subject("relay")
     exits = run_adaptive(model, images, thresholds, **order)[1]
     for k in range(3):
         seen = sorted(i for stage, ids in model.stages if stage == k for i in ids)
@@ -150,8 +139,8 @@ def test_stages_see_exactly_the_samples_that_are_still_there(order):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 7, 64])
-def test_throughput_order_runs_full_micro_batches_until_the_end(micro_batch):
-    model, images, thresholds = subject("relay")
+def test_throughput_order_runs_full_micro_batches_until_the_end(micro_batch, subject):
+    model, images, _, thresholds = subject("relay")
     exits = run_adaptive(model, images, thresholds, order="throughput", micro_batch=micro_batch)[1]
     for k in range(3):
         sizes, total = [len(ids) for stage, ids in model.stages if stage == k], int((exits >= k).sum())
@@ -160,26 +149,26 @@ def test_throughput_order_runs_full_micro_batches_until_the_end(micro_batch):
         )
 
 
-def test_latency_order_runs_every_stage_once():
-    model, images, thresholds = subject("relay")
+def test_latency_order_runs_every_stage_once(subject):
+    model, images, _, thresholds = subject("relay")
     run_adaptive(model, images, thresholds)
     assert [k for k, _ in model.stages] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1, 7, 64])
-def test_a_stream_of_batches_is_the_simulation(micro_batch):
-    model, images, thresholds = subject("relay")
+def test_a_stream_of_batches_is_the_simulation(micro_batch, subject):
+    model, images, table, thresholds = subject("relay")
     batches = iter(images.split([20, 1, 16, 13]))
     answers = list(stream_adaptive(model, batches, thresholds, micro_batch=micro_batch))
     ids, logits, exits = (torch.cat(parts) for parts in zip(*answers, strict=True))
     assert sorted(ids.tolist()) == list(range(50))
-    expected, left_at = simulated(model, images, thresholds)
+    expected, left_at = simulated(table, thresholds)
     assert torch.equal(exits, left_at[ids])
     assert_close(logits, expected[ids], rtol=1e-12, atol=1e-12)
 
 
-def test_without_micro_batches_a_stream_answers_each_batch_before_it_takes_the_next():
-    model, images, thresholds = subject("relay")
+def test_without_micro_batches_a_stream_answers_each_batch_before_it_takes_the_next(subject):
+    model, images, _, thresholds = subject("relay")
     taken = []
 
     def batches():
@@ -192,8 +181,8 @@ def test_without_micro_batches_a_stream_answers_each_batch_before_it_takes_the_n
     assert taken == [0, 1, 2, 3, 4]
 
 
-def test_a_stream_holds_few_samples_of_a_long_stream():
-    model, images, thresholds = subject("relay")
+def test_a_stream_holds_few_samples_of_a_long_stream(subject):
+    model, images, _, thresholds = subject("relay")
     taken = 0
 
     def batches():
@@ -209,39 +198,43 @@ def test_a_stream_holds_few_samples_of_a_long_stream():
     assert given == 50
 
 
-def test_unknown_order_is_refused():
-    model, images = toy(1)
+def test_unknown_order_is_refused(relay_class):
+    model, images = toy(relay_class, 1)
     with pytest.raises(ValueError, match="unknown order 'fast'; accepted: latency, throughput"):
         run_adaptive(model, images, torch.zeros(3), order="fast")
 
 
-def test_unknown_confidence_is_refused():
-    model, images = toy(1)
+def test_unknown_confidence_is_refused(relay_class):
+    model, images = toy(relay_class, 1)
     with pytest.raises(ValueError, match="unknown confidence 'maxprob'"):
         run_adaptive(model, images, torch.zeros(3), "maxprob")
 
 
-@networks
-def test_one_exit_alone_answers_as_in_the_forward_pass(name):
-    model, images, _ = subject(name, count=5)
+def test_one_exit_alone_answers_as_in_the_forward_pass(subject, family_or_relay):
+    model, images, *_ = subject(family_or_relay)
+    images = images[:5]
     with torch.no_grad():
         exits = model(images)
     for k in range(model.num_exits):
         assert torch.equal(run_single(model, images, k), exits[k])
 
 
-@pytest.mark.parametrize(("model_class", "heads"), [(Mute, [2]), (Relay, [0, 1, 2])])
-def test_one_exit_alone_spares_heads_that_no_stage_reads(model_class, heads):
-    model, images = toy(3, model_class)
+@pytest.mark.parametrize(("mute", "heads"), [(True, [2]), (False, [0, 1, 2])])
+def test_one_exit_alone_spares_heads_that_no_stage_reads(relay_class, mute, heads):
+    class Mute(relay_class):
+        """No stage reads what an exit said."""
+
+        carry = MultiExitModel.carry
+
+    model, images = toy(Mute if mute else relay_class, 3)
     run_single(model, images, 2)
     assert model.answers == heads
     assert [k for k, _ in model.stages] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", SMALL)
 @torch.no_grad()
-def test_folding_batch_norm_changes_no_answer_and_not_the_original(name):
-    model, images = small(name)
+def test_folding_batch_norm_changes_no_answer_and_not_the_original(family, small):
+    model, images = small(family)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     expected = model(images)
     folded = fold_batch_norm(model.train())
@@ -252,7 +245,7 @@ def test_folding_batch_norm_changes_no_answer_and_not_the_original(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_folded_msdnet_has_no_batch_norm_left():
+def test_a_folded_msdnet_has_no_batch_norm_left(small):
     model, _ = small("msdnet")
     assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fold_batch_norm(model).modules())
@@ -302,62 +295,22 @@ def test_folding_leaves_alone_what_it_would_change(layers):
         assert_close(fold_batch_norm(model)(images), model.eval()(images), rtol=1e-9, atol=1e-9)
 
 
-def test_tables_of_a_batch():
-    logits = torch.zeros(2, 2, 6)
-    logits[0, 0, 1] = logits[1, 1, 5] = 2.0
-    logits[0, 1] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
-    tables = ExitTables.of(list(logits), torch.tensor([1, 5]))
-    total = math.exp(2) + 5
-    ramp = sum(math.exp(i) for i in range(6))
-    assert_close(
-        tables.confidence,
-        torch.tensor([[math.exp(2) / total, math.exp(5) / ramp], [1 / 6, math.exp(2) / total]]),
-    )
-    assert tables.correct[:, 1].tolist() == [False, True] and tables.correct[0, 0]
-    assert tables.correct5[0].tolist() == [True, False] and tables.correct5[1, 1]
-    assert_close(
-        tables.loss, torch.tensor([[math.log(total) - 2, math.log(ramp)], [math.log(6), math.log(total) - 2]])
-    )
-    assert len(tables) == 2
-
-
-def test_tables_take_any_confidence_and_few_classes():
-    logits = torch.tensor([[[2.0, 0.0, 0.0]]])
-    tables = ExitTables.of(list(logits), torch.tensor([2]), "energy_logits")
-    assert tables.confidence.item() == pytest.approx(math.log(math.exp(2) + 2))
-    assert not tables.correct.item() and tables.correct5.item()
-
-
-def numbered(*numbers):
-    """Tables of two exits whose every entry tells the sample."""
-    row = torch.tensor(numbers)
-    two = torch.stack([row, row + 100])
-    hits = torch.stack([row > 3, row > 4])
-    return ExitTables(two, hits, row.expand(2, -1) > 0, -row.expand(2, -1), torch.stack([two, -two]), row)
-
-
-def check_samples(tables, *numbers):
-    expected = numbered(*numbers)
-    for column in ("confidence", "correct", "correct5", "loss", "scores", "targets"):
-        assert torch.equal(getattr(tables, column), getattr(expected, column))
-    assert len(tables) == len(numbers)
-
-
-def test_tables_join_in_order():
-    check_samples(ExitTables.cat([numbered(5, 3), numbered(4)]), 5, 3, 4)
-
-
-def test_tables_of_shards_interleave():
-    check_samples(ExitTables.interleave([numbered(0, 3, 6), numbered(1, 4), numbered(2, 5)]), *range(7))
-
-
-def test_part_of_a_table():
-    check_samples(numbered(7, 8, 9, 0).part(torch.tensor([2, 0])), 9, 7)
-
-
-def test_nothing_to_run_and_thresholds_of_another_network_are_refused():
+def test_nothing_to_run_and_thresholds_of_another_network_are_refused(small):
     model, images = small("msdnet")
     with pytest.raises(ValueError, match="no images to run"):
         run_adaptive(model.eval(), images[:0], torch.zeros(model.num_exits))
     with pytest.raises(ValueError, match=f"9 thresholds for a network with {model.num_exits} exits"):
         run_adaptive(model.eval(), images, torch.zeros(9))
+
+
+@orders
+def test_a_policy_and_its_thresholds_give_the_same_answers(order, subject):
+    model, images, _, thresholds = subject("relay")
+    policy = Policy(tuple(thresholds.tolist()), "max_prob")
+    expected = run_adaptive(model, images, thresholds, **order)
+    for given in (policy, thresholds.tolist()):
+        for found, wanted in zip(run_adaptive(model, images, given, **order), expected, strict=True):
+            assert torch.equal(found, wanted)
+    # A policy has its own kind of confidence.
+    exits = run_adaptive(model, images, Policy((-1.0, -1.0, EVERYBODY), "entropy"), **order)[1]
+    assert torch.equal(exits, run_adaptive(model, images, [-1.0, -1.0, EVERYBODY], "entropy", **order)[1])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from adaptive.confidence import CONFIDENCES
-from adaptive.routing import auroc, four_way, oracle, routing, under_mix
+from adaptive.policy import OperatingPoint, Policy
+from adaptive.routing import auroc, four_way, oracle, routing
 
 
 def test_auroc_counts_pairs_and_half_of_the_ties():
@@ -12,6 +13,8 @@ def test_auroc_counts_pairs_and_half_of_the_ties():
     pairs = [(a > b) + 0.5 * (a == b) for a in score[positive].tolist() for b in score[~positive].tolist()]
     assert auroc(score, positive) == pytest.approx(sum(pairs) / len(pairs))
     assert auroc(score, torch.ones(5, dtype=torch.bool)) is None
+    assert auroc(score, torch.zeros(5, dtype=torch.bool)) is None
+    assert auroc(score * torch.nan, positive) is None
 
 
 CORRECT = torch.tensor([[1, 1, 0, 0, 1, 0], [1, 0, 1, 0, 1, 1]]).bool()
@@ -24,7 +27,7 @@ def test_the_oracle_takes_the_first_exit_that_is_right():
     }
 
 
-def test_the_four_ways_are_of_those_that_go_on():
+def test_the_four_ways_are_of_those_that_are_deferred():
     met = four_way(CORRECT, torch.tensor([0, 1, 1, 1, 1, 0]))
     assert met == {"right_right": 1, "right_wrong": 1, "wrong_right": 1, "wrong_wrong": 1}
 
@@ -33,13 +36,10 @@ def test_routing_tells_it_all():
     confidence = torch.tensor([[0.9, 0.1, 0.2, 0.3, 0.4, 0.8], [1.0] * 6])
     scores = torch.stack([confidence] * len(CONFIDENCES))
     tables = SimpleNamespace(confidence=confidence, correct=CORRECT, scores=scores)
-    told = routing(tables, [0.5, -1e8], [10, 40], [11, 43])
-    assert (told["samples"], told["routed"]) == (6, pytest.approx(4 / 6))
-    assert told["flops"] == pytest.approx(2 * (2 * 11 + 4 * 43) / 6)
-    assert sum(told["four_way"].values()) == 4 and told["auroc"].keys() == CONFIDENCES.keys()
-    assert told["auroc"]["max_prob"] == [auroc(confidence[0], CORRECT[0])]
-
-
-def test_a_mix_weighs_the_popular_samples():
-    popular = torch.tensor([True, False, False, False])
-    assert under_mix(torch.tensor([1.0, 0.0, 0.0, 3.0]), popular, 0.7) == pytest.approx(0.7 * 1 + 0.3 * 1)
+    policy = Policy.of([0.5, -1e8])
+    point = OperatingPoint(policy, 0.5, 30.0, [0.5, 0.5])
+    found = routing(tables, point, [10, 40], [11, 43])
+    assert found.point is point and (found.samples, found.deferred) == (6, pytest.approx(4 / 6))
+    assert found.flops == pytest.approx(2 * (2 * 11 + 4 * 43) / 6)
+    assert sum(found.four_way.values()) == 4 and found.auroc.keys() == CONFIDENCES.keys()
+    assert found.auroc["max_prob"] == [auroc(confidence[0], CORRECT[0])]

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,6 @@ from adaptive.thresholds import (
     geometric_quotas,
     quota_thresholds,
     simulate,
-    sweep,
     within_budget,
 )
 
@@ -168,28 +165,6 @@ def test_simulate_counts_exits_that_nobody_uses():
     correct = torch.ones(3, 2, dtype=torch.bool)
     result = simulate(torch.ones(3, 2), correct, torch.tensor([0.5, 0.5, EVERYBODY]), [1, 2, 3])
     assert result.shares == [1, 0, 0] and result.cost == 1 and result.accuracy == 1
-
-
-def test_sweep_chooses_on_calib_and_judges_on_test():
-    calib = SimpleNamespace(
-        confidence=torch.tensor([[0.75, 0.5], [0.0, 0.0]]),
-        correct=torch.tensor([[True, False], [True, True]]),
-    )
-    test = SimpleNamespace(
-        confidence=torch.tensor([[0.875, 0.75, 0.5, 0.25], [0.0] * 4]),
-        correct=torch.tensor([[True, False, False, False], [True, True, False, True]]),
-    )
-    half, nobody = sweep([torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0])], calib, test, [10, 30])
-    assert half == {
-        "thresholds": [0.75, EVERYBODY],
-        "accuracy": 0.5,
-        "macs": 20,
-        "shares": [0.5, 0.5],
-        "calib_accuracy": 1.0,
-        "calib_macs": 20,
-    }
-    assert nobody["thresholds"] == [NOBODY, EVERYBODY]
-    assert (nobody["accuracy"], nobody["macs"], nobody["calib_accuracy"]) == (0.75, 30, 1.0)
 
 
 ACCURACIES, COSTS = [0.6, 0.7, 0.8, 0.8, 0.75], [10, 20, 40, 30, 50]

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from models.attention import Attention, CrossAttentionLayer, SelfAttentionLayer, attend
+from models import tune
+from models.attention import Attention, CrossAttentionLayer, SelfAttentionLayer, attend_in_float32
 
 
 def by_hand(layer, queries, values):
@@ -52,10 +53,23 @@ def test_half_precision_multiplies_in_float32_on_a_cpu(dtype):
     q, k, v = (torch.randn(2, 2, 7, 4).to(dtype).requires_grad_() for _ in range(3))
     exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
     with torch.autocast("cpu", dtype=dtype):
-        mixed = attend(q, k, v, 0.0)
+        mixed = attend_in_float32(q, k, v, 0.0)
     assert mixed.dtype == dtype and torch.equal(mixed, exact.to(dtype))
     mixed.float().sum().backward()
     assert all(t.grad.dtype == dtype and t.grad.isfinite().all() for t in (q, k, v))
+
+
+@torch.no_grad()
+def test_tuned_for_a_cpu_half_precision_is_multiplied_in_float32():
+    torch.manual_seed(0)
+    layer, tokens = SelfAttentionLayer(8, heads=2, factor=2), torch.randn(2, 4, 8)
+    whole, attention = layer(tokens), layer.self_attn.attention
+    tune(layer, "cpu")
+    assert attention.in_float32 and torch.equal(layer(tokens), whole)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(tokens).isfinite().all()
+    tune(layer, "cuda")
+    assert not attention.in_float32
 
 
 @torch.no_grad()

@@ -5,29 +5,32 @@ from torch.testing import assert_close
 
 from models import create_model, list_models, model_options, spelled_out
 from models.boosted import Boosted
-from tests.models.test_dyn_perceiver import small as small_perceiver
-from tests.test_models import rest, settled
 
 OPTIONS = {"nBlocks": 3, "nChannels": 4, "growthRate": 4}
 
 
-def small(**options):
-    """A boosted MSDNet of three exits, and images."""
-    torch.manual_seed(0)
-    images = torch.randn(5, 3, 32, 32, dtype=torch.float64)
-    return settled(create_model("boosted/msdnet", 7, **OPTIONS, **options), images), images
+@pytest.fixture
+def small(settled):
+    """`small(**options)`: a boosted MSDNet of three exits, and images."""
+
+    def make(**options):
+        torch.manual_seed(0)
+        images = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+        return settled(create_model("boosted/msdnet", 7, **OPTIONS, **options), images), images
+
+    return make
 
 
 @pytest.mark.parametrize("reweight", [0.0, 0.5, 1.0])
 @torch.no_grad()
-def test_every_exit_adds_to_the_share_of_the_answer_before_it(reweight):
+def test_every_exit_adds_to_the_share_of_the_answer_before_it(reweight, small, rest):
     network, images = small(reweight=reweight)
     f, answers = network.network(images), network(images)
     assert_close(answers, [f[0], f[1] + reweight * f[0], f[2] + reweight * (f[1] + reweight * f[0])])
     assert all(map(torch.equal, rest(network, 0, network.begin(images)), answers))
 
 
-def test_an_exit_learns_what_the_answers_before_it_lack():
+def test_an_exit_learns_what_the_answers_before_it_lack(small):
     network, images = small()
     targets = torch.arange(5)
     named = dict(network.network.named_parameters())
@@ -41,7 +44,7 @@ def test_an_exit_learns_what_the_answers_before_it_lack():
     assert_close(found, torch.autograd.grad(loss, asked))
 
 
-def test_no_exit_teaches_the_heads_before_it():
+def test_no_exit_teaches_the_heads_before_it(small):
     network, images = small()
     network(images)[2].sum().backward()
     assert [head.linear.weight.grad is None for head in network.network.classifier] == [True, True, False]
@@ -49,8 +52,10 @@ def test_no_exit_teaches_the_heads_before_it():
 
 
 @torch.no_grad()
-def test_a_network_that_reads_its_answers_reads_the_boosted_ones():
-    inner, images = small_perceiver()
+def test_a_network_that_reads_its_answers_reads_the_boosted_ones(settled):
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 48, 48, dtype=torch.float64)
+    inner = settled(create_model("reg400m_perceiver_t32", num_classes=5, input_size=48), images)
     network = create_model("boosted/reg400m_perceiver_t32", num_classes=5, input_size=48).double().eval()
     network.network.load_state_dict(inner.state_dict())
     answers = network(images)

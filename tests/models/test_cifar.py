@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from adaptive.flops import count
+from experiment.published import read
 from models import create_model
-from training.checkpoint import load
-from training.foreign import weights_of
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).resolve().parents[3] / "shared" / "data"))
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of EBJR's networks
@@ -91,7 +90,7 @@ def test_bad_options_are_named(name, options, message):
 def test_the_published_student_knows_919_of_the_first_thousand_test_images():
     path = DATA / "ebjr" / "cifar10_densenet-bc-52-6.pt"
     net = create_model("cifar_densenet_52_6", 10).eval()
-    net.load_state_dict(weights_of(load(path), path), strict=True)
+    net.load_state_dict(read(path).weights(), strict=True)
     with np.load(DATA / "cifar10_test.npz") as file:
         images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
     images = (images.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(

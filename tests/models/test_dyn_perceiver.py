@@ -5,7 +5,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from adaptive.flops import exit_costs
-from models import create_model, list_models
+from models import create_model, list_models, tune
 from models.dyn_perceiver import map_of, tokens_of
 
 CORES = ("reg400m_perceiver_t32", "resnet18_perceiver_t128", "mobilenetV3_0x5_perceiver_t128")
@@ -13,28 +13,24 @@ OFF = ("with_x2z", "with_z2x", "with_dwc", "with_last_CA", "with_isc", "spatial_
 SIDE = 48
 
 
-def small(name="reg400m_perceiver_t32", side=SIDE, **options):
-    """A network in float64 and eval mode, with statistics of its own, and three images."""
-    torch.manual_seed(0)
-    images = torch.randn(3, 3, side, side, dtype=torch.float64)
-    net = create_model(name, num_classes=5, input_size=side, **options).double().train()
-    with torch.no_grad():
-        net(images)
-    return net.eval(), images
+@pytest.fixture(scope="module")
+def small(settled):
+    """`small(name, side, **options)`: a network in float64 and eval mode, with statistics of its own, and three
+    images."""
 
+    def make(name=CORES[0], side=SIDE, **options):
+        torch.manual_seed(0)
+        images = torch.randn(3, 3, side, side, dtype=torch.float64)
+        net = create_model(name, num_classes=5, input_size=side, **options)
+        return settled(net, images), images
 
-def rest(net, k, state):
-    exits = []
-    for j in range(k, 4):
-        logits, state = net.step(j, state)
-        exits.append(logits)
-    return exits
+    return make
 
 
 @pytest.mark.parametrize("name", CORES)
 @pytest.mark.parametrize("off", [None, *OFF])
-def test_every_option_trains_every_parameter_and_treats_rows_alone(name, off):
-    net, images = small(name, **({off: False} if off else {}))
+def test_every_option_trains_every_parameter_and_treats_rows_alone(name, off, small, rest):
+    net, images = small(name, num_latents=16, SA_widening_factor=1, **({off: False} if off else {}))
     with torch.no_grad():
         whole, state = net(images), net.begin(images)
         assert [logits.shape for logits in whole] == [(3, 5)] * 4
@@ -48,6 +44,14 @@ def test_every_option_trains_every_parameter_and_treats_rows_alone(name, off):
     assert [key for key, p in net.named_parameters() if p.grad is None] == []
 
 
+@pytest.fixture(scope="module")
+def whole():
+    """A network with all of its parts, and the costs of its exits."""
+    with torch.device("meta"):
+        network = create_model(CORES[0])
+    return network, exit_costs(network, (3, 64, 64))
+
+
 @pytest.mark.parametrize(
     ("option", "gone"),
     [
@@ -58,17 +62,18 @@ def test_every_option_trains_every_parameter_and_treats_rows_alone(name, off):
         ("with_isc", ("isc3", "isc4")),
     ],
 )
-def test_options_leave_parts_out(option, gone):
+def test_options_leave_parts_out(option, gone, whole):
+    whole, whole_costs = whole
     with torch.device("meta"):
-        whole, part = create_model(CORES[0]), create_model(CORES[0], **{option: False})
+        part = create_model(CORES[0], **{option: False})
     assert set(gone) <= {name for name, _ in whole.named_children()}
     assert not {name for name, _ in part.named_children()} & set(gone)
     assert hasattr(part, "cross_att1_x2z") and hasattr(part, "last_cross_att_z2x") == (
         option != "with_last_CA"
     )
-    costs = [exit_costs(net, (3, 64, 64)) for net in (part, whole)]
-    assert costs[0][-1] < costs[1][-1]
-    assert option != "with_last_CA" or costs[0][:3] == costs[1][:3]
+    costs = exit_costs(part, (3, 64, 64))
+    assert costs[-1] < whole_costs[-1]
+    assert option != "with_last_CA" or costs[:3] == whole_costs[:3]
 
 
 def test_options_without_a_reader_change_the_heads():
@@ -78,7 +83,7 @@ def test_options_without_a_reader_change_the_heads():
 
 
 @pytest.mark.parametrize("name", CORES)
-def test_without_spatial_reduction_tokens_read_the_true_maps(name):
+def test_without_spatial_reduction_tokens_read_the_true_maps(name, small):
     net, images = small(name, side=44, spatial_reduction=False)
     keys = [
         getattr(net, f"cross_att{i}_x2z").cross_attn.attention.relative_position_bias for i in (1, 2, 3, 4)
@@ -92,7 +97,7 @@ def test_without_spatial_reduction_tokens_read_the_true_maps(name):
 
 
 @torch.no_grad()
-def test_without_spatial_reduction_is_with_it_where_maps_are_seven_wide():
+def test_without_spatial_reduction_is_with_it_where_maps_are_seven_wide(small):
     # At 112 pixels stage 4 of a RegNet reads 7 x 7: there pooling changes nothing, and nothing else differs.
     pooled, _ = small(side=112, with_x2z=True)
     whole = create_model(CORES[0], num_classes=5, input_size=112, spatial_reduction=False).double().eval()
@@ -104,13 +109,13 @@ def test_without_spatial_reduction_is_with_it_where_maps_are_seven_wide():
 
 @pytest.mark.parametrize("shape", [(32, 32), (75, 51), (224, 32)])
 @torch.no_grad()
-def test_with_spatial_reduction_any_size(shape):
+def test_with_spatial_reduction_any_size(shape, small):
     net, _ = small()
     assert [logits.shape for logits in net(torch.randn(2, 3, *shape).double())] == [(2, 5)] * 4
 
 
 @torch.no_grad()
-def test_training_computes_what_evaluation_does():
+def test_tuned_for_training_on_a_cpu_it_computes_what_evaluation_does():
     """Without batch norm in training mode, which has statistics of its own: tokens that read a map of every
     size."""
     torch.manual_seed(0)
@@ -118,7 +123,12 @@ def test_training_computes_what_evaluation_does():
     for i, width in enumerate((32, 48, 104, 208), 1):
         for size in ((14, 28), (14, 15), (7, 7), (3, 5)):  # the first and third in one convolution
             x, z = torch.randn(2, width, *size), torch.randn(2, 4, width)
-            assert_close(net.train()._read(i, z, x), net.eval()._read(i, z, x), rtol=1e-4, atol=1e-5)
+            tune(net.train(), "cpu")
+            assert net.pools_at_once
+            in_training = net._read(i, z, x)
+            tune(net.eval(), "cpu")
+            assert not net.pools_at_once
+            assert_close(in_training, net._read(i, z, x), rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_and_maps():
@@ -131,14 +141,14 @@ def test_tokens_and_maps():
 
 
 @torch.no_grad()
-def test_memory_format_does_not_matter():
+def test_memory_format_does_not_matter(small):
     net, images = small()
     again = net(images.to(memory_format=torch.channels_last))
     assert all(torch.equal(a, b) for a, b in zip(net(images), again, strict=True))
 
 
 @torch.no_grad()
-def test_a_step_runs_its_own_part_and_no_more():
+def test_a_step_runs_its_own_part_and_no_more(small):
     net, images = small()
     ran = set()
     for name, module in net.named_modules():
@@ -156,7 +166,7 @@ def test_a_step_runs_its_own_part_and_no_more():
     assert not own[0] & own[1] - {"token_mixer", "token_expander"}
 
 
-def test_inter_stage_connections_pass_gradients_on():
+def test_inter_stage_connections_pass_gradients_on(small):
     net, images = small()
     net.train()(images)[1].sum().backward()
     assert net.early_classifier3.weight.grad.any() and net.isc3[0].weight.grad.any()
@@ -189,7 +199,7 @@ def test_given_rates_are_used(name):
     assert not any(m.p for m in none.modules() if isinstance(m, nn.Dropout))
 
 
-def test_the_merged_exit_reads_the_map_without_exit_2s_dropout():
+def test_the_merged_exit_reads_the_map_without_exit_2s_dropout(small):
     net, images = small("resnet18_perceiver_t128", with_last_CA=False, drop_path=0.0, dropout=0.5)
     for module in net.modules():  # leaves the dropout of exit 2 alone
         if module is not net.cnn_dropout:

@@ -4,10 +4,13 @@ import torch
 from adaptive.confidence import CONFIDENCES
 from adaptive.flops import exit_costs, single_costs
 from adaptive.inference import run_adaptive, run_single
-from models import create_model
-from models.ebjr import NO, ClassMap, Member, View, parse_member
+from models import create_model, tune
+from models.ebjr import NO, ClassMap, Member, View
 
-PAIR = ("cifar_resnet:depth=8", "msdnet:nBlocks=2,nChannels=4,growthRate=4")
+PAIR = (
+    Member("cifar_resnet", {"depth": 8}),
+    Member("msdnet", {"nBlocks": 2, "nChannels": 4, "growthRate": 4}),
+)
 
 
 def cascade(*networks, num_classes=5, **options):
@@ -15,31 +18,38 @@ def cascade(*networks, num_classes=5, **options):
     return create_model("ebjr", num_classes, networks=networks or PAIR, **options).eval()
 
 
-def test_a_network_is_read_from_text_and_written_again():
-    text = "msdnet:nBlocks=2,grFactor=1/2/4,lazy=false,mean=0.5/0.4/0.3,std=0.2/0.2/0.2,size=28,crop=0.875,classes=3/-1"
-    member = parse_member(text)
-    options = {"nBlocks": 2, "grFactor": (1, 2, 4), "lazy": False}
-    assert member == Member("msdnet", options, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), 28, 0.875, (3, -1))
-    assert parse_member(str(member)) == member
-    assert str(parse_member("resnet18")) == "resnet18"
+def test_a_network_is_a_bare_name_a_dict_or_a_member():
+    given = {"name": "msdnet", "options": {"grFactor": [1, 2]}, "std": [0.2, 0.2, 0.2], "size": 28}
+    member = Member.of(given)
+    assert member == Member("msdnet", {"grFactor": [1, 2]}, std=[0.2, 0.2, 0.2], size=28)
+    assert Member.of(member) is member and member.to_dict() == given
+    assert Member("msdnet", {"grFactor": (1, 2)}, classes=(3, -1)).to_dict() == {
+        "name": "msdnet",
+        "options": {"grFactor": [1, 2]},
+        "classes": [3, -1],
+    }
+    assert Member.of("resnet18") == Member("resnet18") and Member("resnet18").to_dict() == {
+        "name": "resnet18"
+    }
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("attributes", "message"),
     [
-        ("cifar_resnt", "unknown model 'cifar_resnt'; did you mean .*cifar_resnet"),
-        ("cifar_resnet:dept=8", "'cifar_resnet:dept=8': unknown option 'dept=8'; did you mean depth"),
-        ("cifar_resnet:depth=eight", "depth=eight is not of type int"),
-        ("msdnet:lazy=maybe", "lazy=maybe is not of type bool"),
-        ("cifar_resnet:mean=0.5/0.5", "mean and std are three numbers each"),
-        ("cifar_resnet:std=0.5/0.5/0", "std above 0"),
-        ("cifar_resnet:crop=1.5", "crop above 0 and at most 1"),
-        ("cifar_resnet:weights=x.pth", "weights are for eval_dynamic.py --model ebjr, which loads them"),
+        ({"mean": (0.5, 0.5)}, "'cifar_resnet': mean and std are three numbers each"),
+        ({"std": (0.5, 0.5, 0)}, "std above 0"),
+        ({"crop": 1.5}, "crop above 0 and at most 1"),
+        ({"size": 0}, "size is at least 1"),
     ],
 )
-def test_bad_networks_are_named(text, message):
+def test_impossible_views_are_named(attributes, message):
     with pytest.raises(ValueError, match=message):
-        parse_member(text)
+        create_model("ebjr", networks=["cifar_resnet", {"name": "cifar_resnet", **attributes}])
+
+
+def test_the_language_of_the_command_line_is_not_read_here():
+    with pytest.raises(ValueError, match="unknown model 'cifar_resnet:depth=8'; did you mean .*cifar_resnet"):
+        create_model("ebjr", networks=["cifar_resnet:depth=8", "cifar_resnet"])
 
 
 def test_a_cascade_has_two_networks_or_more():
@@ -49,9 +59,8 @@ def test_a_cascade_has_two_networks_or_more():
 
 @torch.inference_mode()
 def test_every_exit_is_that_of_its_network_on_its_own_view():
-    net = cascade(
-        PAIR[0], f"{PAIR[1]},mean=0.5/0.4/0.3,std=0.2/0.3/0.5", mean=(0.1, 0.1, 0.1), std=(0.5, 0.5, 0.5)
-    )
+    other = PAIR[1]._replace(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.5))
+    net = cascade(PAIR[0], other, mean=(0.1, 0.1, 0.1), std=(0.5, 0.5, 0.5))
     images = torch.rand(3, 3, 32, 32)
     stats = [torch.tensor(values).view(3, 1, 1) for values in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.5))]
     pixels = images * 0.5 + 0.1
@@ -89,14 +98,27 @@ def test_the_teacher_sees_only_what_is_routed(order):
     assert seen == []  # nobody is routed, so the teacher is not called
 
 
-def test_a_view_resizes_cuts_and_normalises():
+@pytest.mark.parametrize("tuned", [False, True])
+def test_a_view_resizes_cuts_and_normalises(tuned):
     view = View(Member("x", {}, (0.5,) * 3, (0.25,) * 3, 8, 0.5), (0.0,) * 3, (1.0,) * 3)
+    if tuned:
+        tune(view, "cpu")
     images = torch.zeros(2, 3, 32, 32)
     images[:, :, 8:24, 8:24] = 1.0  # what is cut out, 8 of 16 pixels
     assert view(images).shape == (2, 3, 8, 8)
     torch.testing.assert_close(view(images)[:, :, 2:6, 2:6], torch.full((2, 3, 4, 4), 2.0), atol=1e-4, rtol=0)
     assert view(images).min() >= -2 - 1e-6 and view(images).max() <= 2 + 1e-6  # no overshoot
     assert view.to(torch.bfloat16)(images.bfloat16()).dtype == torch.bfloat16
+
+
+def test_kernels_for_resizing_differ_by_a_level_where_nothing_overshoots():
+    torch.manual_seed(0)
+    view = View(Member("x", size=20, crop=0.875), (0.0,) * 3, (1.0,) * 3)
+    images = 0.4 + 0.2 * torch.rand(2, 3, 32, 48)
+    anywhere = view(images)
+    tune(view, "cpu")
+    assert view(images).shape == (2, 3, 20, 20)
+    torch.testing.assert_close(view(images), anywhere, rtol=0, atol=1.01 / 255)
 
 
 def test_a_specialised_network_answers_for_its_classes_or_not_at_all():
@@ -114,6 +136,6 @@ def test_bad_classes_are_named(classes):
 
 
 def test_logits_that_are_read_cannot_be_renamed():
-    network = "reg400m_perceiver_t32:with_isc=true,classes=1/2"
+    network = Member("reg400m_perceiver_t32", {"with_isc": True}, classes=(1, 2))
     with pytest.raises(ValueError, match="reads its own logits"), torch.device("meta"):
         create_model("ebjr", 5, networks=[network, "cifar_resnet"])

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from adaptive.flops import count
 from models import create_model
 from models.ranet import FusionBlock, downs, transitions
 
@@ -13,6 +14,22 @@ TINY = {
     "grFactor": (2, 1, 1),
     "bnFactor": (2, 1, 1),
     "scale_list": (1, 2, 2),
+}
+# Parameters in millions, and millions of operations per exit as the papers' tool counts them.
+PUBLISHED = {
+    "ranet_cifar": (10, 3.262, [15.81, 31.28, 44.66, 50.36, 60.65, 63.65, 90.17, 94.90]),
+    "ranet_cifar_lg": (10, 2.548, [8.36, 21.77, 32.84, 41.52, 53.23, 58.92]),
+    "ranet_imagenet_script": (
+        1000,
+        87.973,
+        [168.07, 520.47, 731.89, 903.79, 1052.25, 1118.80, 1589.01, 1680.98],
+    ),
+    "ranet_imagenet_readme": (
+        1000,
+        131.124,
+        [246.47, 631.16, 860.40, 1041.14, 1869.85, 2160.38, 2734.28, 2828.31],
+    ),
+    "ranet_imagenet": (1000, 149.144, [434.97, 888.67, 1153.36, 1352.45, 2279.91, 2588.47, 3235.52, 3333.48]),
 }
 
 
@@ -119,3 +136,13 @@ def test_initialisation_is_the_declared_one_but_for_the_stem():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         create_model("ranet", num_classes=3, **{**TINY, **options})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_size_and_cost(name, is_cifar):
+    num_classes, millions, operations = PUBLISHED[name]
+    with torch.device("meta"):
+        net = create_model(name, num_classes=num_classes)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6, 3) == millions
+    side = 32 if is_cifar(name) else 224
+    assert [round(n / 1e6, 2) for n in count(net, (3, side, side)).papers] == operations

@@ -6,9 +6,9 @@ import torch
 from torch.testing import assert_close
 
 from adaptive.flops import exit_costs
+from experiment.fit import fit_to, renamed_for, to_timm
 from models import create_model, list_models
 from models.rexnet_blocks import Block
-from training.foreign import fine_tune, from_timm, to_timm
 
 # Stem, block outputs, last convolution; parameters; millions of multiply-adds of the convolutions at 224
 # pixels.
@@ -136,7 +136,7 @@ def test_timm_has_the_same_network_under_other_names(width):
     ours, theirs = create_model(f"rexnetv1_{width}").eval(), timm.create_model(f"rexnet_{width}").eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        ours.load_state_dict(from_timm(ours, theirs.state_dict()), strict=True)
+        ours.load_state_dict(renamed_for(ours, theirs.state_dict()), strict=True)
         assert_close(ours(images)[0], theirs(images), rtol=1e-4, atol=1e-5)
     back = to_timm(ours)
     assert list(back) == list(theirs.state_dict())
@@ -152,16 +152,16 @@ def test_networks_that_timm_does_not_have_are_refused():
 def test_own_names_are_left_alone():
     net = tiny()
     weights = net.state_dict()
-    assert from_timm(net, weights) is weights
+    assert renamed_for(net, weights) is weights
 
 
 @torch.no_grad()
-def test_published_weights_are_the_backbone_and_last_exit_of_a_network_with_exits(tmp_path):
+def test_published_weights_are_the_backbone_and_last_exit_of_a_network_with_exits():
     plain = tiny().eval()
-    torch.save(plain.state_dict(), tmp_path / "rexnetv1_1.0.pth")  # published files are bare state dicts
     net = tiny(exits=(4, 7, 10), head_width=8).eval()
-    line = fine_tune(net, str(tmp_path / "rexnetv1_1.0.pth"), model_key="model", model_prefix="")
-    assert "initialised anew: exits" in line
+    fit = fit_to(net, renamed_for(net, plain.state_dict()))
+    net.load_state_dict(fit.weights)
+    assert fit.renewed == ["exits"]
     images = torch.randn(2, 3, 64, 64)
     exits = net(images)
     assert len(exits) == 4 and torch.equal(exits[-1], plain(images)[0])

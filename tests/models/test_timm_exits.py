@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive.flops import exit_costs
-from models import create_model, take
+from models import create_model, model_options, take
 from models.timm_exits import cut
 
 # Plain stages, blocks of attention on tokens, on channels-last maps, branches that stay apart, sizes read
@@ -128,3 +128,24 @@ def test_maps_are_chosen_by_count_or_number():
 def test_bad_choices_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         create_model("timm_ee", **options)
+
+
+@torch.no_grad()
+def test_timm_networks_answer_as_timm_does():
+    torch.manual_seed(0)
+    net = create_model("timm/mobilenetv3_small_050", num_classes=7).eval()
+    theirs = timm.create_model("mobilenetv3_small_050", num_classes=7).eval()
+    theirs.load_state_dict(net.net.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    (logits,) = net(images)
+    assert torch.equal(logits, theirs(images)) and net.num_exits == 1
+
+
+def test_timm_options_are_timm_nets():
+    assert set(model_options("timm/resnet18")) == {"pretrained", "drop_rate", "drop_path_rate"}
+    assert create_model("timm/mobilenetv3_small_050", drop_rate=0.3).net.drop_rate == 0.3
+
+
+def test_unknown_timm_name_lists_close_ones():
+    with pytest.raises(ValueError, match="timm has no model 'mobilenetv3_smal_050'; .*mobilenetv3_small_050"):
+        create_model("timm/mobilenetv3_smal_050")

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import create_model
 from models.layers import drop_path
 from training.directional import Recording, buffers_of, tangent_of
-from training.weights import loss_table
+from training.weight_net import loss_table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
 

@@ -1,10 +1,10 @@
 import copy
+import os
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,10 +13,10 @@ from torch.testing import assert_close
 from adaptive.thresholds import geometric_quotas
 from models import MultiExitModel, create_model
 from training.l2w import SampleWeighting, Weighting, confidence_table
-from training.losses import self_distillation
+from training.losses import Losses, self_distillation
 from training.optim import Update
 from training.regimes import Equilibrium, HeadsOnly
-from training.weights import assign_exits, judgement, loss_table, sample_weights, weight_inputs
+from training.weight_net import assign_exits, judgement, loss_table, sample_weights, weight_inputs
 from utils import Compute
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
@@ -100,12 +100,11 @@ def weighting(network, *, update=None, forward_mode=None, batches=4, exit_weight
     objective = SampleWeighting(
         Weighting(**{"meta_net_hidden_size": 8, "meta_lr": 0.01, **options}),
         update,
+        Losses(exit_weights or [1.0] * network.num_exits, **losses),
         proportions=geometric_quotas(0.75, network.num_exits),
         batches=batches,
         epochs=2,
-        exit_weights=exit_weights or [1.0] * network.num_exits,
         forward_mode=forward_mode,
-        **losses,
     )
     objective.weight_net.to(next(network.parameters()).dtype)
     return objective
@@ -423,12 +422,12 @@ def test_a_resumed_objective_equals_an_unbroken_one(tmp_path):
     (whole, objective), (parts, later) = begun(0), begun(1)
     assert not all_equal(values_of(later.weight_net), values_of(objective.weight_net))
     train(objective, whole, images[:2])
-    torch.save(
-        [objective.state_dict(), objective.update.state_dict(), whole.state_dict()], tmp_path / "x.pth"
-    )
+    states = [part.state_dict() for part in (objective, whole, *objective.update.parts.values())]
+    torch.save(states, tmp_path / "x.pth")
     states = torch.load(tmp_path / "x.pth", weights_only=True)
-    for part, state in zip((later, later.update, parts), states, strict=True):
+    for part, state in zip((later, parts, *later.update.parts.values()), states, strict=True):
         part.load_state_dict(state)
+    later.update.start(objective.update.step)
     assert train(objective, whole, images[2:]) == train(later, parts, images[2:])
     for these, those in ((whole, parts), (objective.weight_net, later.weight_net)):
         assert all_equal(values_of(these), values_of(those))
@@ -477,13 +476,13 @@ def test_the_way_is_found_without_a_trace(capsys):
 # Two processes
 
 
-def worker(rank, folder):
+def worker(folder):
     """Two batches of eight per process, then two steps of the heads alone; writes what the process ends
     with."""
-    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
     mine = [batch(8, seed=10 * rank + i) for i in range(2)]
     results = {"apart": first_half(toy(), None, *mine[0])[0]}  # this process's part of the first gradient
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     network = toy(seed=rank)  # the first process's weights count
     objective = weighting(network, batches=2)
     objective.update.attach(model := DistributedDataParallel(network))
@@ -500,13 +499,12 @@ def worker(rank, folder):
     for images, targets in mine:
         objective.update(loss_table(heads.train()(images), targets).mean())
     torch.save(results | {"heads": values_of(network), "steps": objective.update.step}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def both(in_processes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(worker, (str(folder),), nprocs=2)
+    in_processes(2, worker, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

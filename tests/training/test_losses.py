@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from training.losses import (
+    Losses,
     exit_weights,
     joint_objective,
     kd_loss,
     self_distillation,
     soft_cross_entropy,
     teacher_distillation,
+    with_energy_hinge,
 )
 
 LOGITS = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])  # probabilities 3/4, 1/4 and 1/2, 1/2
@@ -77,7 +79,7 @@ def test_kd_teacher_gets_no_gradient():
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [1.0, 0.5, 2.0]])
 def test_joint_objective_weighs_exits_but_not_their_distillation(weights):
     images, targets = torch.randn(4, 5), torch.arange(4)
-    objective = joint_objective(exit_weights=weights, smoothing=0.1, distil=self_distillation(0.3, 2.0))
+    objective = joint_objective(Losses(weights, 0.1, distil=self_distillation(0.3, 2.0)))
     loss, logits = run(objective, images, targets)
     task = sum(
         weight * F.cross_entropy(factor * images, targets, label_smoothing=0.1)
@@ -89,7 +91,7 @@ def test_joint_objective_weighs_exits_but_not_their_distillation(weights):
 
 
 def test_joint_objective_has_nothing_to_distil_at_one_exit():
-    objective = joint_objective(exit_weights=[1.0], smoothing=0.0, distil=self_distillation(0.5, 1.0))
+    objective = joint_objective(Losses([1.0], 0.0, distil=self_distillation(0.5, 1.0)))
     ((loss, _),) = objective(lambda images: [images], LOGITS, torch.tensor([0, 1]))
     assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
 
@@ -118,8 +120,8 @@ def test_a_teachers_last_exit_teaches_all_exits_or_the_last(last_only, taught):
 def test_joint_objective_shows_the_teacher_the_images():
     images, targets = torch.randn(4, 5), torch.arange(4)
     distil = teacher_distillation(lambda x: [-2 * x], 0.3, 2.0)
-    loss, _ = run(joint_objective(exit_weights=[1.0] * 3, smoothing=0.0, distil=distil), images, targets)
-    plain, _ = run(joint_objective(exit_weights=[1.0] * 3, smoothing=0.0), images, targets)
+    loss, _ = run(joint_objective(Losses([1.0] * 3, 0.0, distil=distil)), images, targets)
+    plain, _ = run(joint_objective(Losses([1.0] * 3, 0.0)), images, targets)
     taught = sum(kd_loss(factor * images, -2 * images, 2.0) for factor in (1, 2, 3))
     torch.testing.assert_close(loss, plain + 0.3 * taught)
 
@@ -142,3 +144,14 @@ def test_there_is_one_exit_weight_per_exit():
         exit_weights(5, att=1.0)
     with pytest.raises(ValueError, match="choose one of them"):
         exit_weights(4, [1.0] * 4, att=1.0)
+
+
+def test_the_hinge_wants_high_energy_of_known_classes_and_low_energy_of_others():
+    logits = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 1.0]], requires_grad=True)
+    model, targets = lambda images: [logits], torch.tensor([0, 2])
+    plain = joint_objective(Losses([1.0], 0.0))
+    ((loss, _),) = plain(model, None, targets)
+    ((hinged, exits),) = with_energy_hinge(plain, 2, 0.1, 1.0, 5.0)(model, None, targets)
+    known, other = logits.logsumexp(1).tolist()
+    assert (hinged - loss).item() == pytest.approx(0.1 * ((5 - known) ** 2 + (other - 1) ** 2), rel=1e-5)
+    assert exits[0] is logits

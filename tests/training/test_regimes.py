@@ -10,7 +10,6 @@ from torch.testing import assert_close
 
 from models import MultiExitModel, create_model
 from models.dyn_perceiver import EXITS
-from tests.adaptive.test_inference import Relay
 from training.regimes import (
     Equilibrium,
     HeadsOnly,
@@ -176,9 +175,9 @@ def test_only_heads_are_in_training_mode_and_evaluation_is_the_networks():
     assert all(module.training for module in network.modules())
 
 
-def test_what_an_exit_said_is_carried_on_without_gradient():
+def test_what_an_exit_said_is_carried_on_without_gradient(relay_class):
     torch.manual_seed(0)
-    network, images = Relay(), torch.randn(4, 3, 2, 2)
+    network, images = relay_class(), torch.randn(4, 3, 2, 2)
     expected = network(images)
     exits = HeadsOnly(network, (3, 2, 2))(images)
     assert all(map(torch.equal, exits, expected))

@@ -1,0 +1,241 @@
+"""Exit policies: a `Policy` decides where samples leave; `Exits` are the flags to find and choose one."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from adaptive.confidence import CONFIDENCES, confidence_function
+from adaptive.exit_tables import ExitTables
+from adaptive.thresholds import (
+    EVERYBODY,
+    NOBODY,
+    SWEEPS,
+    cheapest,
+    exit_of,
+    geometric_quotas,
+    quota_thresholds,
+    share_quotas,
+    simulate,
+    within_budget,
+)
+from utils import option, write_text
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Exits:
+    """How exits are used in an evaluation; the fields are the flags."""
+
+    weights: Literal["auto", "model", "ema"] = option("auto", "auto: the moving average if there is one")
+    mode: Literal["anytime", "dynamic", "runtime", "all"] = option("all", "what to evaluate")
+    confidence: str = option(
+        "max_prob", f"{', '.join(CONFIDENCES)}; energies with a temperature: energy_logits:2"
+    )
+    calib: Literal["held_out", "train_augmented", "half_test"] = option("held_out", "images for thresholds")
+    quota_sweep: str = option(
+        "msdnet", "list of exit distributions; all but wide are published", choices=tuple(SWEEPS)
+    )
+    quota_scales: tuple[float, ...] = option(
+        (), "factor on the quota of each exit but the last, e.g. 0.85 1 0.5"
+    )
+    router_threshold: tuple[float, ...] = option(
+        (), "thresholds of all exits but the last, beside the sweep's"
+    )
+    shares: tuple[float, ...] = option(
+        (), "shares to leave at all exits but the last, beside the sweep's", low=0
+    )
+    budget: float | None = option(
+        None, "runtime: multiply-adds allowed; default: as good as the last exit", low=0
+    )
+    accuracy: float | None = option(
+        None, "runtime: least accuracy wanted, a fraction, instead of a budget", low=0
+    )
+    row: tuple[int, ...] = option((), "runtime: rows of dynamic.json to run instead, from 0", low=0)
+    runtime_images: int = option(2000, "runtime: how many of the test images to time", low=1)
+    micro_batch: int | None = option(
+        None, "runtime: images per call; default: the fastest of 16 to 256, measured", low=1
+    )
+    fold_bn: bool = option(True, "runtime: fold batch norm into the convolutions")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Decides where a sample leaves: at the first exit whose confidence is at least its threshold.
+
+    `thresholds` [K], of which the last always passes. `accuracy` (a fraction), `macs` (multiply-adds per
+    image) and `shares` [K] (fraction of the samples that leaves at each exit) are those on the calibration
+    images. `model_hash` and `calib_hash` identify weights and images; they are empty where unknown. Raises
+    ValueError for an unknown confidence, for no thresholds, and for a threshold that is not a number.
+    """
+
+    thresholds: tuple[float, ...]
+    confidence: str = "max_prob"
+    name: str = ""
+    accuracy: float | None = None
+    macs: float | None = None
+    shares: tuple[float, ...] = ()
+    model_hash: str = ""
+    calib_hash: str = ""
+
+    def __post_init__(self) -> None:
+        confidence_function(self.confidence)
+        if not self.thresholds or any(value != value for value in self.thresholds):
+            raise ValueError(f"thresholds {list(self.thresholds)}: give a number per exit")
+        finite = tuple(min(max(value, EVERYBODY), NOBODY) for value in self.thresholds)
+        object.__setattr__(self, "thresholds", finite)  # JSON has no infinity
+
+    @classmethod
+    def of(cls, thresholds: "Policy | Tensor | Sequence[float]", confidence: str = "max_prob") -> "Policy":
+        """A policy of plain thresholds [K]; a policy is returned as it is."""
+        if isinstance(thresholds, Policy):
+            return thresholds
+        values = thresholds.tolist() if isinstance(thresholds, Tensor) else thresholds
+        return cls(tuple(values), confidence)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """The confidence of logits [..., C], [...]."""
+        return confidence_function(self.confidence)(logits)
+
+    def leaves(self, k: int, logits: Tensor) -> Tensor:
+        """Which samples, whose logits at exit k are [B, C], leave there; bool [B]."""
+        if k == len(self.thresholds) - 1:
+            return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        return self.scores(logits) >= self.thresholds[k]
+
+    def exit_of(self, tables: ExitTables | Tensor) -> Tensor:
+        """The exit, int64 [N], where each sample of tables, or of a confidence [K, N], leaves."""
+        confidence = tables if isinstance(tables, Tensor) else tables.confidence
+        return exit_of(confidence, self._limits(confidence))
+
+    def simulate(self, tables: ExitTables, costs: Sequence[float]) -> "OperatingPoint":
+        """Accuracy, cost and shares on the samples of tables, where exits cost `costs` [K] multiply-adds."""
+        limits = self._limits(tables.confidence)
+        found = simulate(tables.confidence, tables.correct, limits, costs)
+        return OperatingPoint(self, found.accuracy, found.cost, found.shares)
+
+    def _limits(self, confidence: Tensor) -> Tensor:
+        # In the precision of the confidence, as `leaves` compares.
+        return torch.tensor(self.thresholds, dtype=confidence.dtype, device=confidence.device)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the policy as JSON."""
+        write_text(Path(path), json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Policy":
+        """Reads what `save` wrote; ValueError for a damaged file or one of another schema."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            schema = content.pop("schema")
+            if schema != SCHEMA:
+                raise ValueError(f"its schema is {schema!r}, accepted: {SCHEMA}")
+            lists = {name: tuple(content[name]) for name in ("thresholds", "shares")}
+            return cls(**content | lists)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is no policy that can be read: {error}") from error
+
+    def check(self, opened: Any) -> "Policy":
+        """The policy itself, if it was made for `opened.network`; ValueError for another network."""
+        expected, found = len(self.thresholds), opened.network.num_exits
+        if expected != found:
+            raise ValueError(f"policy {self.name!r} is for {expected} exits, the network has {found}")
+        if self.model_hash and self.model_hash != (found := model_hash(opened.network)):
+            raise ValueError(
+                f"policy {self.name!r} is for weights {self.model_hash[:12]}, the network has {found[:12]}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What a policy achieves on images: accuracy (a fraction), multiply-adds per image, share per exit."""
+
+    policy: Policy
+    accuracy: float
+    macs: float
+    shares: list[float]
+
+
+def model_hash(network: nn.Module) -> str:
+    """SHA-256 of a network's state dict: names, types, shapes, values; not device or memory format."""
+    return content_hash(network.state_dict())
+
+
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, in order."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the thresholds [K] of a policy are found from the confidence [K, N] of calibration images."""
+
+    name: str
+    thresholds: Callable[[Tensor], Tensor]
+
+
+def rules_of(exits: Exits, num_exits: int) -> list[Rule]:
+    """A rule for each quota of the published sweep, then for the shares and the thresholds given, if any.
+
+    Raises ValueError for numbers that do not fit `num_exits`, and for rows that the sweep does not have.
+    """
+    ratios = SWEEPS[exits.quota_sweep]
+    row = max(exits.row, default=0)
+    if row >= len(ratios):
+        raise ValueError(f"--row {row}, but {exits.quota_sweep} has rows 0 to {len(ratios) - 1}")
+    sweep = exits.quota_sweep
+    quotas = [(f"{sweep} p={p:.4g}", geometric_quotas(p, num_exits, exits.quota_scales)) for p in ratios]
+    if exits.shares:
+        name = f"shares {' '.join(map(str, exits.shares))}"
+        quotas.append((name, share_quotas(exits.shares, num_exits)))
+    rules = [Rule(name, partial(quota_thresholds, quotas=wanted)) for name, wanted in quotas]
+    if exits.router_threshold:
+        if len(exits.router_threshold) != num_exits - 1:
+            given = f"{len(exits.router_threshold)} router thresholds for {num_exits} exits"
+            raise ValueError(f"{given}; give one per exit but the last")
+        if any(value != value for value in exits.router_threshold):
+            raise ValueError(f"--router_threshold {list(exits.router_threshold)}: give numbers")
+        limits = torch.tensor([*exits.router_threshold, EVERYBODY], dtype=torch.float64)
+        name = f"threshold {' '.join(map(str, exits.router_threshold))}"
+        rules.append(Rule(name, lambda confidence: limits))
+    return rules
+
+
+def policies_of(
+    rules: Sequence[Rule], calib: ExitTables, costs: Sequence[float], confidence: str
+) -> list[Policy]:
+    """The policy of every rule, with thresholds found on `calib`; exits cost `costs` [K] multiply-adds."""
+    policies = []
+    for rule in rules:
+        policy = Policy(tuple(rule.thresholds(calib.confidence).tolist()), confidence, rule.name)
+        found = policy.simulate(calib, costs)
+        policy = replace(policy, accuracy=found.accuracy, macs=found.macs, shares=tuple(found.shares))
+        policies.append(policy)
+    return policies
+
+
+def choose(policies: Sequence[Policy], exits: Exits, last_accuracy: float) -> list[int]:
+    """Indices of the policies to use: those given by hand, else the best one on the calibration images.
+
+    The best is the most accurate one within the budget, or the cheapest with the accuracy wanted, which by
+    default is `last_accuracy`, that of the last exit.
+    """
+    by_hand = exits.row or range(len(SWEEPS[exits.quota_sweep]), len(policies))
+    if by_hand:
+        return list(by_hand)
+    accuracies, costs = zip(*((policy.accuracy, policy.macs) for policy in policies), strict=True)
+    if exits.budget is not None:
+        return [within_budget(accuracies, costs, exits.budget)]
+    return [cheapest(accuracies, costs, last_accuracy if exits.accuracy is None else exits.accuracy)]

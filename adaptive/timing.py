@@ -1,0 +1,270 @@
+"""Timing: warmed up, synchronised, and interleaved, so that a drifting machine slows everything alike."""
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptive.flops import exit_costs, single_costs
+from adaptive.inference import ORDERS, fold_batch_norm, run_adaptive, run_single
+from adaptive.policy import Policy
+from models import MultiExitModel
+
+MICRO_BATCHES = (16, 32, 64, 128, 256)
+Run = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to classify images: `run(images, size)`, `size` per call, gives logits [N, C] and exits [N].
+
+    `costs` [K] are the multiply-adds of an image that leaves at each exit. Contestants of one `kind` share a
+    micro-batch size.
+    """
+
+    kind: str
+    run: Run
+    images: Tensor
+    costs: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A network as trained and `tuned` for deployment, and the images [N, 3, H, W] that each reads.
+
+    Tuned: batch norms folded, channels-last, half precision ...
+    """
+
+    plain: MultiExitModel
+    tuned: MultiExitModel
+    images: Tensor
+    tuned_images: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        model: MultiExitModel,
+        images: Tensor,
+        *,
+        fold_bn: bool = True,
+        channels_last: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> "Deployed":
+        """Tunes a copy of the network; without `dtype` it keeps its precision."""
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        tuned = fold_batch_norm(model) if fold_bn else copy.deepcopy(model)
+        tuned = tuned.to(dtype=dtype, memory_format=layout)
+        return cls(model, tuned, images, images.to(dtype=dtype or images.dtype, memory_format=layout))
+
+    def costs(self) -> list[int]:
+        """Multiply-adds to have the answers of exits 0..k."""
+        return exit_costs(self.plain, tuple(self.images.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Measurements of a contestant; accuracy is a fraction, `exits` [N] where each image left.
+
+    Latencies are for one image alone; None in throughput order, where images wait for others.
+    """
+
+    contestant: str
+    micro_batch: int
+    images_per_s: float
+    latency_p50_ms: float | None
+    latency_p95_ms: float | None
+    macs: float
+    accuracy: float
+    exits: Tensor
+
+
+@dataclass(frozen=True)
+class TimedPoint:
+    """Early exit in throughput order at one operating point, compared with static networks.
+
+    `mismatches` counts, per order, the images that left at another exit than in the simulation of the network
+    as trained; `shares` are the simulated ones. `speedup` and `macs_ratio` are relative to the network that
+    ends at the last exit, `speedup_over_plain` to all exits of the network as trained.
+    """
+
+    point: str
+    thresholds: list[float]
+    mismatches: dict[str, int]
+    accuracy: float
+    macs: float
+    shares: list[float]
+    speedup: float
+    macs_ratio: float
+    speedup_over_plain: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that was timed, and each operating point against the static networks."""
+
+    num_images: int
+    table: list[Measurement]
+    points: list[TimedPoint]
+
+
+def interleaved(
+    calls: Mapping[Any, Callable[[], Any]], *, rounds: int, device: torch.device
+) -> dict[Any, float]:
+    """Median seconds per call, in turn (A B C A B C ...) for `rounds` rounds; callers warm up first."""
+    times: dict[Any, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(_seconds(call, device))
+    return {name: percentile(values, 0.5) for name, values in times.items()}
+
+
+def percentile(times: Sequence[float], share: float) -> float:
+    """The value below which `share` (0..1) of the times lie, interpolated."""
+    return float(np.quantile(times, share))
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    wait = torch.get_device_module(device).synchronize
+    wait(device)
+    start = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def static_contestants(deployed: Deployed) -> dict[str, Contestant]:
+    """Baselines of early exit: all exits on all images, as trained and tuned, and each exit alone, tuned."""
+    plain, tuned, images = deployed.plain, deployed.tuned, deployed.tuned_images
+    together, alone = deployed.costs(), single_costs(plain, tuple(images.shape[1:]))
+    last = plain.num_exits - 1
+    as_trained = _static(lambda part: plain(part)[-1], last)
+    everything = _static(lambda part: tuned(part)[-1], last)
+    contestants = {
+        "all exits, plain": Contestant("plain", as_trained, deployed.images, together),
+        "all exits": Contestant("static", everything, images, together),
+    }
+    for k in range(plain.num_exits):
+        run = _static(partial(run_single, tuned, k=k), k)
+        contestants[f"exit {k} alone"] = Contestant("static", run, images, alone)
+    return contestants
+
+
+def _static(answer: Callable[[Tensor], Tensor], k: int) -> Run:
+    """A contestant's `run` from images to logits [B, C], a part at a time; all leave at exit k."""
+
+    @torch.inference_mode()
+    def run(images: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        logits = [answer(part) for part in images.split(size)]
+        return torch.cat(logits), images.new_full((len(images),), k, dtype=torch.int64)
+
+    return run
+
+
+def early_contestants(deployed: Deployed, policy: Policy) -> dict[str, Contestant]:
+    """Early exit of the tuned network in both orders, by the name of the order."""
+
+    def throughput(images: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        return run_adaptive(deployed.tuned, images, policy, order="throughput", micro_batch=size)
+
+    def latency(images: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        answers = [run_adaptive(deployed.tuned, part, policy) for part in images.split(size)]
+        logits, exits = zip(*answers, strict=True)
+        return torch.cat(logits), torch.cat(exits)
+
+    images, costs = deployed.tuned_images, deployed.costs()
+    return {
+        "throughput": Contestant("throughput", throughput, images, costs),
+        "latency": Contestant("latency", latency, images, costs),
+    }
+
+
+def measure(
+    contestants: dict[str, Contestant],
+    targets: Tensor,
+    *,
+    micro_batch: int | None = None,
+    rounds: int = 3,
+    singles: int = 200,
+) -> list[Measurement]:
+    """Times contestants on images with targets [N].
+
+    Without `micro_batch`, every kind of contestant gets the fastest of `MICRO_BATCHES` on a quarter of the
+    images. Latencies are over `singles` images.
+    """
+    device = targets.device
+    sizes: dict[str, int] = {}
+    for one in contestants.values():
+        sizes[one.kind] = micro_batch or sizes.get(one.kind) or _fastest_size(one, device)
+    calls = {name: partial(one.run, one.images, sizes[one.kind]) for name, one in contestants.items()}
+    answers = {name: call() for name, call in calls.items()}
+    times = interleaved(calls, rounds=rounds, device=device)
+    rows = []
+    for name, one in contestants.items():
+        logits, exits = answers[name]
+        exits, speed = exits.cpu(), len(targets) / times[name]
+        latencies = (None, None) if one.kind == "throughput" else _single_latencies(one, singles, device)
+        macs = torch.tensor(one.costs, dtype=torch.float64)[exits].mean().item()
+        accuracy = (logits.argmax(1) == targets).double().mean().item()
+        rows.append(Measurement(name, sizes[one.kind], speed, *latencies, macs, accuracy, exits))
+    return rows
+
+
+def compare_orders(
+    policies: dict[str, Policy], deployed: Deployed, targets: Tensor, *, micro_batch: int | None = None
+) -> Comparison:
+    """Times early exit with the named policies beside the static networks; targets [N] of the images."""
+    contestants = static_contestants(deployed)
+    for name, policy in policies.items():
+        for order, contestant in early_contestants(deployed, policy).items():
+            contestants[f"{name}, {order} order"] = contestant
+    rows = measure(contestants, targets, micro_batch=micro_batch)
+    with torch.inference_mode():
+        parts = [torch.stack(deployed.plain(part)) for part in deployed.images.split(64)]
+    logits = torch.cat(parts, dim=1)
+    points = [_timed_point(name, policy, rows, logits) for name, policy in policies.items()]
+    return Comparison(len(targets), rows, points)
+
+
+def _timed_point(name: str, policy: Policy, rows: list[Measurement], logits: Tensor) -> TimedPoint:
+    """A policy's measurements against the static ones and the simulation on logits [K, N, C]."""
+    by_name = {row.contestant: row for row in rows}
+    simulated = policy.exit_of(policy.scores(logits)).cpu()
+    orders = {order: by_name[f"{name}, {order} order"] for order in ORDERS}
+    pooled, last = orders["throughput"], by_name[f"exit {len(logits) - 1} alone"]
+    mismatches = {order: int((row.exits != simulated).sum()) for order, row in orders.items()}
+    shares = torch.bincount(simulated, minlength=len(logits)).double() / len(simulated)
+    return TimedPoint(
+        name,
+        list(policy.thresholds),
+        mismatches,
+        pooled.accuracy,
+        pooled.macs,
+        shares.tolist(),
+        speedup=pooled.images_per_s / last.images_per_s,
+        macs_ratio=last.macs / pooled.macs,
+        speedup_over_plain=pooled.images_per_s / by_name["all exits, plain"].images_per_s,
+    )
+
+
+def _fastest_size(contestant: Contestant, device: torch.device) -> int:
+    part = contestant.images[: max(len(contestant.images) // 4, 1)]
+    calls = {size: partial(contestant.run, part, size) for size in MICRO_BATCHES}
+    for call in calls.values():
+        call()
+    times = interleaved(calls, rounds=1, device=device)
+    return min(times, key=lambda size: times[size])
+
+
+def _single_latencies(contestant: Contestant, singles: int, device: torch.device) -> tuple[float, float]:
+    """Median and 95th percentile of batch 1, in milliseconds."""
+    images = contestant.images[:singles].split(1)
+    for image in images[:10]:
+        contestant.run(image, 1)
+    times = [1e3 * _seconds(partial(contestant.run, image, 1), device) for image in images]
+    return percentile(times, 0.5), percentile(times, 0.95)

@@ -1,0 +1,79 @@
+"""Combinations of flags that no single flag's limits catch, each rejected with one line."""
+
+from dataclasses import fields
+
+from experiment.recipe import Recipe
+from training.l2w import Weighting
+
+
+def check(recipe: Recipe) -> None:
+    """Raises ValueError for a recipe that cannot be trained."""
+    for entry in fields(recipe.unsupported):
+        value = getattr(recipe.unsupported, entry.name)
+        if value != entry.default:
+            raise ValueError(f"--{entry.name} {value} is not supported: {entry.metadata['about']}")
+    if not recipe.network.model:
+        raise ValueError("name a network: --model NAME")
+    _check_numbers(recipe)
+    _check_objective(recipe)
+    if recipe.session.enable_wandb and not recipe.session.log_dir:
+        raise ValueError("--enable_wandb mirrors TensorBoard: give --log_dir")
+    if recipe.weighting.l2w:
+        _check_l2w(recipe, recipe.weighting)
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    o, batch_size = recipe.optimization, recipe.runtime.batch_size
+    if o.opt_betas and len(o.opt_betas) != 2:
+        raise ValueError(f"--opt_betas {list(o.opt_betas)}: give two numbers")
+    for name, share in (
+        ("first_share", recipe.objective.first_share),
+        ("model_ema_decay", o.model_ema_decay),
+    ):
+        if share > 1:
+            raise ValueError(f"--{name} {share}: at most 1")
+    if batch_size < 2:
+        raise ValueError("--batch_size 1: batch norm needs 2 images or more to train on")
+    if recipe.objective.smoothing >= 1:
+        raise ValueError(f"--smoothing {recipe.objective.smoothing}: it must be below 1")
+    if o.schedule == "multistep" and not o.decay_epochs:
+        raise ValueError("--schedule multistep needs --decay_epochs")
+    if recipe.mixing.on and batch_size % 2:
+        raise ValueError(f"--batch_size {batch_size}: mixup and cutmix need an even number")
+
+
+def _check_objective(recipe: Recipe) -> None:
+    objective, l2w = recipe.objective, recipe.weighting.l2w
+    plain = objective.regime == "joint" and not l2w
+    if objective.freeze_backbone and not plain:
+        raise ValueError(
+            "--freeze_backbone true trains heads, jointly: not for --l2w true or another --regime"
+        )
+    if recipe.session.compile and not (plain and not objective.freeze_backbone):
+        raise ValueError(
+            "--compile true compiles the plain forward pass: "
+            "not for --l2w true, --freeze_backbone or another --regime"
+        )
+    hinge = objective.energy_hinge
+    if hinge and (len(hinge) != 3 or not recipe.data.popular_classes or recipe.mixing.on or l2w):
+        raise ValueError(
+            "--energy_hinge takes three numbers, with --popular_classes, without mixup, cutmix and L2W"
+        )
+
+
+def _check_l2w(recipe: Recipe, weighting: Weighting) -> None:
+    batch_size, opt, regime = recipe.runtime.batch_size, recipe.optimization.opt, recipe.objective.regime
+    if recipe.mixing.on:
+        raise ValueError("--l2w true weighs samples of one class each: give --mixup 0 --cutmix 0")
+    if batch_size < 4:
+        raise ValueError(f"--batch_size {batch_size}: L2W trains on halves of a batch and needs at least 4")
+    if regime in ("disjoint", "mixed"):
+        raise ValueError(f"--regime {regime}: L2W weighs all exits at once; accepted: joint, equilibrium")
+    if weighting.target_p_index > 39:
+        raise ValueError(
+            f"--target_p_index {weighting.target_p_index}: accepted: 1 to 39, 20 for equal shares"
+        )
+    if opt.lower().startswith("lookahead_"):
+        raise ValueError(
+            f"--opt {opt}: L2W looks one step of SGD ahead and cannot read this optimizer's state"
+        )

@@ -1,0 +1,257 @@
+"""Training a classifier by a recipe: what is built once, and what every epoch does."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from adaptive.flops import print_costs
+from adaptive.thresholds import geometric_quotas
+from datasets import Split, TrainLoader, mixup_collate, open_splits, ordered_loader
+from engine import evaluate_all, train_one_epoch
+from experiment.checkpoint import latest
+from experiment.fit import fit_to
+from experiment.log import Logger, epoch_line
+from experiment.open import architecture, open_teacher, read_weights
+from experiment.published import Stored, read
+from experiment.recipe import Recipe
+from experiment.resume import check_same_run, resume
+from experiment.run import Figures, Run, Saving
+from models import MultiExitModel, create_model
+from training.l2w import SampleWeighting
+from training.optim import make_update
+from training.regimes import PHASES, phase_of, trained_through
+from training.weight_net import write_tables
+from utils import Compute, gather, seed_everything
+
+
+class Classifier:
+    """A network in training: all that an epoch needs, from the start or as restored from a checkpoint."""
+
+    def __init__(self, recipe: Recipe, compute: Compute) -> None:
+        self.recipe, self.compute = recipe, compute
+        self.folder = Path(recipe.runtime.output_dir) if recipe.runtime.output_dir else None
+        stored = _stored(recipe, self.folder)
+        held_out = stored.held_out if stored else None
+        self.splits = open_splits(recipe.data, recipe.view, recipe.transform, held_out)
+        # Images held out from here on are not stored as unseen: a published network was trained on them.
+        self.held_out = held_out if stored else self.splits.calib_indices
+        self.passes = 2 if recipe.weighting.l2w else 1  # losses per batch
+        self.loader = self._loader()
+        seed_everything(recipe.data.seed, 0, 0)
+        self.arch, self.network = self._network(fresh=stored is None)
+        self.steps = len(self.loader) * self.passes // recipe.optimization.update_freq
+        fp16 = compute.amp == torch.float16
+        self.update = make_update(
+            self.network, recipe.optimization, steps=self.steps, losses_per_batch=self.passes, fp16=fp16
+        )
+        self.regime = "heads" if recipe.objective.freeze_backbone else recipe.objective.regime
+        self.weighting: SampleWeighting | None = None
+        self.objectives = self._objectives()
+        self.run = self._run()
+        self._start(stored)
+        self.enter(self.phase_at(self.run.first))
+        session, main_process = recipe.session, compute.rank == 0
+        project = session.project if session.enable_wandb else None
+        self.logger = Logger(session.log_dir if main_process else None, project, recipe.flags())
+
+    def _loader(self) -> TrainLoader:
+        """Shuffled, augmented, and mixed if mixup or cutmix is on."""
+        recipe = self.recipe
+        update_freq = recipe.optimization.update_freq
+        return TrainLoader(
+            self.splits.train,
+            recipe.runtime,
+            self.compute,
+            update_freq=update_freq // math.gcd(update_freq, self.passes),
+            collate=mixup_collate(recipe.mixing, recipe.objective.smoothing, self.splits.source.num_classes),
+            seed=recipe.data.seed,
+        )
+
+    def _network(self, *, fresh: bool) -> tuple[dict[str, Any], MultiExitModel]:
+        """The architecture, and the network on its device; a fresh one may start from other weights."""
+        recipe, name = self.recipe, self.recipe.network.model
+        arch = architecture(name, recipe.options, self.splits.source.num_classes, self.splits.view)
+        # Weights of the network's authors are fetched for a first epoch only.
+        options = {**recipe.options, **arch["options"]} if fresh else arch["options"]
+        network = create_model(name, arch["num_classes"], **options)
+        if fresh and recipe.start.finetune:
+            fit = fit_to(network, read_weights(recipe.start, network))
+            network.load_state_dict(fit.weights)
+            self.say(fit.line(recipe.start.finetune))
+        network = self.compute.place(network)
+        if recipe.session.compile:
+            network.compile()
+        return arch, network
+
+    def _objectives(self) -> dict[str, Any]:
+        """The objective of every phase of the regime; they live as long as the run."""
+        recipe, objective, teacher = self.recipe, self.recipe.objective, None
+        if objective.kd_teacher:
+            classes, device = self.splits.source.num_classes, self.compute.device
+            teacher = open_teacher(objective.kd_teacher, classes, self.splits.view, device)
+            teacher = self.compute.place(teacher)
+        if recipe.weighting.l2w:
+            self.weighting = SampleWeighting(
+                recipe.weighting,
+                self.update,
+                objective.losses(self.network, "joint", teacher),
+                proportions=geometric_quotas(recipe.weighting.target_p_index / 20, self.network.num_exits),
+                batches=len(self.loader),
+                epochs=recipe.optimization.epochs,
+            )
+            return dict.fromkeys(PHASES[self.regime], self.weighting)
+        popular = len(recipe.data.popular_classes)
+        return {
+            phase: objective.function(self.network, phase, teacher, popular) for phase in PHASES[self.regime]
+        }
+
+    def _run(self) -> Run:
+        parts = {"model": self.network, **self.update.parts}
+        if self.weighting:
+            parts["l2w"] = self.weighting
+        session = self.recipe.session
+        saving = Saving(self.folder, session.save_ckpt, session.save_ckpt_freq, session.save_ckpt_num)
+        main_process = self.compute.rank == 0
+        return Run(parts, self.facts, saving, score=self.score, tell=self.tell, main_process=main_process)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint stores about the run, besides the state of its parts."""
+        seen = self.splits.view
+        sight = {"mean": list(seen.mean), "std": list(seen.std), "input_size": seen.input_size}
+        return {
+            "arch": self.arch,
+            "args": self.recipe.flags() | sight,
+            "calib_indices": self.held_out,
+            "class_names": list(self.splits.source.class_names),
+            "step": self.update.step,
+        }
+
+    def _start(self, stored: Stored | None) -> None:
+        """Moves to the first step to be done, and reports where that is."""
+        recipe, run = self.recipe, self.run
+        run.first = recipe.start.start_epoch
+        if stored:
+            missing = resume(run, stored, self.network, self.update.optimizer, self.arch)
+            if "model_ema" in missing and self.update.ema:
+                self.update.ema.set(self.network)  # a moving average that the file lacks starts here
+            if "l2w" in missing:
+                self.say(f"checkpoint {stored.source} holds no weight net: it starts anew")
+        self.update.start(run.first * self.steps)
+        if self.weighting:
+            self.weighting.start(run.first)
+        size, splits = sum(p.numel() for p in self.network.parameters()), self.splits
+        self.say(f"{recipe.network.model}: {self.network.num_exits} exits, {size / 1e6:.3f} M parameters")
+        counts = {"train": splits.train, "calib": splits.calib, "test": splits.test}
+        self.say(", ".join(f"{len(images)} {part} images" for part, images in counts.items()))
+        going_on = f", going on from {stored.source}" if stored else ""
+        self.say(f"{self.compute.world_size} x {self.compute.device}{going_on}")
+        if recipe.runtime.flops and self.compute.rank == 0:
+            print_costs(self.network, self.arch, splits.view.size)
+
+    def phase_at(self, epoch: int) -> str:
+        """The phase of the regime in an epoch."""
+        first = round(self.recipe.objective.first_share * self.recipe.optimization.epochs)
+        return phase_of(self.regime, epoch, first)
+
+    def enter(self, phase: str) -> None:
+        """From now on trains as this phase of the regime does."""
+        side = self.splits.view.size
+        core = trained_through(self.network, phase, (3, side, side))
+        if self.compute.world_size > 1:
+            on_gpu = self.compute.device.type == "cuda"
+            core = DistributedDataParallel(core, device_ids=[self.compute.device] if on_gpu else None)
+        self.model, self.phase = core, phase
+        self.update.attach(core)
+
+    def fit(self) -> None:
+        """All epochs that are left: train, evaluate on calib, log, save."""
+        self.run.fit(self.recipe.optimization.epochs, self.one_epoch)
+
+    def one_epoch(self, epoch: int) -> Figures:
+        """Trains through the data once and evaluates; returns the metrics to log."""
+        seed_everything(self.recipe.data.seed, epoch, self.compute.rank)
+        self.loader.set_epoch(epoch)
+        if self.phase_at(epoch) != self.phase:
+            self.enter(self.phase_at(epoch))
+        means = train_one_epoch(
+            self.model,
+            self.loader,
+            self.objectives[self.phase],
+            self.update,
+            self.compute,
+            epoch=epoch,
+            print_freq=self.recipe.session.print_freq,
+            on_print=self.report,
+        )
+        figures = {f"train/{name}": value for name, value in means.items()}
+        if not self.recipe.session.disable_eval:
+            figures |= self.evaluate(last=epoch == self.recipe.optimization.epochs - 1)
+        return figures | self.update.figures() | self.weighting_figures(epoch)
+
+    def report(self, means: Figures) -> None:
+        """Logs the metrics so far within an epoch."""
+        self.logger.add({**means, **self.update.figures()}, self.update.step, "train/")
+
+    def tell(self, record: dict[str, Any]) -> None:
+        """Logs and prints an epoch."""
+        judged = {name: value for name, value in record.items() if name.startswith(("calib", "test"))}
+        self.logger.add({**judged, "seconds": record["seconds"]}, self.update.step)
+        print(epoch_line(record, self.recipe.optimization.epochs))
+
+    def score(self, figures: Figures) -> float | None:
+        """Mean top-1 over exits on calib, which selects the best checkpoint."""
+        prefix = "calib_ema/acc1/" if self.judges_average else "calib/acc1/"
+        judged = [value for name, value in figures.items() if name.startswith(prefix)]
+        return sum(judged) / len(judged) if judged else None
+
+    @property
+    def judges_average(self) -> bool:
+        """Whether the moving average is evaluated too."""
+        return self.recipe.optimization.model_ema and self.recipe.optimization.model_ema_eval
+
+    def evaluate(self, last: bool) -> Figures:
+        """`calib/...`, after the last epoch `test/...`; of the moving average `calib_ema/...` if wanted."""
+        networks = {"": self.network}
+        if self.judges_average and self.update.ema:
+            networks["_ema"] = self.update.ema.module
+        figures = {}
+        for part in ("calib", "test") if last else ("calib",):
+            images = getattr(self.splits, part)
+            if len(images):
+                loader = ordered_loader(images, self.recipe.runtime, self.compute)
+                figures |= evaluate_all(networks, loader, self.compute, title=part)
+        return figures
+
+    def weighting_figures(self, epoch: int) -> Figures:
+        """Metrics of the weight net in this epoch, `l2w/...`; adds histograms, and a file if one is due."""
+        if not self.weighting:
+            return {}
+        figures, tables = self.weighting.take_figures(self.compute), self.weighting.take_tables()
+        self.logger.add_histograms(tables, self.update.step, "l2w/")
+        every, train = self.recipe.weighting.l2w_tables, self.splits.train
+        if self.folder and every and (epoch + 1) % every == 0:
+            rows = range(len(tables["losses"]))  # samples of a stream have no index
+            if isinstance(train, Split):
+                rows = [train.indices[i] for i in self.loader.order]
+            shards = gather({"index": torch.tensor(rows), **tables}, self.compute)
+            if self.compute.rank == 0:
+                write_tables(self.folder / f"l2w-{epoch}.npz", shards)
+        return {f"l2w/{name}": value for name, value in figures.items()}
+
+    def say(self, line: str) -> None:
+        """Prints a line, once for all processes."""
+        if self.compute.rank == 0:
+            print(line)
+
+
+def _stored(recipe: Recipe, folder: Path | None) -> Stored | None:
+    """The checkpoint to resume from, which must be of the same data and optimizer."""
+    path = recipe.start.resume or (folder and recipe.start.auto_resume and latest(folder))
+    if not path:
+        return None
+    stored = read(path)
+    check_same_run(recipe, stored)
+    return stored

@@ -1,0 +1,47 @@
+"""The log of a run: TensorBoard, and a line of JSON and a line of text per epoch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class Logger:
+    """Logs to TensorBoard and, if a project is given, to Weights & Biases; without a folder to neither."""
+
+    def __init__(self, folder: str | None, wandb_project: str | None, config: dict[str, Any]) -> None:
+        self.writer = None
+        if not folder:
+            return
+        if wandb_project:
+            import wandb
+
+            wandb.init(project=wandb_project, config=config, sync_tensorboard=True, dir=folder)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder)
+
+    def add(self, values: dict[str, float], step: int, prefix: str = "") -> None:
+        """Adds scalars at an optimizer step."""
+        for name, value in values.items() if self.writer else ():
+            self.writer.add_scalar(prefix + name, value, step)
+
+    def add_histograms(self, tables: dict[str, Tensor], step: int, prefix: str = "") -> None:
+        """Adds the distribution of every column of tables [N, K] at an optimizer step."""
+        for name, table in tables.items() if self.writer else ():
+            for k, column in enumerate(table.T):
+                self.writer.add_histogram(f"{prefix}{name}/exit{k}", column, step)
+
+
+def append_json(path: Path, record: dict[str, Any]) -> None:
+    """Adds one JSON object as a line to a log."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """One line that sums up an epoch."""
+    accuracies = [f"{100 * value:.2f}" for key, value in record.items() if key.startswith("calib/acc1/")]
+    text = f"epoch {record['epoch'] + 1}/{epochs}: loss {record['train/loss']:.4f}"
+    return f"{text}, calib top-1 by exit {' '.join(accuracies) or '-'} %, {record['seconds']:.0f} s"

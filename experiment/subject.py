@@ -1,0 +1,136 @@
+"""What is evaluated: a network on its data, by the command line and otherwise as it was trained."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from adaptive.confidence import confidence_function
+from adaptive.policy import Exits
+from datasets import Data, Splits, View, open_splits
+from experiment.cascade import CascadeFiles, read_cascade
+from experiment.open import IMAGES, Opened, open_network
+from experiment.options import Given, plain
+from experiment.published import Stored, read
+from experiment.recipe import Network, Recipe
+from experiment.record import Provenance
+from models import MultiExitModel, model_class
+from utils import Compute, Runtime, describe_machine, option, start_compute
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The file to evaluate; its data and view are the defaults."""
+
+    checkpoint: str | None = option(
+        None, "file to evaluate, ours or a published one; what is not given is as stored in it"
+    )
+
+
+EVALUATION: list[type] = [Checkpoint, Network, Data, View, Runtime, Exits]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network on its data.
+
+    `held_out` are the training images that the network has not seen, None if unknown; `assembled` says that
+    the network is a cascade put together here.
+    """
+
+    opened: Opened
+    splits: Splits
+    recipe: Recipe
+    compute: Compute
+    held_out: list[int] | None
+    assembled: bool
+
+    @property
+    def network(self) -> MultiExitModel:
+        """In evaluation mode, on the device."""
+        return self.opened.network
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image: (3, H, W)."""
+        return 3, self.splits.view.size, self.splits.view.size
+
+    def provenance(self, calib: str, num_test: int, uncounted: list[str]) -> Provenance:
+        """How the metrics of an evaluation are obtained."""
+        data, arch, exits = self.recipe.data, self.opened.arch, self.recipe.exits
+        return Provenance(
+            network=arch["name"],
+            options=arch["options"],
+            num_classes=arch["num_classes"],
+            weights=self.opened.weights,
+            source=self.opened.source,
+            data_set=data.data_set,
+            data_path=data.eval_data_path or data.data_path or "",
+            input_size=self.splits.view.size,
+            num_test=num_test,
+            calib=calib,
+            confidence=exits.confidence,
+            quota_sweep=exits.quota_sweep,
+            uncounted=uncounted,
+            machine=describe_machine(self.compute.device),
+        )
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The network as a self-contained checkpoint."""
+        return {
+            "model": self.network.state_dict(),
+            "arch": self.opened.arch,
+            "args": plain(self.recipe.data, self.splits.view),
+            "calib_indices": self.held_out,
+            "class_names": list(self.splits.source.class_names),
+            "epoch": "cascade",
+        }
+
+
+def open_evaluation(given: Given) -> Subject:
+    """Opens the network and the images that flags name. Raises ValueError in one line."""
+    options = dict(given.options)
+    file = _file(given.values.get("checkpoint"), options)
+    stored = file.stored if isinstance(file, CascadeFiles) else file
+    recipe = Recipe.of(_said(stored, given.values), given.values, options=options)
+    confidence_function(recipe.exits.confidence)  # a wrong name fails before images are read
+    compute = start_compute(recipe.runtime)
+    held_out = stored.held_out if _same_split(stored, recipe.data) else None
+    # As published: all training images can be sampled.
+    rows = [] if held_out is None and recipe.exits.calib == "train_augmented" else held_out
+    splits = open_splits(recipe.data, recipe.view, recipe.transform, rows)
+    opened = open_network(
+        file,
+        name=recipe.network.model,
+        options=options,
+        weights=recipe.exits.weights,
+        num_classes=splits.source.num_classes,
+        view=splits.view,
+        device=compute.device,
+    )
+    return Subject(opened, splits, recipe, compute, held_out, isinstance(file, CascadeFiles))
+
+
+def _file(path: str | None, options: dict[str, Any]) -> Stored | CascadeFiles:
+    """The file to evaluate, or the files of a cascade, which are taken out of the options."""
+    if path:
+        return read(path)
+    if not options.get("networks"):
+        raise ValueError(
+            "name the file to evaluate: --checkpoint FILE, or the networks of a cascade: --networks"
+        )
+    return read_cascade(options.pop("networks"))
+
+
+def _said(stored: Stored, given: dict[str, Any]) -> dict[str, Any]:
+    """What the file stores about the images that it was trained on, as far as it is of use here."""
+    said = stored.values(*IMAGES)
+    if given.get("model") and not stored.flags:  # normalised as by its authors
+        said |= dict(zip(("mean", "std"), model_class(given["model"]).normalisation, strict=False))
+    if given.get("data_set", said.get("data_set")) != said.get("data_set"):
+        said |= {"data_path": None, "eval_data_path": None}  # those of its own training data
+    return said
+
+
+def _same_split(stored: Stored, data: Data) -> bool:
+    """Whether the file's training set was split as this one is."""
+    names = ("data_set", "num_calib", "seed")
+    return all(stored.flags.get(name) == getattr(data, name) for name in names)

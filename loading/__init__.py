@@ -1,0 +1,1 @@
+"""Where images come from: data sets by name, their splits, transforms and loaders."""

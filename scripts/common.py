@@ -1,0 +1,132 @@
+"""What the scripts share: flags as a dataclass, tables of text, timing.
+
+    @dataclass(frozen=True)
+    class Flags:
+        images: Path = word("an .npz file")  # given by its place
+        rounds: int = option(5, "how often every call is timed", low=1)
+
+    flags = read_flags(Flags, argv, __doc__)
+
+Imported before the repository's modules, which it puts on the path.
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from adaptive.timing import interleaved
+from experiment.options import fill, options_of, parse
+from models import nearest
+
+Flags = TypeVar("Flags")
+Answer = TypeVar("Answer")
+PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def word(about: str) -> Any:
+    """A positional argument as a field of a dataclass; a tuple takes one or more words."""
+    return field(metadata={"about": about})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(message.removeprefix("argument "))
+
+
+def read_known(group: type[Flags], argv: Sequence[str], about: str | None) -> tuple[Flags, list[str]]:
+    """The fields of a dataclass from a command line, and the words that are not its flags.
+
+    Fields are made by `utils.option` or `word`; a flag that is true or false may stand alone for true.
+    `about` is the help, a module's docstring. Raises ValueError in one line.
+    """
+    parser = _Parser(
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for entry, option in zip(fields(group), options_of(group), strict=True):
+        if entry.default is MISSING:
+            several = "+" if option.many else None
+            parser.add_argument(option.name, type=option.kind, nargs=several, help=option.about)
+        elif option.kind is bool:
+            flag = f"--{option.name}"
+            parser.add_argument(flag, type=option.convert, nargs="?", const=True, help=option.about)
+        else:
+            option.add_to(parser)
+    given, rest = parser.parse_known_args([_underscored(one) for one in argv])
+    return fill(group, vars(given)), rest
+
+
+def _underscored(one: str) -> str:
+    """A word of a command line; "-" in the name of a flag equals "_"."""
+    return re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), one)
+
+
+def read_flags(group: type[Flags], argv: Sequence[str], about: str | None) -> Flags:
+    """`read_known` where all words must be known."""
+    flags, rest = read_known(group, argv, about)
+    if rest:
+        known = [f"--{option.name}" for option in options_of(group)]
+        raise ValueError(f"unknown flag {rest[0]}; {nearest(rest[0], known)}")
+    return flags
+
+
+def network_options(group: type, model: str, words: Sequence[str]) -> dict[str, Any]:
+    """Options of the registered network `model`, such as --nBlocks 2, beside the flags of a group."""
+    return parse([group], ["--model", model, *words]).options
+
+
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Prints aligned columns, the first to the left; heads carry cell formats, as in "images/s:.0f".
+
+    Text is printed as it is.
+    """
+    names, _, formats = zip(*(head.partition(":") for head in heads), strict=True)
+    lines = [names]
+    for row in rows:
+        cells = zip(row, formats, strict=True)
+        lines.append(tuple(one if isinstance(one, str) else format(one, kind) for one, kind in cells))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        print("   ".join(cells).rstrip())
+
+
+def timed(call: Callable[[], Answer]) -> tuple[Answer, float]:
+    """What a call returns, and the seconds that it took."""
+    start = time.perf_counter()
+    answer = call()
+    return answer, time.perf_counter() - start
+
+
+def warm_times(calls: Mapping[Any, Callable[[], Any]], rounds: int, device: torch.device) -> dict[Any, float]:
+    """Median seconds of every call, timed in turn after an unmeasured call each."""
+    for call in calls.values():
+        call()
+    return interleaved(calls, rounds=rounds, device=device)
+
+
+def matrix_products(side: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+    """Products of two square matrices, by precision: `2 * side**3` operations, as fast as a machine gets."""
+    calls = {}
+    for name, dtype in PRECISIONS.items():
+        a, b = torch.randn(2, side, side, device=device).to(dtype)
+        calls[name] = partial(torch.mm, a, b)
+    return calls
+
+
+def largest_difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest value expected."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,188 @@
+import argparse
+import os
+from urllib.error import URLError
+
+import pytest
+import torch
+
+from experiment import checkpoint
+from experiment.checkpoint import latest, load, save, save_epoch
+
+
+class TouchesFile:
+    """An object that, unpickled without care, creates the file `target`."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return open, (self.target, "w")
+
+
+class RunsCommand(TouchesFile):
+    """The same through the shell."""
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def one_line(error):
+    return "\n" not in str(error.value)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_saved_state_comes_back(tmp_path):
+    state = {
+        "model": {"w": torch.arange(3)},
+        "epoch": 4,
+        "args": {"lr": 0.1, "milestones": [1, 2], "resume": None},
+    }
+    save(tmp_path / "x.pth", state)
+    loaded = load(tmp_path / "x.pth")
+    assert torch.equal(loaded["model"].pop("w"), state["model"].pop("w"))
+    assert loaded == state
+
+
+@pytest.mark.parametrize("crash", ["replace", "fsync"])
+def test_crash_while_saving_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, crash):
+    save(tmp_path / "x.pth", {"epoch": 1})
+
+    def fail(*_):
+        raise OSError("no more disk")
+
+    monkeypatch.setattr(checkpoint.os, crash, fail)
+    with pytest.raises(OSError, match="no more disk"):
+        save(tmp_path / "x.pth", {"epoch": 2})
+    assert names(tmp_path) == ["x.pth"]
+    assert load(tmp_path / "x.pth") == {"epoch": 1}
+
+
+def test_unsaveable_state_leaves_the_old_file(tmp_path):
+    save(tmp_path / "x.pth", {"epoch": 1})
+    with pytest.raises(Exception, match="pickle"):
+        save(tmp_path / "x.pth", {"epoch": lambda: 2})
+    assert names(tmp_path) == ["x.pth"]
+    assert load(tmp_path / "x.pth") == {"epoch": 1}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.98, 0.99])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncated_file_is_named_in_one_line(tmp_path, share, zipped):
+    path = tmp_path / "x.pth"
+    torch.save({"w": torch.zeros(1000)}, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match="x.pth is truncated or not a checkpoint") as error:
+        load(path)
+    assert one_line(error)
+
+
+def test_text_missing_file_folder_and_list_are_refused(tmp_path):
+    (tmp_path / "text.pth").write_text("hello\n")
+    save(tmp_path / "list.pth", [1, 2])
+    for name, message in {
+        "text.pth": "not a checkpoint",
+        "none.pth": "cannot read checkpoint .*none.pth: No such file",
+        "": "Is a directory",
+        "list.pth": "it holds a list",
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            load(tmp_path / name)
+        assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("attack", "held"), [(TouchesFile, r"io\.open"), (RunsCommand, r"(posix|nt)\.system")]
+)
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, attack, held):
+    touched = tmp_path / "touched"
+    torch.save({"model": attack(touched)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=f"x.pth is refused: it holds {held}") as error:
+        load(tmp_path / "x.pth")
+    assert one_line(error)
+    assert not touched.exists()
+
+
+def test_published_namespace_loads(tmp_path):
+    torch.save({"args": argparse.Namespace(model="x", depth_factor=[1, 1])}, tmp_path / "x.pth")
+    assert load(tmp_path / "x.pth")["args"].depth_factor == [1, 1]
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_urls_of_the_same_file_name_are_kept_apart(monkeypatch):
+    calls = []
+
+    def download(url, **options):
+        calls.append(options)
+        return {"url": url}
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    assert load("https://a.org/best.pth") == {"url": "https://a.org/best.pth"}
+    load("https://b.org/best.pth")
+    assert calls[0]["file_name"] != calls[1]["file_name"]
+    assert all(options["weights_only"] for options in calls)
+
+
+def test_unreachable_url_is_one_line(monkeypatch):
+    def download(url, **options):
+        raise URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    with pytest.raises(ValueError, match="cannot read checkpoint https://a.org/x.pth: .*no route"):
+        load("https://a.org/x.pth")
+
+
+def run_epochs(folder, count, **options):
+    for epoch in range(count):
+        save_epoch(
+            folder, {"epoch": epoch}, epoch=epoch, **({"best": epoch == 1, "freq": 2, "keep": 2} | options)
+        )
+
+
+def test_epochs_keep_last_best_and_the_newest_numbered(tmp_path):
+    run_epochs(tmp_path, 12)
+    assert names(tmp_path) == [
+        "checkpoint-11.pth",
+        "checkpoint-9.pth",
+        "checkpoint-best.pth",
+        "checkpoint-last.pth",
+    ]
+    epochs = [load(tmp_path / f"checkpoint-{name}.pth")["epoch"] for name in ("9", "11", "best", "last")]
+    assert epochs == [9, 11, 1, 11]
+
+
+def test_keep_zero_writes_no_numbered_files(tmp_path):
+    run_epochs(tmp_path, 4, keep=0)
+    assert names(tmp_path) == ["checkpoint-best.pth", "checkpoint-last.pth"]
+
+
+def test_epochs_are_copied_where_hard_links_fail(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(checkpoint.os, "link", fail)
+    (tmp_path / ".checkpoint-best.pth.tmp").write_text("left by a killed process")
+    run_epochs(tmp_path, 2)
+    assert names(tmp_path) == ["checkpoint-1.pth", "checkpoint-best.pth", "checkpoint-last.pth"]
+    assert load(tmp_path / "checkpoint-best.pth") == {"epoch": 1}
+
+
+def test_latest_prefers_last_then_the_highest_number(tmp_path):
+    assert latest(tmp_path) is None
+    for name in ("checkpoint-9.pth", "checkpoint-10.pth", "checkpoint-best.pth", "checkpoint-x1.pth"):
+        save(tmp_path / name, {})
+    assert latest(tmp_path).name == "checkpoint-10.pth"
+    save(tmp_path / "checkpoint-last.pth", {})
+    assert latest(str(tmp_path)).name == "checkpoint-last.pth"
+
+
+def test_the_last_checkpoint_is_written_last(tmp_path, monkeypatch):
+    save_epoch(tmp_path, {"epoch": 0}, epoch=0, best=True, freq=1, keep=3)
+    replaced = []
+    monkeypatch.setattr(
+        os, "replace", lambda a, b, replace=os.replace: (replaced.append(os.path.basename(b)), replace(a, b))
+    )
+    save_epoch(tmp_path, {"epoch": 1}, epoch=1, best=True, freq=1, keep=3)
+    assert replaced == ["checkpoint-1.pth", "checkpoint-best.pth", "checkpoint-last.pth"]

@@ -1,0 +1,46 @@
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from experiment.log import Logger, append_json, epoch_line
+
+
+def test_append_json_adds_lines(tmp_path):
+    for epoch in range(2):
+        append_json(tmp_path / "log.txt", {"epoch": epoch, "name": "é"})
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"epoch": 0, "name": "é"}, {"epoch": 1, "name": "é"}]
+
+
+@pytest.mark.parametrize("folder", [None, ""])
+def test_a_logger_without_a_folder_writes_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logger = Logger(folder, None, {})
+    logger.add({"loss": 1.0}, 0)
+    logger.add_histograms({"weights": torch.ones(3, 2)}, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_logger_keeps_scalars_and_a_histogram_per_exit(tmp_path):
+    logger = Logger(str(tmp_path), None, {})
+    logger.add({"loss": 0.5}, 3, "train/")
+    logger.add_histograms({"weights": torch.ones(3, 2)}, 3, "l2w/")
+    logger.writer.close()
+    found = EventAccumulator(str(tmp_path)).Reload()
+    assert [(one.step, one.value) for one in found.Scalars("train/loss")] == [(3, 0.5)]
+    assert found.Tags()["histograms"] == ["l2w/weights/exit0", "l2w/weights/exit1"]
+
+
+def test_an_epoch_is_one_line():
+    record = {
+        "epoch": 1,
+        "train/loss": 0.25,
+        "calib/acc1/exit0": 0.5,
+        "calib/acc1/exit1": 0.75,
+        "seconds": 3.2,
+    }
+    assert epoch_line(record, 4) == "epoch 2/4: loss 0.2500, calib top-1 by exit 50.00 75.00 %, 3 s"
+    without = {"epoch": 0, "train/loss": 1.0, "seconds": 0.0}
+    assert epoch_line(without, 1) == "epoch 1/1: loss 1.0000, calib top-1 by exit - %, 0 s"

@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Subset
+
+from loading.loaders import TrainLoader, ordered_loader, shuffled_shard
+from loading.relabel import only_popular
+from loading.sources import Data, open_source
+from loading.split import Split
+from loading.transforms import Mixing, Transform, View, mixup_collate, train_transform
+from utils import Compute, Runtime
+
+CPU = Compute(torch.device("cpu"))
+
+
+def runtime(batch_size, num_workers=0):
+    """Batches of this size in training, half as large again in evaluation."""
+    return Runtime(batch_size=batch_size, num_workers=num_workers)
+
+
+def processes(world_size):
+    """Every one of so many processes."""
+    return [Compute(torch.device("cpu"), rank=rank, world_size=world_size) for rank in range(world_size)]
+
+
+def augmented_loader(source, num_workers, compute=CPU):
+    view = View().resolved(source)
+    split = Split(source.train, None, train_transform(view, Transform(reprob=0.9)))
+    collate = mixup_collate(Mixing(), smoothing=0.1, num_classes=10)
+    return TrainLoader(split, runtime(4, num_workers), compute, collate=collate, seed=7)
+
+
+def one_epoch(loader, epoch):
+    loader.set_epoch(epoch)
+    return [torch.cat([images.flatten(1), targets], 1) for images, targets in loader]
+
+
+@pytest.mark.parametrize("size, world_size", [(7, 2), (10, 3), (2, 4), (8, 1)])
+def test_evaluation_shards_cover_everything_once(size, world_size):
+    split = Subset(list(range(size)), range(size))
+    shards = [ordered_loader(split, runtime(3), compute).sampler for compute in processes(world_size)]
+    assert sorted(i for shard in shards for i in shard) == list(range(size))
+    assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
+    assert list(shards[0]) == list(range(0, size, world_size))
+
+
+def test_training_shards_are_equally_long_disjoint_and_cut_to_full_groups():
+    def shards(epoch):
+        return [shuffled_shard(23, compute, 4, 1, None, epoch) for compute in processes(2)]
+
+    first = shards(0)
+    assert [len(rows) for rows in first] == [8, 8]
+    assert len(set(first[0] + first[1])) == 16
+    assert shards(1)[0] != first[0]
+    assert shards(0)[0] == first[0]
+
+
+def test_the_order_of_a_loader_is_its_share_of_the_epoch(cifar, as_tensor):
+    split = Split(cifar.train, None, as_tensor)
+    loader = TrainLoader(split, runtime(3), processes(2)[1], update_freq=2, seed=1)
+    assert len(loader) == 2 and len(loader.order) == 6
+    assert loader.order == shuffled_shard(20, processes(2)[1], 6, 1, None, 0)
+    loader.set_epoch(4)
+    assert loader.order == shuffled_shard(20, processes(2)[1], 6, 1, None, 4)
+    assert [int(label) for _, labels in loader for label in labels] == [i % 10 for i in loader.order]
+
+
+def test_popular_classes_are_drawn_by_their_chances(cifar, as_tensor):
+    source = only_popular(cifar, [3])
+    loader = TrainLoader(Split(source.train, None, as_tensor), runtime(20), CPU, seed=1)
+    chances = np.where(np.arange(20) % 10 == 3, 0.25, 0.5 / 18)
+    assert (
+        loader.order == shuffled_shard(20, CPU, 20, 1, chances, 0) != shuffled_shard(20, CPU, 20, 1, None, 0)
+    )
+    labels = [int(label) for _, labels in loader for label in labels]
+    assert labels == [int(i % 10 != 3) for i in loader.order] and labels.count(0) > 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_epoch_is_the_same_whether_or_not_others_ran_before(cifar, num_workers):
+    loader = augmented_loader(cifar, num_workers)
+    epochs = [one_epoch(loader, epoch) for epoch in range(4)]
+    torch.rand(5), np.random.rand(5)
+    resumed = one_epoch(augmented_loader(cifar, num_workers), 3)
+    assert len(resumed) == len(loader) == 5
+    assert all(torch.equal(a, b) for a, b in zip(epochs[3], resumed, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(epochs[2], epochs[3], strict=True))
+
+
+def test_workers_augment_and_mix_differently_in_every_epoch_and_process(tmp_path, pixels):
+    """With one picture throughout, whatever differs comes from the generators of the workers."""
+    np.savez(tmp_path / "a.npz", images=pixels(1).repeat(8, 0), labels=np.arange(8))
+    path = str(tmp_path / "a.npz")
+    source = open_source(Data("CIFAR10", path, path))
+    loader, other = augmented_loader(source, 1), augmented_loader(source, 1, processes(2)[1])
+    passes = [one_epoch(loader, 0), one_epoch(loader, 1), one_epoch(other, 0)]
+    shares = [{round(float(row.max()), 4) for row in rows[0][:, -10:]} for rows in passes]  # mixed targets
+    assert shares[0] != shares[1] and shares[0] != shares[2]
+    pictures = [rows[0][:, :-10] for rows in passes]
+    assert not torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
+
+
+def test_reading_data_leaves_the_global_generator_alone(cifar, as_tensor):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    one_epoch(augmented_loader(cifar, 1), 0)
+    list(ordered_loader(Split(cifar.test, None, as_tensor), runtime(3), CPU))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_ordered_loader_keeps_order_and_the_last_batch(cifar, as_tensor):
+    split = Split(cifar.test, None, as_tensor)
+    shards = [ordered_loader(split, runtime(3), compute) for compute in processes(2)]
+    batches = [[labels.tolist() for _, labels in loader] for loader in shards]
+    assert batches == [[[0, 2, 4, 6], [8]], [[1, 3, 5, 7], [9]]]
+
+
+def test_batch_names_are_those_of_the_current_epoch(tmp_path, cifar, as_tensor):
+    split = Split(cifar.train, range(10, 20), as_tensor)
+    loader = TrainLoader(split, runtime(3), CPU, seed=1)
+    loader.set_epoch(2)
+    names = [loader.names(step) for step in range(len(loader))]
+    labels = [labels.tolist() for _, labels in loader]
+    assert names == [[f"{tmp_path / 'a.npz'}[{10 + label}]" for label in batch] for batch in labels]
+
+
+def test_too_few_images_for_one_step_is_refused(cifar, as_tensor):
+    split = Split(cifar.train, None, as_tensor)
+    with pytest.raises(ValueError, match="20 training images.*batch size 4 x update_freq 3 x 2 processes"):
+        TrainLoader(split, runtime(4), processes(2)[0], update_freq=3)

@@ -1,0 +1,47 @@
+"""The pair of EfficientNets is evaluated on a folder of images."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models import create_model
+
+
+@pytest.fixture
+def evaluate(script, printed, monkeypatch):
+    """Runs the script on a folder with untrained networks, which read images of 32 pixels."""
+    module = script("eval_ebjr_imagenet")
+    monkeypatch.setattr(module, "SIDES", {0: 32, 2: 32})
+
+    def untrained(number):
+        return create_model(f"timm/tf_efficientnet_lite{number}", 1000).state_dict()
+
+    monkeypatch.setattr(module, "lite", untrained)
+    return lambda *words: printed("eval_ebjr_imagenet", *words)
+
+
+def test_a_row_for_every_confidence(evaluate, tmp_path):
+    rng = np.random.default_rng(0)
+    for i, size in enumerate([(40, 40), (48, 40), (40, 40), (40, 48)]):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    lines = evaluate(tmp_path, "--images", 4).splitlines()
+    networks = [line for line in lines if line.startswith("network ")]
+    assert "4,652,008 parameters" in networks[0] and "6,092,072 parameters" in networks[1]
+    kinds = [line.split()[0] for line in lines[-5:]]
+    assert kinds == ["max_prob", "margin", "entropy", "energy_logits", "energy_softmax"]
+    shares = [word for share in (0, 5, 10, 20, 30, 40, 50, 100) for word in (str(share), "%")]
+    assert lines[-6].split() == ["confidence", *shares, "AUROC"]
+
+
+def test_another_number_of_images_is_said(evaluate, tmp_path):
+    with pytest.raises(ValueError, match="holds 0 images, expected 1000, one a class"):
+        evaluate(tmp_path)
+
+
+def test_each_half_defers_by_the_threshold_of_the_other(script):
+    scores = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], [1.0] * 8])
+    folds = (torch.tensor([0, 2, 4, 6]), torch.tensor([1, 3, 5, 7]))
+    crossed = script("eval_ebjr_imagenet").crossed
+    assert crossed(scores, 0.5, folds).tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert crossed(scores, 1.0, folds).tolist() == [1] * 8

@@ -1,0 +1,223 @@
+"""Evaluation by the command line: every exit, thresholds, real early exit, cascades, wrong input."""
+
+import json
+import pickle
+import re
+import shlex
+import shutil
+
+import pytest
+import torch
+
+import eval_dynamic
+import main_earlyExit
+from adaptive.flops import exit_costs
+from models import create_model
+
+train, evaluate = main_earlyExit.main, eval_dynamic.main
+NETWORK = shlex.split("--model msdnet --nBlocks 2 --nChannels 8 --growthRate 4 --grFactor 1-2 --bnFactor 1-2")
+RUN = shlex.split("--num_workers 1 --device cpu")
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def test_every_result_is_written(evaluated):
+    names = {
+        "anytime.json",
+        "dynamic.json",
+        "dynamic.txt",
+        "routing.json",
+        "runtime.json",
+        "curve.png",
+        "report.html",
+        "policy.json",
+        "record.json",
+    }
+    assert {path.name for path in evaluated.iterdir()} == names
+    assert (evaluated / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "8 images held out of the training set" in (evaluated / "report.html").read_text()
+
+
+def test_anytime_results_are_those_of_training(trained, evaluated, tmp_path, read_log, evaluate_into):
+    log, exits = read_log(trained)[-1], read_json(evaluated / "anytime.json")
+    content = torch.load(trained / "checkpoint-last.pth", weights_only=True)
+    assert [row["macs"] for row in exits] == exit_costs(
+        create_model("msdnet", 2, **content["arch"]["options"]), (3, 32, 32)
+    )
+    evaluate_into(tmp_path, trained / "checkpoint-last.pth", "--weights", "model", "--mode", "anytime")
+    assert [path.name for path in tmp_path.iterdir()] == ["anytime.json"]
+    for part, rows in (("test_ema", exits), ("test", read_json(tmp_path / "anytime.json"))):
+        for k, row in enumerate(rows):
+            assert row["exit"] == k
+            assert row["acc1"] == pytest.approx(log[f"{part}/acc1/exit{k}"])
+            assert row["loss"] == pytest.approx(log[f"{part}/loss/exit{k}"], abs=1e-6)
+
+
+def test_dynamic_results_agree_with_each_other(evaluated):
+    exits, rows = read_json(evaluated / "anytime.json"), read_json(evaluated / "dynamic.json")
+    assert len(rows) == 39
+    for row in rows:
+        assert sum(row["shares"]) == pytest.approx(1)
+        costs = [one["macs"] for one in exits]
+        assert row["macs"] == pytest.approx(sum(s * c for s, c in zip(row["shares"], costs, strict=True)))
+        assert len(row["thresholds"]) == 2 and row["thresholds"][-1] == -1e8
+        for k in range(2):
+            if row["shares"][k] == 1:
+                assert row["accuracy"] == pytest.approx(exits[k]["acc1"])
+    assert rows[0]["macs"] < rows[-1]["macs"]
+    lines = (evaluated / "dynamic.txt").read_text().splitlines()
+    pairs = [tuple(map(float, line.split("\t"))) for line in lines]
+    assert pairs == [
+        (pytest.approx(100 * r["accuracy"], abs=1e-5), pytest.approx(r["macs"], abs=0.1)) for r in rows
+    ]
+
+
+def test_real_early_exit_agrees_with_the_simulation(evaluated):
+    rows, runtime = read_json(evaluated / "dynamic.json"), read_json(evaluated / "runtime.json")
+    assert runtime["num_images"] == 20
+    assert [point["point"] for point in runtime["points"]] == ["row 3", "row 35"]
+    for point, row in zip(runtime["points"], (rows[3], rows[35]), strict=True):
+        assert point["thresholds"] == pytest.approx(row["thresholds"]) and point["shares"] == row["shares"]
+        wrong = point["mismatches"]["throughput"]
+        assert wrong <= 1  # folding batch norm changes the last digits, and with them who passes a threshold
+        assert 20 * abs(point["accuracy"] - row["accuracy"]) <= wrong + 1e-6
+        assert point["macs"] == pytest.approx(row["macs"], rel=0.1 * wrong + 1e-6)
+
+
+def test_the_sweep_and_scales_of_dyn_perceiver(trained, tmp_path, evaluate_into):
+    flags = shlex.split("--mode dynamic --quota_sweep dyn_perceiver --quota_scales 0.85")
+    rows = read_json(evaluate_into(tmp_path, trained / "checkpoint-last.pth", *flags) / "dynamic.json")
+    assert len(rows) == len((tmp_path / "dynamic.txt").read_text().splitlines()) == 33
+    assert rows[0]["policy"] == "dyn_perceiver p=0.2" and not (tmp_path / "runtime.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("calib", "origin"),
+    [
+        ("half_test", "10 random test images, not reported on"),
+        ("train_augmented", "32 training images with training augmentation, the published procedure"),
+    ],
+)
+def test_other_images_for_thresholds(trained, tmp_path, calib, origin, evaluate_into):
+    evaluate_into(tmp_path, trained / "checkpoint-last.pth", "--mode", "dynamic", "--calib", calib)
+    page = (tmp_path / "report.html").read_text()
+    reported = 10 if calib == "half_test" else 20
+    assert origin in page and f"{reported} test images" in page
+    for row in read_json(tmp_path / "dynamic.json"):
+        assert row["accuracy"] * reported == pytest.approx(round(row["accuracy"] * reported))
+
+
+def test_the_training_script_evaluates_too(trained, evaluated, tmp_path):
+    shutil.copy(trained / "checkpoint-last.pth", tmp_path)
+    train(["--eval", "true", "--output_dir", str(tmp_path), "--mode", "dynamic", *RUN])
+    for name in ("anytime.json", "dynamic.json", "dynamic.txt"):
+        assert (tmp_path / name).read_bytes() == (evaluated / name).read_bytes()
+
+
+# Cascades
+
+
+def test_a_cascade_is_evaluated_from_its_networks_files_and_then_from_its_own(
+    trained, tmp_path, capsys, evaluate_into
+):
+    words = [f"weights={trained / 'checkpoint-last.pth'}"] * 2
+    flags = ["--router_threshold", "0.9", "0.8", "0.7", "--mode", "dynamic", *RUN]
+    evaluate(["--model", "ebjr", "--networks", *words, "--output_dir", str(tmp_path / "first"), *flags])
+    exits, routing = (read_json(tmp_path / "first" / name) for name in ("anytime.json", "routing.json"))
+    assert [row["acc1"] for row in exits[:2]] == [row["acc1"] for row in exits[2:]] and len(exits) == 4
+    assert (
+        exits[3]["macs"] == 2 * exits[1]["macs"] and exits[3]["alone"] == exits[1]["alone"] < exits[1]["macs"]
+    )
+    assert routing["policy"] == "threshold 0.9 0.8 0.7" and routing["samples"] == 20
+    assert "probably trained" not in capsys.readouterr().out  # both held out the same images
+    evaluate_into(tmp_path / "second", tmp_path / "first" / "cascade.pth", *flags)
+    assert read_json(tmp_path / "second" / "anytime.json") == exits
+
+
+# Wrong input
+
+
+def test_evaluating_as_another_network_is_refused(trained, error_of):
+    line = error_of(
+        evaluate, *RUN, "--checkpoint", trained / "checkpoint-last.pth", "--model", "msdnet_cifar_even7"
+    )
+    assert "holds another network than --model and its options say" in line
+
+
+class NotTensors:
+    """What a checkpoint may not hold."""
+
+
+def test_files_that_are_no_checkpoints(trained, tmp_path, error_of):
+    whole = (trained / "checkpoint-last.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(print, protocol=2))
+    torch.save({"model": NotTensors()}, tmp_path / "object.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    complaints = {
+        "cut": r".*cut.pth is truncated or not a checkpoint",
+        "pickle": r"checkpoint \S*pickle.pth is refused: it holds \S*print",
+        "object": r"checkpoint \S*object.pth is refused: it holds \S*NotTensors",
+        "empty": r"checkpoint \S*empty.pth has no weights under .*; it holds epoch",
+        "absent": r"cannot read checkpoint \S*absent.pth: No such file",
+    }
+    for name, complaint in complaints.items():
+        assert re.match(complaint, error_of(evaluate, *RUN, "--checkpoint", tmp_path / f"{name}.pth"))
+
+
+def test_a_checkpoint_that_names_no_network_needs_one(trained, images, tmp_path, error_of, read_log):
+    torch.save(
+        {"model": torch.load(trained / "checkpoint-last.pth", weights_only=True)["model"]},
+        tmp_path / "bare.pth",
+    )
+    data = f"--data_set image_folder --input_size 32 --data_path {images}".split()
+    bare = ["--checkpoint", tmp_path / "bare.pth", *data, *RUN, "--mode", "anytime", "--output_dir", tmp_path]
+    assert "does not name a network known here: give --model" in error_of(evaluate, *bare)
+    assert "does not fit the model" in error_of(evaluate, *bare, "--model", "msdnet")
+    evaluate([*map(str, bare), *NETWORK])
+    figures = [row["acc1"] for row in read_json(tmp_path / "anytime.json")]
+    assert figures == pytest.approx([read_log(trained)[-1][f"test/acc1/exit{k}"] for k in range(2)])
+
+
+def test_mistakes_in_a_cascade(trained, error_of):
+    weights = f"weights={trained / 'checkpoint-last.pth'}"
+    known = ["--model", "ebjr", *RUN, "--networks"]
+    assert "a cascade has two or more" in error_of(evaluate, *known, weights)
+    assert "cannot read checkpoint nowhere.pth" in error_of(evaluate, *known, weights, "weights=nowhere.pth")
+    assert "unknown model 'msdnt'" in error_of(evaluate, *known, weights, "msdnt:" + weights)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--data_set DIGITS", r"checkpoint .* has 2 classes, the data set 10"),  # and the folder is not read
+        ("--data_set DIGITS --data_path nowhere", r"data set DIGITS reads no --data_path"),
+        ("--data_path nowhere", r"image folder nowhere: "),  # the data set is the stored one
+        ("--row 39", r"--row 39, but msdnet has rows 0 to 38"),
+        ("--row -1", r"--row: -1 is below the least value accepted, 0"),
+        ("--budget 1", r"a budget of 1 multiply-adds is below the cheapest setting's"),
+        ("--quota_scales 1 2", r"2 quota scales .* for 2 exits; give one per exit but the last"),
+        (
+            "--num_calib 0",
+            r"no images were held out for calibration \(--num_calib 0\); use --calib half_test",
+        ),
+        ("--confidence sure", r"unknown confidence 'sure'; accepted: max_prob"),
+        ("--router_threshold 1 2", r"2 router thresholds for 2 exits; give one per exit but the last"),
+        ("--shares 1.5", r"shares \[1.5\] for 2 exits"),
+        ("--epochs 3", r"unknown flag --epochs"),
+        ("--checkpoint=", r"name the file to evaluate: --checkpoint FILE"),
+    ],
+)
+def test_mistakes_in_evaluation_flags(trained, tmp_path, error_of, words, complaint):
+    known = [
+        "--checkpoint",
+        trained / "checkpoint-last.pth",
+        "--output_dir",
+        tmp_path,
+        "--mode",
+        "runtime",
+        *RUN,
+    ]
+    assert re.match(complaint, error_of(evaluate, *known, *words.split()))

@@ -1,0 +1,153 @@
+"""Training by the command line: logs, checkpoints, resuming, processes."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_earlyExit
+from experiment import classifier
+from models import create_model
+
+ROOT = Path(__file__).resolve().parents[1]
+train = main_earlyExit.main
+PLAIN = shlex.split("--mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 --smoothing 0")
+RUN = shlex.split("--num_workers 1 --device cpu")
+
+
+def test_log_has_a_line_per_epoch(trained, read_log):
+    first, last = read_log(trained)
+    assert (first["epoch"], last["epoch"]) == (0, 1)
+    exits = [f"acc1/exit{k}" for k in range(2)]
+    wanted = {
+        "train/loss",
+        "opt/lr",
+        *(f"{part}/{key}" for part in ("train", "calib", "calib_ema") for key in exits),
+    }
+    assert wanted <= first.keys() and wanted <= last.keys()
+    assert not any(key.startswith("test") for key in first)
+    assert {f"{part}/{key}" for part in ("test", "test_ema") for key in exits} <= last.keys()
+    assert first["opt/lr"] > last["opt/lr"] == pytest.approx(1e-6)
+    score = [sum(line[f"calib_ema/{key}"] for key in exits) / 2 for line in (first, last)]
+    assert [first["best"], last["best"]] == pytest.approx([score[0], max(score)])
+
+
+def test_checkpoint_is_plain_and_complete(trained, images):
+    assert {path.name for path in trained.glob("*.pth")} == {
+        f"checkpoint-{name}.pth" for name in ("last", "best", "0", "1")
+    }
+    content = torch.load(trained / "checkpoint-last.pth", weights_only=True)
+    assert {
+        "model",
+        "model_ema",
+        "arch",
+        "optimizer",
+        "scaler",
+        "epoch",
+        "args",
+        "calib_indices",
+    } <= content.keys()
+    options = {"nBlocks": 2, "nChannels": 8, "growthRate": 4, "grFactor": [1, 2], "bnFactor": [1, 2]}
+    assert content["arch"] == {"name": "msdnet", "options": options, "num_classes": 2}
+    assert (content["epoch"], content["step"], len(set(content["calib_indices"]))) == (1, 16, 8)
+    assert content["args"]["data_path"] == str(images) and content["args"]["mean"] == [0.485, 0.456, 0.406]
+    network = create_model("msdnet", 2, **options)
+    network.load_state_dict(content["model"])
+    network.load_state_dict(content["model_ema"])
+
+
+def test_other_flags_of_training_run(trained, tmp_path, capsys, on, read_log):
+    flags = (
+        "--epochs 1 --update_freq 2 --clip_grad 1 --with_kd true --exit_weights 0.5 1 --use_amp true "
+        "--channels_last true --disable_eval true --opt sgd --warmup_steps 2 --save_ckpt_num 0 --print_freq 2"
+    )
+    finetune = ["--finetune", trained / "checkpoint-last.pth"]
+    train(on(*flags.split(), *finetune, "--output_dir", tmp_path))
+    assert re.search(r"entries kept; initialised anew: nothing\n", capsys.readouterr().out)
+    (line,) = read_log(tmp_path)
+    assert line["opt/grad_norm"] > 0 and line["train/loss"] > 0
+    assert not any(key.startswith(("calib", "train/acc1")) for key in line)  # no evaluation; mixup is on
+    # With nothing to judge by, the last is the best.
+    assert {path.name for path in tmp_path.glob("*.pth")} == {"checkpoint-best.pth", "checkpoint-last.pth"}
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, on, read_log):
+    flags = shlex.split(
+        "--epochs 3 --warmup_epochs 1 --update_freq 2 --model_ema true --model_ema_decay 0.5 --lr 0.01"
+    )
+    train(on(*flags, "--output_dir", tmp_path / "whole"))
+    train_one_epoch = classifier.train_one_epoch
+
+    def stopped(*args, epoch, **options):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return train_one_epoch(*args, epoch=epoch, **options)
+
+    monkeypatch.setattr(classifier, "train_one_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(on(*flags, "--output_dir", tmp_path / "parts"))
+    assert [line["epoch"] for line in read_log(tmp_path / "parts")] == [0]
+    monkeypatch.undo()
+    torch.rand(7)  # generators elsewhere than the first run left them
+    train(on(*flags, "--output_dir", tmp_path / "parts"))
+
+    files = [tmp_path / name / "checkpoint-last.pth" for name in ("whole", "parts")]
+    whole, parts = (torch.load(file, weights_only=True) for file in files)
+    for key in ("model", "model_ema", "optimizer"):
+        torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=0)
+    assert whole["step"] == parts["step"] == 3 * 4
+    assert all(whole[key] == parts[key] for key in ("epoch", "best", "scaler", "calib_indices"))
+    lines = [[{**line, "seconds": 0} for line in read_log(tmp_path / name)] for name in ("whole", "parts")]
+    assert lines[0] == lines[1] and len(lines[0]) == 3
+
+
+def test_a_checkpoint_of_another_network_is_not_resumed(trained, error_of, on):
+    line = error_of(train, *on("--resume", trained / "checkpoint-last.pth", "--nBlocks", 3))
+    assert line.endswith("checkpoint-last.pth holds another architecture: nBlocks is 2, wanted 3")
+
+
+@pytest.mark.parametrize(("flag", "value", "stored"), [("seed", "5", "0"), ("opt", "sgd", "adamw")])
+def test_a_run_is_not_resumed_with_another_split_or_optimizer(trained, error_of, flag, value, stored, on):
+    line = error_of(train, *on("--resume", trained / "checkpoint-last.pth", f"--{flag}", value))
+    assert re.fullmatch(rf"--{flag} {value}, but \S*checkpoint-last.pth was trained with {stored}", line)
+
+
+def test_bare_weights_are_not_resumed(trained, tmp_path, error_of, on):
+    weights = torch.load(trained / "checkpoint-last.pth", weights_only=True)["model"]
+    torch.save(weights, tmp_path / "bare.pth")
+    line = error_of(train, *on("--resume", tmp_path / "bare.pth"))
+    assert "bare.pth can be evaluated or fine-tuned (--finetune) but not resumed" in line
+
+
+# Processes
+
+
+def script(*words, **options):
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, **options
+    )
+
+
+def test_a_script_ends_with_one_line_for_its_user():
+    end = script("main_earlyExit.py", "--model", "msdnet", "--epoch", 3)
+    assert (end.returncode, end.stdout) == (2, "")
+    assert re.fullmatch(r"error: unknown flag --epoch; did you mean --epochs, .*\?\n", end.stderr)
+
+
+def test_torchrun_trains_in_two_processes(trained, tmp_path, on, read_log):
+    flags = on("--epochs", 1, "--warmup_epochs", 0, *PLAIN, "--output_dir", tmp_path, "--num_calib", 7)
+    flags += ["--finetune", trained / "checkpoint-last.pth"]
+    launch = shlex.split("-m torch.distributed.run --standalone --nproc_per_node 2 main_earlyExit.py")
+    end = script(*launch, *flags, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert end.returncode == 0, end.stderr
+    assert [end.stdout.count(text) for text in ("2 exits,", "fine-tuning", "epoch 1/1")] == [1, 1, 1]
+    (line,) = read_log(tmp_path)
+    # All 7 images held out, and all 20 test images, are counted once.
+    assert line["calib/acc1/exit0"] * 7 == pytest.approx(round(line["calib/acc1/exit0"] * 7))
+    assert line["test/acc1/exit1"] * 20 == pytest.approx(round(line["test/acc1/exit1"] * 20))
+    assert torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)["step"] == 32 // 8

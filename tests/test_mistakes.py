@@ -1,0 +1,140 @@
+"""What a user of the training script did wrong is said in one line."""
+
+import re
+import shlex
+import shutil
+
+import pytest
+import torch
+
+import eval_dynamic
+import main_earlyExit
+
+train, evaluate = main_earlyExit.main, eval_dynamic.main
+NETWORK = shlex.split("--model msdnet --nBlocks 2 --nChannels 8 --growthRate 4 --grFactor 1-2 --bnFactor 1-2")
+PLAIN = shlex.split("--mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 --smoothing 0")
+RUN = shlex.split("--num_workers 1 --device cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--model msdnett", r"unknown model 'msdnett'; did you mean msdnet"),
+        ("--nBlock 3", r"unknown flag --nBlock; did you mean --nBlocks"),
+        ("--bath-size 3", r"unknown flag --bath_size; did you mean --batch_size"),
+        ("--nBlocks 0", r"nBlocks is 0; it must be at least 1"),
+        ("--num_workers 0", r"--num_workers: 0 is below the least value accepted, 1"),
+        ("--epochs 0", r"--epochs: 0 is below the least value accepted, 1"),
+        ("--lr -1", r"--lr: -1 is below the least value accepted, 0"),
+        ("--layer_decay 0.9", r"--layer_decay 0.9 is not supported: defined for ConvNeXt only"),
+        ("--cka true", r"--cka True is not supported: "),
+        (
+            "--dist_on_itp true",
+            r"--dist_on_itp True is not supported: start processes with torchrun or SLURM",
+        ),
+        ("--classifier_type latent", r"--classifier_type latent is not supported: .*--exit_weights"),
+        ("--batch_size 5", r"--batch_size 5: mixup and cutmix need an even number"),
+        ("--batch_size 34", r"32 training images are fewer than one global batch of batch size 34"),
+        ("--num_calib 40", r"cannot hold 40 images out of 40"),
+        ("--smoothing 1", r"--smoothing 1.0: it must be below 1"),
+        ("--opt_betas 0.9", r"--opt_betas \[0.9\]: give two numbers"),
+        ("--schedule multistep", r"--schedule multistep needs --decay_epochs"),
+        ("--enable_wandb true", r"--enable_wandb mirrors TensorBoard: give --log_dir"),
+        ("--exit_weights 1 2 3", r"3 exit weights given, the network has 2 exits"),
+        ("--loss_cnn_factor 1", r"loss factors are for four exits, the network has 2"),
+        ("--nb_classes 3", r"--nb_classes 3, but image_folder has 2 classes"),
+        ("--mean 0.5", r"--mean \(0.5,\).*give three numbers each"),
+        ("--data_set IMAGENET", r"unknown data set 'IMAGENET': not DIGITS"),
+        ("--data_path nowhere", r"image folder nowhere: .*No such file"),
+        ("--data_set DIGITS", r"data set DIGITS reads no --data_path"),
+        ("--opt adamv", r"unknown optimizer 'adamv'; did you mean .*adam"),
+        ("--device gpu", r"--device gpu: accepted: auto, cpu, cuda"),
+        ("--finetune nowhere.pth", r"cannot read checkpoint nowhere.pth: No such file or directory"),
+        ("--resume nowhere.pth", r"cannot read checkpoint nowhere.pth: No such file or directory"),
+        (
+            "--eval true",
+            r"nothing to evaluate: give --resume FILE, or an --output_dir that holds a checkpoint",
+        ),
+    ],
+)
+def test_mistakes_in_training_flags(error_of, words, complaint, on):
+    assert re.match(complaint, error_of(train, *on(), *words.split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--l2w true --mixup 0.8", r"--l2w true weighs samples of one class each: give --mixup 0 --cutmix 0"),
+        ("--l2w true --cutmix_minmax 0.2 0.8", r"--l2w true weighs samples of one class each"),
+        (
+            "--l2w true --regime disjoint",
+            r"--regime disjoint: L2W weighs all exits at once; accepted: joint, equi",
+        ),
+        (
+            "--l2w true --regime mixed",
+            r"--regime mixed: L2W weighs all exits at once; accepted: joint, equilibrium",
+        ),
+        ("--l2w true --target_p_index 40", r"--target_p_index 40: accepted: 1 to 39, 20 for equal shares"),
+        ("--l2w true --target_p_index 0", r"--target_p_index: 0 is below the least value accepted, 1"),
+        (
+            "--l2w true --batch_size 2",
+            r"--batch_size 2: L2W trains on halves of a batch and needs at least 4",
+        ),
+        ("--l2w true --compile true", r"--compile true compiles the plain forward pass: not for --l2w true"),
+        ("--l2w true --opt Lookahead_sgd", r"--opt Lookahead_sgd: L2W looks one step of SGD ahead"),
+        (
+            "--l2w true --constraint_dimension diag",
+            r"--constraint_dimension: 'diag' is not one of mat, row, col",
+        ),
+        (
+            "--l2w true --meta_net_input_type logits",
+            r"--meta_net_input_type: 'logits' is not one of loss, conf, both",
+        ),
+        (
+            "--regime equilibrium --compile true",
+            r"--compile true compiles the plain forward pass: .* another --regime",
+        ),
+        ("--regime joined", r"--regime: 'joined' is not one of joint, equilibrium, disjoint, mixed"),
+        ("--first_share 2", r"--first_share 2.0: .*at most 1"),
+        ("--kd_teacher nowhere.pth", r"cannot read checkpoint nowhere.pth: No such file or directory"),
+    ],
+)
+def test_mistakes_in_flags_of_objectives(error_of, words, complaint, on):
+    assert re.match(complaint, error_of(train, *on(*PLAIN), *words.split()))
+
+
+def test_a_teacher_of_other_classes_or_images_is_refused(trained, error_of):
+    teacher = trained / "checkpoint-last.pth"
+    line = error_of(train, *NETWORK, *PLAIN, *RUN, "--data_set", "DIGITS", "--kd_teacher", teacher)
+    assert line.startswith(
+        f"teacher {teacher} reads images of --mean [0.485, 0.456, 0.406], this run has [0.3057, "
+    )
+    stats = shlex.split("--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225")
+    line = error_of(train, *NETWORK, *PLAIN, *RUN, "--data_set", "DIGITS", "--kd_teacher", teacher, *stats)
+    assert line == f"checkpoint {teacher} has 2 classes, the data set 10"
+
+
+def test_a_folder_of_unnamed_images_is_imagenet(tmp_path, error_of):
+    folder = ["--data_path", "nowhere", *RUN]
+    assert error_of(train, *NETWORK, *folder).startswith("image folder nowhere/train: ")
+    torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "bare.pth")
+    assert error_of(evaluate, "--checkpoint", tmp_path / "bare.pth", *folder).startswith(
+        "image folder nowhere/train: "
+    )
+
+
+def test_a_network_must_be_named(error_of):
+    assert error_of(train, "--lr", 1) == "name a network: --model NAME"
+    assert error_of(train, "--nBlocks", 2).endswith("; a network's options need --model NAME")
+
+
+def test_unusable_image_folders(images, tmp_path, error_of, on):
+    shutil.copytree(images, tmp_path / "a")
+    (tmp_path / "a" / "train" / "none").mkdir()
+    line = error_of(train, *on(data=tmp_path / "a"))
+    assert line.startswith(f"image folder {tmp_path / 'a' / 'train'}: ") and "none" in line
+    (tmp_path / "a" / "train" / "none").rmdir()
+    broken = tmp_path / "a" / "train" / "lit" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    line = error_of(train, *on("--num_calib", 0, "--epochs", 1, data=tmp_path / "a"))
+    assert line.startswith(f"cannot read image {broken}: ")

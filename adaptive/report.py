@@ -133,7 +133,7 @@ def _save_curve(
         axes.margins(0.1)
         axes.grid(color=INK, alpha=0.12)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, columnspacing=1)
         figure.suptitle(title, fontsize=12, parse_math=False)
         _label_exits(axes, exits, line)
         # Empty metadata: no date, so equal results give equal files.

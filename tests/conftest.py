@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -107,6 +108,19 @@ def _is_cifar(name: str) -> bool:
 def is_cifar() -> Callable[[str], bool]:
     """`is_cifar(name)`: whether a registered network is for images of 32 x 32 pixels."""
     return _is_cifar
+
+
+@pytest.fixture(scope="session")
+def on_meta() -> Callable[..., MultiExitModel]:
+    """`on_meta(name, ...)`: what `create_model` makes on the meta device, where initial values cost much and
+    are nothing."""
+    drawn = dict.fromkeys(("normal_", "uniform_", "fill_", "zero_"), lambda tensor, *_, **__: tensor)
+
+    def create(*words: object, **options: object) -> MultiExitModel:
+        with torch.device("meta"), mock.patch.multiple(torch.Tensor, **drawn):
+            return create_model(*words, **options)
+
+    return create
 
 
 def _settled(model: MultiExitModel, images: Tensor) -> MultiExitModel:

@@ -14,6 +14,8 @@ import main_earlyExit
 from adaptive.flops import exit_costs
 from models import create_model
 
+# What is counted and drawn is looked at in what `evaluated` leaves, which does both.
+pytestmark = pytest.mark.usefixtures("evaluated", "costs_once", "no_pictures")
 train, evaluate = main_earlyExit.main, eval_dynamic.main
 NETWORK = shlex.split("--model msdnet --nBlocks 2 --nChannels 8 --growthRate 4 --grFactor 1-2 --bnFactor 1-2")
 RUN = shlex.split("--num_workers 1 --device cpu")

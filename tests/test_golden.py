@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,10 +74,10 @@ def our_options(options):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_agrees_with_the_reference(file, fill):
+def test_agrees_with_the_reference(file, fill, on_meta):
     golden, base = json.loads((GOLDEN / file).read_text()), Path(file).name
     if base == "manifests.json":
-        check = check_manifests
+        check = partial(check_manifests, on_meta=on_meta)
     elif base == "train_loss.json":
         check = check_train_loss
     elif base == "meta_step.json":
@@ -84,22 +85,21 @@ def test_agrees_with_the_reference(file, fill):
     elif base == "dynamic_eval.json":
         check = check_l2w_evaluation if "cases" in golden else check_dyn_perceiver_evaluation
     elif {"model", "state_dict", "exits"} <= golden.keys():
-        check = check_model
+        check = partial(check_model, on_meta=on_meta)
     else:
         pytest.fail(f"no test knows what {file} is")
     check(golden, fill)
 
 
-def check_model(golden, fill):
+def check_model(golden, fill, on_meta):
     name, options = our_name(golden["model"]), our_options(golden["kwargs"])
-    with torch.device("meta"):  # weights are filled in below
-        net = create_model(name, **options)
+    net = on_meta(name, **options)  # weights are filled in below
     assert {key: list(tensor.shape) for key, tensor in net.state_dict().items()} == golden["state_dict"]
     # Released optimizer states number the parameters in this order.
     if "perceiver" in name:
         assert list(net.state_dict()) == list(golden["state_dict"])
     assert sum(p.numel() for p in net.parameters()) == golden["num_params"]
-    check_costs(net, name, options, golden)
+    check_costs(net, golden, partial(on_meta, name, **options))
     fill.fill_(net.to_empty(device="cpu"))
     with torch.no_grad():
         exits = net(fill.make_input(*golden["input_shape"]))
@@ -108,12 +108,13 @@ def check_model(golden, fill):
     assert wrong == [], "exits whose outputs differ"
 
 
-def check_costs(net, name, options, golden):
+def check_costs(net, golden, on_meta):
     shape = tuple(golden["input_shape"][1:])
     ours = whole = count(net, shape)
-    if "lazy" in model_options(name):  # what executes as its paper's program does is another network
-        with torch.device("meta"):
-            whole = count(create_model(name, **options, lazy=False), shape)
+    if "lazy" in model_options(our_name(golden["model"])):
+        whole = count(
+            on_meta(lazy=False), shape
+        )  # what executes as its paper's program does is another network
     if "fvcore_by_operator_per_exit" in golden:  # fvcore drops what an exit does not read
         assert ours.macs == [ops["conv"] + ops["linear"] for ops in golden["fvcore_by_operator_per_exit"]]
     if "macs_executed_per_exit" in golden:
@@ -125,15 +126,14 @@ def check_costs(net, name, options, golden):
         assert ours.papers[-1] == golden["reference_flops"]
 
 
-def check_manifests(golden, fill):
+def check_manifests(golden, fill, on_meta):
     ours = {
         name for name in list_models("*perceiver*") if not name.startswith("rexnet")
     }  # which were never published
     assert set(golden["models"]) == ours
     wrong = []
     for name, manifest in golden["models"].items():
-        with torch.device("meta"):
-            net = create_model(name, **golden["kwargs"])
+        net = on_meta(name, **golden["kwargs"])
         shapes = {key: "x".join(map(str, tensor.shape)) for key, tensor in net.state_dict().items()}
         lines = "\n".join(sorted(f"{key} {shape}" for key, shape in shapes.items()))
         found = {"num_params": sum(p.numel() for p in net.parameters()), "num_entries": len(shapes)}
@@ -142,9 +142,9 @@ def check_manifests(golden, fill):
     assert wrong == []
 
 
-def test_a_family_that_is_not_registered_fails(fill):
+def test_a_family_that_is_not_registered_fails(fill, on_meta):
     with pytest.raises(ValueError, match="unknown model 'wideresnet'"):
-        check_model({"model": "wideresnet", "kwargs": {}}, fill)
+        check_model({"model": "wideresnet", "kwargs": {}}, fill, on_meta)
 
 
 def check_meta_step(golden, fill):

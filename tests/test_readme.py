@@ -46,7 +46,10 @@ SMALLER = [
     (r"--data_set Flowers102", FOLDER),
     (r"--model msdnet_cifar", SMALL_MSDNET),
     (r"--model msdnet_imagenet", f"{SMALL_MSDNET} --stem imagenet"),
-    (r"--model (reg|resnet50_|mobilenetV3_)\w+perceiver", "--model reg400m_perceiver_t32 --input_size 32"),
+    (
+        r"--model (reg|resnet50_|mobilenetV3_)\w+perceiver",
+        "--model reg400m_perceiver_t32 --input_size 32",
+    ),
     (r"--model cifar_resnet --depth", "--depth 8"),
     (r"--model timm_ee", "--backbone resnet10t --pretrained false --head_width 8"),
     (r"^eval_dynamic.py.*(dyn_regnet|dp_c10)", "--mode dynamic --flops false"),

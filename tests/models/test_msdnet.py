@@ -152,10 +152,9 @@ def test_msdnet_has_batch_norm_after_its_convolutions():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_presets_have_the_published_size_and_cost(name, is_cifar):
+def test_presets_have_the_published_size_and_cost(name, is_cifar, on_meta):
     num_classes, millions, operations = PUBLISHED[name]
-    with torch.device("meta"):
-        net = create_model(name, num_classes=num_classes, lazy=False)  # as published
+    net = on_meta(name, num_classes=num_classes, lazy=False)  # as published
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 3) == millions
     side = 32 if is_cifar(name) else 224
     assert [round(n / 1e6, 2) for n in count(net, (3, side, side)).papers] == operations

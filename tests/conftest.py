@@ -2,6 +2,7 @@
 on it."""
 
 import copy
+import gc
 import json
 import os
 import runpy
@@ -72,6 +73,12 @@ SMALL = {
     "timm_ee": {"backbone": "mobilenetv3_small_050", "head_width": 8},
 }
 SIDES = {"cifar_resnext": 16}  # of its images, where 32 or 48 pixels cost much
+
+
+def pytest_collection_finish():
+    """What is imported stays: the garbage collector need not visit it, nor copy it in every loader's process."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

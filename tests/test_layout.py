@@ -193,6 +193,10 @@ def _all_imports(tree):
             yield node.module
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
 def test_tests_mirror_the_tree_and_stand_alone():
     for path in (ROOT / "tests").rglob("*.py"):
         text = path.read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call
 
 from adaptive.confidence import max_prob
@@ -36,7 +37,15 @@ from training.losses import (
     soft_cross_entropy,
 )
 from training.optim import Optimization, Update, make_optimizer
-from training.weight_net import assign_exits, judgement, look_ahead, loss_table, sample_weights, weight_inputs
+from training.weight_net import (
+    WeightNet,
+    assign_exits,
+    judgement,
+    look_ahead,
+    loss_table,
+    sample_weights,
+    weight_inputs,
+)
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parents[2] / "shared" / "golden")
 if not GOLDEN.is_dir():
@@ -47,6 +56,7 @@ FILES = sorted(path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("*.j
 # Names that are generic outside the 32x32 networks have a prefix here.
 CIFAR_NETS = re.compile(r"densenet|resnet|preresnet|wrn|resnext|vgg\d+(_bn)?|alexnet")
 CLASSES = {"cifar10": 10, "cifar100": 100, "ImageNet": 1000}
+HALVES = ("half1_train_first_meta_second", "half2_train_second_meta_first")  # of an L2W case
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +160,7 @@ def test_a_family_that_is_not_registered_fails(fill, on_meta):
 def check_meta_step(golden, fill):
     start = fill.fill_(create_model(golden["model"], **our_options(golden["model_kwargs"]))).train()
     for case in golden["cases"].values():
-        halves = [case["half1_train_first_meta_second"], case["half2_train_second_meta_first"]]
+        halves = [case[name] for name in HALVES]
         run = MetaStep(start, case, fill)
         cut = (len(run.images) + 1) // 2
         parts = [(run.images[:cut], run.targets[:cut]), (run.images[cut:], run.targets[cut:])]
@@ -162,6 +172,100 @@ def check_meta_step(golden, fill):
                 assert loss.item() == near(half["15_weighted_loss"])
                 run.update(loss)
                 run.check_after(half)
+
+
+def test_a_meta_step_in_which_exits_stay_without_samples(fill):
+    """Three of five exits are judged by nobody; expected is what a graph of second order gives."""
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "epochs": 300}
+    options |= {"meta_lr": 1e-4, "meta_weight_decay": 1e-4, "meta_interval": 1, "meta_net_input_type": "loss"}
+    options |= {"meta_net_hidden_size": 20, "meta_net_num_layers": 1, "target_p_index": 4}
+    options |= {"constraint_dimension": "mat", "epsilon": 0.3, "batch": 12, "input_key": "input"}
+    model = {"nBlocks": 5, "nChannels": 8, "growthRate": 4, "grFactor": (1, 2), "bnFactor": (1, 2)}
+    start = fill.fill_(create_model("msdnet", 10, **model)).train()
+    case = recorded(start, options, fill)
+    assert [len(rows) for rows in case[HALVES[0]]["9_selected"]] == [4, 0, 0, 0, 2]
+    check_meta_step(
+        {"model": "msdnet", "model_kwargs": {**model, "num_classes": 10}, "cases": {"": case}}, fill
+    )
+
+
+def recorded(start, options, fill):
+    """A case of the L2W golden, by the published steps written out for inputs and centring of these options."""
+    shares = torch.tensor([(options["target_p_index"] / 20) ** k for k in range(1, start.num_exits + 1)])
+    case = {"options": options, "target_probs_float32": (shares / shares.sum()).tolist()}
+    net, hidden = copy.deepcopy(start), options["meta_net_hidden_size"]
+    weight_net = fill.fill_(WeightNet(start.num_exits, start.num_exits, hidden=hidden))
+    case["meta_net_state_dict"] = {name: list(p.shape) for name, p in weight_net.state_dict().items()}
+    decay = options["weight_decay"]
+    sgd = torch.optim.SGD(net.parameters(), options["lr"], options["momentum"], weight_decay=decay)
+    adam = torch.optim.Adam(
+        weight_net.parameters(), options["meta_lr"], weight_decay=options["meta_weight_decay"]
+    )
+    n = options["batch"]
+    images = torch.from_numpy(fill.draw(options["input_key"], (n, 3, 32, 32)))
+    parts = list(zip(images.chunk(2), (torch.arange(n) % 10).chunk(2), strict=True))
+    for name, (train, judge) in zip(HALVES, (parts, parts[::-1]), strict=True):
+        case[name] = recorded_half(net, weight_net, sgd, adam, options, case, train, judge, fill)
+    return case
+
+
+def recorded_half(net, weight_net, sgd, adam, options, case, train, judge, fill):
+    named, before = dict(net.named_parameters()), [p.detach().clone() for p in net.parameters()]
+    meta_named = dict(weight_net.named_parameters())
+    meta_before = {name: p.detach().clone() for name, p in meta_named.items()}
+    losses = torch.stack([F.cross_entropy(y, train[1], reduction="none") for y in net(train[0])], 1)
+
+    def weighed():
+        raw = weight_net(losses.detach())
+        return raw, 1 + options["epsilon"] * (raw - raw.mean())
+
+    raw, weights = weighed()
+    half = {"1_pseudo_losses": losses.tolist(), "2_meta_net_input": losses.tolist()}
+    half |= {"3_raw_weights": raw.tolist(), "4_weights": weights.tolist()}
+    pseudo = (weights * losses).mean(0).sum()
+    gradients = torch.autograd.grad(pseudo, named.values(), create_graph=True)
+    half |= {"5_pseudo_loss": pseudo.item(), "6_pseudo_grad_norm": norm(gradients)}
+    moved = {}
+    for (name, p), gradient in zip(named.items(), gradients, strict=True):
+        buffer = sgd.state[p].get("momentum_buffer", torch.zeros(()))
+        step = options["momentum"] * buffer + gradient + options["weight_decay"] * p
+        moved[name] = p - options["lr"] * step
+    half["7_pseudo_param_norm"] = norm(moved.values())
+    half["7_pseudo_delta_norm"] = norm(moved[name] - p for name, p in named.items())
+    judged = functional_call(net, moved | buffers_of(net), judge[0])
+    half["8_meta_logits"] = list(map(fill.summary, judged))
+    left, half["9_selected"] = set(range(len(judge[1]))), []
+    for y, share in zip(judged, case["target_probs_float32"], strict=True):
+        count = len(left) if y is judged[-1] else int(len(judge[1]) * share)
+        order = y.softmax(1).amax(1).argsort(descending=True).tolist()
+        half["9_selected"].append([i for i in order if i in left][:count])
+        left -= set(half["9_selected"][-1])
+    pairs = zip(judged, half["9_selected"], strict=True)
+    meta_loss = sum(F.cross_entropy(y[rows], judge[1][rows]) for y, rows in pairs if rows)
+    half["10_meta_loss"] = meta_loss.item()
+    found = torch.autograd.grad(meta_loss, meta_named.values(), retain_graph=True)
+    half["11_meta_grad_norm"] = {name: g.norm().item() for name, g in zip(meta_named, found, strict=True)}
+    half["11_meta_grad_output_bias"] = found[-1].tolist()
+    for p, gradient in zip(meta_named.values(), found, strict=True):
+        p.grad = gradient
+    adam.step()
+    deltas = {name: p.detach() - meta_before[name] for name, p in meta_named.items()}
+    half["12_meta_param_norm_after"] = {name: p.norm().item() for name, p in meta_named.items()}
+    half["12_meta_delta_norm"] = {name: d.norm().item() for name, d in deltas.items()}
+    half["12_meta_delta_sum"] = {name: d.sum().item() for name, d in deltas.items()}
+    raw, weights = weighed()
+    per_exit = (weights.detach() * losses).mean(0)
+    half |= {"14_raw_weights": raw.tolist(), "14_weights": weights.tolist()}
+    half |= {"15_weighted_loss_per_exit": per_exit.tolist(), "15_weighted_loss": per_exit.sum().item()}
+    sgd.zero_grad()
+    per_exit.sum().backward()
+    sgd.step()
+    half["17_param_norm_after"] = norm(net.parameters())
+    half["17_delta_norm"] = norm(p.detach() - old for p, old in zip(net.parameters(), before, strict=True))
+    for kind in ("mean", "var"):
+        buffers = [b for name, b in net.named_buffers() if name.endswith(f"running_{kind}")]
+        half[f"18_running_{kind}_norm"] = norm(buffers)
+    return half
 
 
 def near(value, atol=0.0):
@@ -236,7 +340,8 @@ class MetaStep:
         assert [rows.tolist() for rows in assigned] == half["9_selected"]
         meta_loss = judgement(judged, judge[1], assigned)
         assert meta_loss.item() == near(half["10_meta_loss"])
-        towards = torch.autograd.grad(meta_loss, moved.values())
+        # An exit without samples is not judged, so its head has no slope.
+        towards = torch.autograd.grad(meta_loss, moved.values(), materialize_grads=True)
         directions = {name: rates[named[name]] * g for name, g in zip(moved, towards, strict=True)}
         (second_order,) = torch.autograd.grad(found, leaf, list(directions.values()), retain_graph=True)
         tangent = tangent_of(lambda e: loss_table(e, targets), self.net, directions, images)

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Data, View
+from datasets import Data
 from experiment.members import parse_member, split_weights
 from experiment.published import Stored, read, understood
-from models import model_class
 from models.ebjr import Member
 
 
@@ -53,12 +52,10 @@ def _read(text: str) -> Part:
 
 def _said_by(stored: Stored, name: str) -> dict[str, Any]:
     """What a file stores about how its network sees images, under the names of `Member`'s fields."""
-    said = stored.values(Data, View)
-    mean, std = said.get("mean"), said.get("std")
-    if not said and model_class(name).normalisation:
-        mean, std = model_class(name).normalisation
+    said = stored.values(Data) | stored.sight(name)
     popular = said.get("popular_classes")
-    found = {"mean": mean, "std": std, "classes": [*popular, -1] if popular else None}
+    classes = [*popular, -1] if popular else None
+    found = {"mean": said.get("mean"), "std": said.get("std"), "classes": classes}
     found = {key: tuple(value) for key, value in found.items() if value}
     return found | ({"size": said["input_size"]} if said.get("input_size") else {})
 

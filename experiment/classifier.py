@@ -42,10 +42,17 @@ class Classifier:
         self.loader = self._loader()
         seed_everything(recipe.data.seed, 0, 0)
         self.arch, self.network = self._network(fresh=stored is None)
-        self.steps = len(self.loader) * self.passes // recipe.optimization.update_freq
+        losses, update_freq = len(self.loader) * self.passes, recipe.optimization.update_freq
+        rest = 0 if recipe.data.drop_last else losses % update_freq  # the length of a stream is an estimate
+        self.steps = losses // update_freq + (rest > 0)
         fp16 = compute.amp == torch.float16
         self.update = make_update(
-            self.network, recipe.optimization, steps=self.steps, losses_per_batch=self.passes, fp16=fp16
+            self.network,
+            recipe.optimization,
+            steps=self.steps,
+            rest=rest,
+            losses_per_batch=self.passes,
+            fp16=fp16,
         )
         self.regime = "heads" if recipe.objective.freeze_backbone else recipe.objective.regime
         self.weighting: SampleWeighting | None = None
@@ -58,7 +65,7 @@ class Classifier:
         self.logger = Logger(session.log_dir if main_process else None, project, recipe.flags())
 
     def _loader(self) -> TrainLoader:
-        """Shuffled, augmented, and mixed if mixup or cutmix is on."""
+        """Shuffled, augmented, and mixed if mixup or cutmix is on; batch norm needs 2 images per loss."""
         recipe = self.recipe
         update_freq = recipe.optimization.update_freq
         return TrainLoader(
@@ -66,6 +73,7 @@ class Classifier:
             recipe.runtime,
             self.compute,
             update_freq=update_freq // math.gcd(update_freq, self.passes),
+            least=0 if recipe.data.drop_last else 2 * self.passes,
             collate=mixup_collate(recipe.mixing, recipe.objective.smoothing, self.splits.source.num_classes),
             seed=recipe.data.seed,
         )

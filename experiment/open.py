@@ -75,7 +75,7 @@ def open_network(
     values = stored.weights(weights)
     arch = _arch_of(stored, values, name, given, num_classes)
     groups = IMAGES if stored.published_flags else GROUPS.values()
-    recipe = Recipe.of(stored.values(*groups), options=arch["options"])
+    recipe = Recipe.of(stored.sight(arch["name"]), stored.values(*groups), options=arch["options"])
     seen = view or _view_of(recipe.view, arch)
     if stored.arch is None:
         arch = architecture(name, given, arch["num_classes"], seen)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasets import View
 from experiment.checkpoint import load
 from experiment.fit import Weights
 from experiment.members import upgraded
 from experiment.options import options_of_signature, restore, restored
-from models import create_model, list_models, model_options
+from models import create_model, list_models, model_class, model_options
 from training.optim import param_groups
 
 MODEL_KEY = "model|module|state_dict_ema"
@@ -78,6 +79,14 @@ class Stored:
     def values(self, *groups: type) -> dict[str, Any]:
         """The values that the file's flags give for these groups of flags, checked."""
         return restore(groups, self.flags, self.source)
+
+    def sight(self, name: str) -> dict[str, Any]:
+        """How the registered network `name` sees images: as the flags say, or, without any, as published."""
+        if self.flags:
+            return self.values(View)
+        family = model_class(name)
+        statistics = dict(zip(("mean", "std"), family.normalisation, strict=False))
+        return {**statistics, "interpolation": family.interpolation}
 
 
 def read(source: str | Path) -> Stored:

@@ -17,7 +17,7 @@ from training.optim import Optimization
 def check_same_run(recipe: Recipe, stored: Stored) -> None:
     """Raises ValueError for a checkpoint that was trained with other images or another optimizer."""
     said, flags = stored.values(Data, Optimization), recipe.flags()
-    for name in ("data_set", "num_calib", "seed", "opt"):
+    for name in ("data_set", "num_calib", "drop_last", "seed", "opt"):
         if name in said and said[name] != flags[name]:
             raise ValueError(f"--{name} {flags[name]}, but {stored.source} was trained with {said[name]}")
 

@@ -12,7 +12,7 @@ from experiment.options import Given, plain
 from experiment.published import Stored, read
 from experiment.recipe import Network, Recipe
 from experiment.record import Provenance
-from models import MultiExitModel, model_class
+from models import MultiExitModel
 from utils import Compute, Runtime, describe_machine, option, start_compute
 
 
@@ -123,8 +123,8 @@ def _file(path: str | None, options: dict[str, Any]) -> Stored | CascadeFiles:
 def _said(stored: Stored, given: dict[str, Any]) -> dict[str, Any]:
     """What the file stores about the images that it was trained on, as far as it is of use here."""
     said = stored.values(*IMAGES)
-    if given.get("model") and not stored.flags:  # normalised as by its authors
-        said |= dict(zip(("mean", "std"), model_class(given["model"]).normalisation, strict=False))
+    if given.get("model"):
+        said |= stored.sight(given["model"])
     if given.get("data_set", said.get("data_set")) != said.get("data_set"):
         said |= {"data_path": None, "eval_data_path": None}  # those of its own training data
     return said

@@ -15,25 +15,41 @@ from utils import Compute, Runtime, seed_everything
 
 
 def shuffled_shard(
-    size: int, compute: Compute, group: int, seed: int, chances: np.ndarray | None, epoch: int
+    size: int,
+    compute: Compute,
+    group: int,
+    seed: int,
+    chances: np.ndarray | None,
+    epoch: int,
+    *,
+    least: int = 0,
+    multiple: int = 1,
 ) -> list[int]:
     """This process's share of `size` shuffled samples, cut to full groups of all processes.
 
-    `chances` [size] are the samples' sampling weights, where they are not uniform.
+    With `least`, each process also keeps a last group of at least so many, in `multiple`s; where the samples
+    do not share out evenly, the first ones come again, as in torch's DistributedSampler. `chances` [size] are
+    the samples' sampling weights, where they are not uniform.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(size)
     if chances is not None:
         order = rng.choice(size, size, p=chances)
-    used = size - size % (compute.world_size * group)
-    return order[compute.rank : used : compute.world_size].tolist()
+    count = size // (compute.world_size * group) * group  # of each process
+    if least:
+        share = -(-size // compute.world_size)
+        rest = share % group
+        count = share - (rest if rest < least else rest % multiple)
+    return np.resize(order, count * compute.world_size)[compute.rank :: compute.world_size].tolist()
 
 
 class TrainLoader(DataLoader):
     """Full micro-batches, equally many per process and a multiple of `update_freq`; ValueError if none.
 
-    Order and augmentation of an epoch depend on its number alone. `order` is that of this epoch on this
-    process, as indices of the split's samples; a stream has none. Popular classes are `balanced`.
+    With `least`, the images left over are used too, and so is a last micro-batch of at least so many of them,
+    of an even number if `collate` mixes them. Every process has the same sizes. Order and augmentation of an
+    epoch depend on its number alone. `order` is that of this epoch on this process, as indices of the split's
+    samples; a stream has none. Popular classes are `balanced`.
     """
 
     def __init__(
@@ -43,6 +59,7 @@ class TrainLoader(DataLoader):
         compute: Compute,
         *,
         update_freq: int = 1,
+        least: int = 0,
         collate: Callable | None = None,
         seed: int = 0,
     ) -> None:
@@ -51,18 +68,21 @@ class TrainLoader(DataLoader):
         self.rank = compute.rank
         self.draws = torch.Generator()  # its own, to leave the global one, which dropout uses, alone
         self.order: list[int] = []
-        group = runtime.batch_size * update_freq
+        group = runtime.batch_size * (1 if least else update_freq)
         if isinstance(split, Stream):
+            if least:
+                raise ValueError("--drop_last false: the batches of a stream are always filled up")
             split.reader.batch_size = group  # each worker's images are rounded up to full groups
             split.set_loader_cfg(runtime.num_workers)
         else:
             popular = isinstance(split.base, Popular)
             chances = balanced(split.labels, len(split.base.numbers)) if popular else None
-            self.draw = partial(shuffled_shard, len(split), compute, group, seed, chances)
+            last = {"least": least, "multiple": 2 if collate else 1}
+            self.draw = partial(shuffled_shard, len(split), compute, group, seed, chances, **last)
             self.order += self.draw(0)
             if not self.order:
                 product = f"{runtime.batch_size} x update_freq {update_freq} x {compute.world_size} processes"
-                needed = f"one global batch of batch size {product}"
+                needed = f"one global batch of batch size {least or product}"
                 raise ValueError(f"{len(split)} training images are fewer than {needed}")
         super().__init__(
             split,

@@ -205,7 +205,7 @@ def _open_timm(data: "Data") -> Source:
 SMALL: dict[str, tuple[Any, Sequence[str], tuple]] = {
     "CIFAR10": (vision.CIFAR10, CIFAR10_NAMES, CIFAR10_STATS),
     "CIFAR100": (vision.CIFAR100, _named(100), CIFAR100_STATS),
-    "CIFAR": (vision.CIFAR100, _named(100), CIFAR100_STATS),  # as in Dyn-Perceiver's script
+    "CIFAR": (vision.CIFAR100, _named(100), IMAGENET_STATS),  # as in Dyn-Perceiver's script
     "FashionMNIST": (vision.FashionMNIST, vision.FashionMNIST.classes, FASHION_STATS),
 }
 # The number of classes, and the split to train on.
@@ -237,6 +237,11 @@ class Data:
     nb_classes: int | None = option(None, "number of classes, where the data set does not tell", low=1)
     num_calib: int | None = option(
         None, "training images held out for calibration; default: a tenth, at most 5,000", low=0
+    )
+    drop_last: bool = option(
+        True,
+        "leave out an epoch's last, partial batch; false: train on it too, as MSDNet, RANet and L2W do, "
+        "if it has 2 images (L2W: 4) or more per process, with mixup or cutmix of an even number",
     )
     seed: int = option(0, "seed of the splits, the weights and the training", low=0)
     download: bool = option(False, "fetch torchvision data sets that are missing")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform
@@ -36,6 +36,11 @@ class View:
     )
     crop_pct: float | None = option(
         None, "share of the short side that evaluation keeps above 32 pixels; default 224/256"
+    )
+    interpolation: Literal["bicubic", "bilinear"] = option(
+        "bicubic",
+        "how evaluation resizes above 32 pixels; where --model names the network of a published "
+        "file, its family's: bilinear for MSDNet, RANet and L2W",
     )
 
     def __post_init__(self) -> None:
@@ -154,22 +159,22 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Imag
 
 
 def eval_transform(view: View) -> Callable[[Image.Image], Tensor]:
-    """Evaluation transform: short side to `input_size / crop_pct`, centre crop, normalise; bicubic.
+    """Evaluation transform: short side to `input_size / crop_pct`, centre crop, normalise.
 
     Images for sizes <= 32 or >= 384 are resized to the square instead, without a crop; an image that already
-    has the size is left as it is.
+    has the size is left as it is. Up to 32 pixels that is bicubic, as in training.
     """
-    size = view.size
+    size, mode = view.size, InterpolationMode(view.interpolation)
     if SMALL < size < LARGE:
-        resize = transforms.Resize(int(size / (view.crop_pct or CROP_PCT)), InterpolationMode.BICUBIC)
+        resize = transforms.Resize(int(size / (view.crop_pct or CROP_PCT)), mode)
         sizing = [resize, transforms.CenterCrop(size)]
     else:
-        sizing = [_square(size)]
+        sizing = [_square(size, mode if size > SMALL else InterpolationMode.BICUBIC)]
     return transforms.Compose([*sizing, transforms.ToTensor(), transforms.Normalize(view.mean, view.std)])
 
 
-def _square(size: int) -> transforms.Resize:
-    return transforms.Resize((size, size), InterpolationMode.BICUBIC)
+def _square(size: int, mode: InterpolationMode = InterpolationMode.BICUBIC) -> transforms.Resize:
+    return transforms.Resize((size, size), mode)
 
 
 def _mixed(mixup: Mixup, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,7 @@ Builder = Callable[[float | None, float | None], Backbone]
 CORES: dict[str, Builder] = {}
 
 
-def make_backbone(core: str, drop_path: float | None, dropout: float | None) -> Backbone:
+def make_backbone(core: str, drop_path: float | None = None, dropout: float | None = None) -> Backbone:
     """The named core; rates of None are those it was published with.
 
     Raises ValueError for an unknown name or an invalid rate.

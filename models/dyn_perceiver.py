@@ -53,8 +53,8 @@ class DynPerceiver(MultiExitModel, Tunable):
         with_last_CA: the last map reads the tokens before exit 3.
         with_isc: exits 1 and 3 read the logits of exits 0 and 1.
         drop_path: stochastic depth of the CNN, rising to this rate; None as published: ResNets 0.2, else 0.
-        dropout: rate of all dropout; None is what was published: 0 in the latent branch, 0.2 before the last
-            linear layer of ResNet's exit 2 and of MobileNet's exits 2 and 3.
+        dropout: of the latent branch: attention, and what its layers add. The CNN's, of 0.2 before the last
+            linear layer of ResNet's exit 2 and of MobileNet's exits 2 and 3, is fixed, as published.
     """
 
     num_exits = len(EXITS)
@@ -79,10 +79,10 @@ class DynPerceiver(MultiExitModel, Tunable):
         with_last_CA: bool = True,
         with_isc: bool = True,
         drop_path: float | None = None,
-        dropout: float | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        backbone = make_backbone(core, drop_path, dropout)
+        backbone = make_backbone(core, drop_path)
         tokens = [rounded_up(width) for width in backbone.widths[:4]]
         _check(tokens, num_latents, depth_factor, num_SA_heads, num_latent_channels)
         check_at_least(1, SA_widening_factor=SA_widening_factor)
@@ -102,7 +102,7 @@ class DynPerceiver(MultiExitModel, Tunable):
         # Order of the published files, which number their optimizers' parameters by it.
         self._add_cnn_classifier(backbone, num_classes, before="dwc1_x2z")
         depths = [layers * factor for layers, factor in zip(LAYERS, depth_factor, strict=True)]
-        self._add_latent_stages(backbone, tokens, depths, num_SA_heads, SA_widening_factor, dropout or 0.0)
+        self._add_latent_stages(backbone, tokens, depths, num_SA_heads, SA_widening_factor, dropout)
         self._add_exits(backbone, tokens, num_classes)
         self.token_expander = _linears(tokens)
         self.token_mixer = _linears([num_latents // 2**i for i in range(4)])

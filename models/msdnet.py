@@ -169,12 +169,14 @@ class MSDNet(MultiExitModel):
             multiples of the channels added. Their length is the number of scales.
         bottleneck: put a 1x1 reduction before every 3x3 convolution.
         prune: "max" or "min", how fine scales are dropped with depth.
-        reduction: channels kept by a transition; 0 = no transitions.
+        reduction: share of the channels that a transition keeps; 0 = no transitions, 1 = they keep the width.
         init: "default" (PyTorch's, which all published MSDNets were trained from) or "he" (what their code
             declares).
         lazy: compute only what an exit reads; false runs whole blocks, the published order of execution.
         bnAfter: only true: batch norm follows its convolution, as in all published networks.
     """
+
+    interpolation = "bilinear"
 
     def __init__(
         self,
@@ -277,8 +279,8 @@ def _check(gr: Sequence[int], bn: Sequence[int], growth: int, reduction: float) 
         raise ValueError(f"bnFactor {list(bn)} and grFactor {list(gr)} need one number per scale each")
     if any(growth * g % 2 for g in gr[1:]):
         raise ValueError(f"growthRate {growth} times grFactor {list(gr)} must be even beyond the first scale")
-    if not 0 <= reduction < 1:
-        raise ValueError(f"reduction is {reduction}; it must be at least 0 and below 1")
+    if not 0 <= reduction <= 1:
+        raise ValueError(f"reduction is {reduction}; it must be at least 0 and at most 1")
 
 
 register(MSDNet, "msdnet", "MSDNet; the options default to the CIFAR budgeted configuration")

@@ -23,6 +23,8 @@ class MultiExitModel(nn.Module):
     loss_weights: tuple[float, ...] = ()
     # Mean and standard deviation that released weights expect, if not the data set's.
     normalisation: tuple[tuple[float, ...], ...] = ()
+    # How images were resized to evaluate released weights.
+    interpolation: str = "bicubic"
     # Last part of the names of parameters that are added to activations, not multiplied with them.
     embeddings: tuple[str, ...] = ()
 

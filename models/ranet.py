@@ -213,6 +213,8 @@ class RANet(MultiExitModel):
         bnAfter: only true: batch norm follows its convolution, as in all published networks.
     """
 
+    interpolation = "bilinear"
+
     def __init__(
         self,
         *,

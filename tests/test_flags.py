@@ -16,6 +16,7 @@ SHARED_DEFAULTS = {
     "input_size": None,  # there 224
     "imagenet_default_mean_and_std": True,
     "crop_pct": None,
+    "interpolation": "bicubic",  # as there
     "seed": 0,
     "output_dir": "",
     "device": "auto",  # there cuda
@@ -27,6 +28,7 @@ SHARED_DEFAULTS = {
     "mean": None,
     "std": None,
     "num_calib": None,
+    "drop_last": True,  # as it does
     "download": False,
     "train_split": "train",
     "val_split": "validation",

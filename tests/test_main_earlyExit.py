@@ -76,10 +76,16 @@ def test_other_flags_of_training_run(trained, tmp_path, capsys, on, read_log):
     assert {path.name for path in tmp_path.glob("*.pth")} == {"checkpoint-best.pth", "checkpoint-last.pth"}
 
 
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, on, read_log):
-    flags = shlex.split(
-        "--epochs 3 --warmup_epochs 1 --update_freq 2 --model_ema true --model_ema_decay 0.5 --lr 0.01"
-    )
+@pytest.mark.parametrize(
+    ("words", "steps", "epochs"),
+    [
+        ("--epochs 3 --update_freq 2", 4, 3),  # of 8 batches
+        # Of 6 batches, the last one of 2 images.
+        ("--epochs 2 --update_freq 4 --drop_last false --batch_size 6 --disable_eval true", 2, 2),
+    ],
+)
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, on, read_log, words, steps, epochs):
+    flags = shlex.split(f"{words} --warmup_epochs 1 --model_ema true --model_ema_decay 0.5 --lr 0.01")
     train(on(*flags, "--output_dir", tmp_path / "whole"))
     train_one_epoch = classifier.train_one_epoch
 
@@ -100,10 +106,10 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, on, read_lo
     whole, parts = (torch.load(file, weights_only=True) for file in files)
     for key in ("model", "model_ema", "optimizer"):
         torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=0)
-    assert whole["step"] == parts["step"] == 3 * 4
+    assert whole["step"] == parts["step"] == epochs * steps
     assert all(whole[key] == parts[key] for key in ("epoch", "best", "scaler", "calib_indices"))
     lines = [[{**line, "seconds": 0} for line in read_log(tmp_path / name)] for name in ("whole", "parts")]
-    assert lines[0] == lines[1] and len(lines[0]) == 3
+    assert lines[0] == lines[1] and len(lines[0]) == epochs
 
 
 def test_a_checkpoint_of_another_network_is_not_resumed(trained, error_of, on):
@@ -141,6 +147,7 @@ def test_a_script_ends_with_one_line_for_its_user():
 
 def test_torchrun_trains_in_two_processes(trained, tmp_path, on, read_log):
     flags = on("--epochs", 1, "--warmup_epochs", 0, *PLAIN, "--output_dir", tmp_path, "--num_calib", 7)
+    flags += ["--drop_last", "false", "--batch_size", "5"]
     flags += ["--finetune", trained / "checkpoint-last.pth"]
     launch = shlex.split("-m torch.distributed.run --standalone --nproc_per_node 2 main_earlyExit.py")
     end = script(*launch, *flags, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -150,4 +157,6 @@ def test_torchrun_trains_in_two_processes(trained, tmp_path, on, read_log):
     # All 7 images held out, and all 20 test images, are counted once.
     assert line["calib/acc1/exit0"] * 7 == pytest.approx(round(line["calib/acc1/exit0"] * 7))
     assert line["test/acc1/exit1"] * 20 == pytest.approx(round(line["test/acc1/exit1"] * 20))
-    assert torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)["step"] == 32 // 8
+    assert (
+        torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)["step"] == 4
+    )  # 17 images each in batches of 5

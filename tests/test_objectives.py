@@ -131,6 +131,16 @@ def test_tables_of_sample_weights_are_of_every_training_image_once(weighted, las
         assert np.allclose(tables["weights"].sum(1), 2, atol=2e-3) and np.ptp(tables["weights"]) > 0.01
 
 
+def test_a_last_partial_batch_is_cut_into_halves_too(on, tmp_path, last_of):
+    words = shlex.split("--l2w true --meta_net_hidden_size 8 --l2w_tables 1 --epochs 1 --drop_last false")
+    for batch_size, batches, rows in ((14, 3, 32), (15, 2, 30)):  # left over are 4 images, and 2
+        out = tmp_path / str(batch_size)
+        train(on(*SHORT, *words, "--batch_size", batch_size, "--output_dir", out))
+        assert last_of(out)["step"] == 2 * batches and last_of(out)["l2w"]["batch"] == batches
+        index = np.load(out / "l2w-0.npz")["index"]
+        assert len(index) == len(set(index)) == rows
+
+
 def test_sample_weights_are_on_the_board(weighted):
     board = EventAccumulator(str(weighted[0] / "board"), {"histograms": 0})
     board.Reload()

@@ -23,7 +23,11 @@ class Optimization:
     """How weights move; names and defaults are those of Dyn-Perceiver's script."""
 
     epochs: int = option(300, low=1)
-    update_freq: int = option(1, "micro-batches per optimizer step", low=1)
+    update_freq: int = option(
+        1,
+        "micro-batches per optimizer step, all of one weight; the last step of an epoch may have fewer",
+        low=1,
+    )
     opt: str = option("adamw", "any optimizer of timm; sgd is plain SGD with momentum")
     opt_eps: float | None = option(1e-8, low=0)
     opt_betas: tuple[float, ...] | None = option(None)
@@ -91,6 +95,11 @@ def lr_at(
 def weight_decay_at(step: int, *, base: float, end: float | None, total_steps: int) -> float:
     """Weight decay of optimizer step `step`: a cosine from `base` to `end`; always `base` if that is None."""
     return base if end is None else cosine(base, end, step, total_steps)
+
+
+def micro_batches_at(update_freq: int, steps: int, rest: int, step: int) -> int:
+    """Micro-batches of optimizer step `step`; the last of an epoch's `steps` has `rest`, unless that is 0."""
+    return rest if rest and (step + 1) % steps == 0 else update_freq
 
 
 def param_groups(
@@ -162,13 +171,21 @@ def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.
 
 
 def make_update(
-    model: nn.Module, optimization: Optimization, *, steps: int, losses_per_batch: int = 1, fp16: bool = False
+    model: nn.Module,
+    optimization: Optimization,
+    *,
+    steps: int,
+    rest: int = 0,
+    losses_per_batch: int = 1,
+    fp16: bool = False,
 ) -> "Update":
     """Optimizer, schedules and moving average for a run of `steps` optimizer steps an epoch.
 
-    An objective that yields `losses_per_batch` losses takes as many steps on one batch, all at one rate.
+    The last of them has only `rest` micro-batches, unless that is 0. An objective that yields
+    `losses_per_batch` losses takes as many steps on one batch, all at one rate.
     """
     o = optimization
+    micro_batches = partial(micro_batches_at, o.update_freq, steps, rest)
     together = losses_per_batch if o.update_freq == 1 else 1
     steps //= together
     lr = partial(
@@ -194,19 +211,19 @@ def make_update(
         lr=lambda step: lr(step // together),
         weight_decay=lambda step: decay(step // together),
         clip_grad=o.clip_grad or None,
-        update_freq=o.update_freq,
+        micro_batches=micro_batches,
         fp16=fp16,
         ema=average,
     )
 
 
 class Update:
-    """Turns losses into optimizer steps: `update(loss)` per micro-batch, a step per `update_freq` calls.
+    """Turns losses into optimizer steps: `update(loss)` per micro-batch, and a step for every few of them.
 
-    `lr` and `weight_decay` map an optimizer step to that step's value. `clip_grad` is the largest global
-    gradient norm, or None; with it, `grad_norm` is the last step's norm before clipping (a 0-d tensor).
-    `fp16` scales the loss; `ema`, made from the bare model, is updated after every step. `model` may be
-    wrapped in DistributedDataParallel.
+    `lr`, `weight_decay` and `micro_batches` map an optimizer step to that step's value; its gradient is the
+    mean over its micro-batches. `clip_grad` is the largest global gradient norm, or None; with it,
+    `grad_norm` is the last step's norm before clipping (a 0-d tensor). `fp16` scales the loss; `ema`, made
+    from the bare model, is updated after every step. `model` may be wrapped in DistributedDataParallel.
     """
 
     def __init__(
@@ -217,13 +234,13 @@ class Update:
         lr: Callable[[int], float],
         weight_decay: Callable[[int], float],
         clip_grad: float | None = None,
-        update_freq: int = 1,
+        micro_batches: Callable[[int], int] = lambda step: 1,
         fp16: bool = False,
         ema: ModelEmaV3 | None = None,
     ):
         self.model, self.optimizer, self.ema = model, optimizer, ema
         self.lr, self.weight_decay = lr, weight_decay
-        self.clip_grad, self.update_freq = clip_grad, update_freq
+        self.clip_grad, self.micro_batches = clip_grad, micro_batches
         self.distributed = isinstance(model, DistributedDataParallel)
         self.bare_model = model.module if self.distributed else model
         self.scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=fp16)
@@ -247,6 +264,7 @@ class Update:
     def start(self, step: int) -> None:
         """Prepares for optimizer step `step`: sets its rates and drops gradients of an unfinished step."""
         self.step = step
+        self.group = self.micro_batches(step)
         self.optimizer.zero_grad()
         lr, weight_decay = self.lr(step), self.weight_decay(step)
         for group, (lr_scale, wd_scale) in zip(self.optimizer.param_groups, self.scales, strict=True):
@@ -258,14 +276,14 @@ class Update:
         self.micro_batch = index
         if self.distributed:
             # Read by the wrapper's forward: only the last micro-batch averages over processes.
-            self.model.require_backward_grad_sync = index == self.update_freq - 1
+            self.model.require_backward_grad_sync = index == self.group - 1
 
     def __call__(self, loss: Tensor) -> None:
         """Backward of one micro-batch's `loss` (a scalar), and the optimizer step if it completes one."""
         # The caller may be under autocast, which is for the forward pass; backward reuses its types.
         with torch.autocast(loss.device.type, enabled=False):
-            self.scaler.scale(loss / self.update_freq).backward(create_graph=self.second_order)
-        if self.micro_batch < self.update_freq - 1:
+            self.scaler.scale(loss / self.group).backward(create_graph=self.second_order)
+        if self.micro_batch < self.group - 1:
             self._await_micro_batch(self.micro_batch + 1)
             return
         if self.clip_grad is not None:

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.transforms import functional as TF
 
 from datasets import View
 from experiment import open_network
@@ -106,6 +107,13 @@ def test_a_published_dyn_perceiver_is_built_from_its_flags(perceiver_file, weigh
     assert opened.weights == {"model_ema": "moving average of the weights", "model": "weights"}[key]
 
 
+def test_a_file_with_a_rate_of_dropout_opens_as_before(perceiver_file):
+    args = understood(perceiver_file, "x.pth").arch["options"]
+    arch = {"name": PERCEIVER, "options": args | {"dropout": 0.5}, "num_classes": 1000}
+    opened = open_network(understood({"model": perceiver_file["model"], "arch": arch, "args": {}}, "x.pth"))
+    assert opened.arch == arch and torch.equal(opened.network.latent, perceiver_file["model"]["latent"])
+
+
 def test_what_is_given_must_agree_with_the_file(perceiver_file):
     for wrong in ({"depth_factor": [1, 1, 1, 1]}, {"name": "msdnet"}):
         with pytest.raises(ValueError, match="x.pth holds another network than --model and its options say"):
@@ -150,6 +158,28 @@ def test_published_layouts_of_msdnet_and_l2w(tmp_path, layout):
     opened = open_network(tmp_path / "x.pth", name="msdnet", options=SMALL)
     assert opened.arch == NETWORK
     same_answers(opened.network, network)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "interpolation"),
+    [
+        ("msdnet", None, "bilinear"),  # MSDNet's and L2W's files
+        ("ranet", None, "bilinear"),
+        ("cifar_resnet", None, "bicubic"),
+        ("msdnet", {"seed": 0}, "bicubic"),  # ours, from before there was a choice
+        ("msdnet", {"interpolation": "bilinear"}, "bilinear"),
+        ("cifar_resnet", {"interpolation": "bilinear"}, "bilinear"),
+    ],
+)
+def test_images_are_resized_as_the_network_was_evaluated(small_options, name, args, interpolation):
+    content = {"state_dict": create_model(name, 5, **small_options[name]).state_dict(), "args": args}
+    opened = open_network(understood(content, "x.pth"), name=name, options=small_options[name])
+    assert opened.view.interpolation == opened.recipe.view.interpolation == interpolation
+    given = View(48, *STATS.values(), interpolation="bilinear")
+    opened = open_network(understood(content, "x.pth"), name=name, options=small_options[name], view=given)
+    image = Image.linear_gradient("L").resize((90, 60), Image.Resampling.BOX)
+    wanted = (TF.to_tensor(image.resize((81, 54), Image.Resampling.BILINEAR).convert("RGB")) - 0.1) / 0.4
+    torch.testing.assert_close(opened.transform(image)[0, 0], wanted[0, 3:51, 16:64], rtol=0, atol=1e-6)
 
 
 def test_ebjrs_published_student():

@@ -144,11 +144,12 @@ def test_epochs_that_are_done_are_counted_as_their_programs_do():
 
 
 def test_a_run_keeps_its_images_its_seed_and_its_optimizer():
-    given = {"data_set": "DIGITS", "num_calib": None, "seed": 3, "opt": "sgd"}
+    given = {"data_set": "DIGITS", "num_calib": None, "seed": 3, "drop_last": True, "opt": "sgd"}
     recipe = Recipe.of(given)
     for args in ({}, {"seed": 3, "lr": 7}, given):  # an old file without the others
         check_same_run(recipe, understood({"args": args}, "x.pth"))
-    for name, other in (("data_set", "CIFAR10"), ("num_calib", 5), ("seed", 0), ("opt", "adamw")):
+    others = {"data_set": "CIFAR10", "num_calib": 5, "seed": 0, "drop_last": False, "opt": "adamw"}
+    for name, other in others.items():
         with pytest.raises(ValueError, match=f"^--{name} {given[name]}, but x.pth was trained with {other}$"):
             check_same_run(recipe, understood({"args": given | {name: other}}, "x.pth"))
 

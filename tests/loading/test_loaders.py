@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import DistributedSampler, Subset, default_collate
 
 from loading.loaders import TrainLoader, ordered_loader, shuffled_shard
 from loading.relabel import only_popular
@@ -53,6 +53,51 @@ def test_training_shards_are_equally_long_disjoint_and_cut_to_full_groups():
     assert len(set(first[0] + first[1])) == 16
     assert shards(1)[0] != first[0]
     assert shards(0)[0] == first[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "world_size", "least", "multiple", "count"),
+    [
+        (23, 2, 2, 1, 12),  # the first sample comes again, and no group is partial
+        (21, 2, 2, 1, 11),
+        (21, 2, 2, 2, 10),  # mixed in pairs
+        (21, 2, 4, 1, 8),  # halves of 2 or more
+        (9, 1, 2, 1, 8),  # batch norm needs more than one
+        (10, 4, 2, 1, 3),  # two of the samples come again
+        (3, 8, 1, 1, 1),
+    ],
+)
+def test_a_last_partial_group_is_kept_where_it_is_wanted(size, world_size, least, multiple, count):
+    """Samples are shared as by torch's sampler; every process has as many."""
+    order = shuffled_shard(size, CPU, 1, 5, None, 3)
+    assert sorted(order) == list(range(size))
+    for compute in processes(world_size):
+        kept = shuffled_shard(size, compute, 4, 5, None, 3, least=least, multiple=multiple)
+        torchs = DistributedSampler(order, world_size, compute.rank, shuffle=False)
+        assert kept == [order[i] for i in torchs][:count] and len(kept) == count
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "least", "mixed", "sizes"),
+    [
+        (6, 2, False, [6, 6, 6, 2]),
+        (6, 4, False, [6, 6, 6]),
+        (17, 2, False, [17, 3]),
+        (17, 2, True, [17, 2]),
+        (30, 2, False, [20]),
+        (6, 0, False, [6, 6]),
+    ],
+)
+def test_micro_batches_are_left_over_where_it_is_wanted(cifar, as_tensor, batch_size, least, mixed, sizes):
+    collate = default_collate if mixed else None
+    split = Split(cifar.train, None, as_tensor)
+    loader = TrainLoader(split, runtime(batch_size), CPU, update_freq=2, least=least, collate=collate, seed=1)
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        labels = [labels.tolist() for _, labels in loader]
+        assert [len(batch) for batch in labels] == sizes and len(loader) == len(sizes)
+        names = [loader.names(step) for step in range(len(loader))]
+        assert [[int(name.split("[")[1][:-1]) % 10 for name in batch] for batch in names] == labels
 
 
 def test_the_order_of_a_loader_is_its_share_of_the_epoch(cifar, as_tensor):
@@ -128,3 +173,5 @@ def test_too_few_images_for_one_step_is_refused(cifar, as_tensor):
     split = Split(cifar.train, None, as_tensor)
     with pytest.raises(ValueError, match="20 training images.*batch size 4 x update_freq 3 x 2 processes"):
         TrainLoader(split, runtime(4), processes(2)[0], update_freq=3)
+    with pytest.raises(ValueError, match="1 training images are fewer than one global batch of batch size 2"):
+        TrainLoader(Split(cifar.train, [0], as_tensor), runtime(4), CPU, least=2)

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from loading.loaders import ordered_loader
-from loading.sources import CIFAR10_STATS, Data, load_npz, open_source
+from loading.sources import CIFAR10_STATS, CIFAR100_STATS, IMAGENET_STATS, Data, load_npz, open_source
 from loading.split import Split, make_split
 from utils import Compute, Runtime
 
@@ -110,8 +110,13 @@ def test_cifar_needs_both_npz_files_and_knows_its_class_count(tmp_path, write_np
     path = str(write_npz(tmp_path / "a.npz", count=200, num_classes=100))
     with pytest.raises(ValueError, match="--eval_data_path"):
         open_data("CIFAR100", path)
-    source = open_data("CIFAR", path, path)
-    assert source.num_classes == 100 and source.mean == (0.5071, 0.4867, 0.4408)
+    source = open_data("CIFAR100", path, path)
+    assert source.num_classes == 100 and (source.mean, source.std, source.input_size) == CIFAR100_STATS
+    as_there = open_data("CIFAR", path, path)  # 224 pixels, as in Dyn-Perceiver's script
+    assert (
+        as_there.num_classes == 100 and (as_there.mean, as_there.std, as_there.input_size) == IMAGENET_STATS
+    )
+    assert np.array_equal(as_there.train[7][0], source.train[7][0])
     with pytest.raises(ValueError, match="from 0 to 99, expected 0 to 9"):
         open_data("CIFAR10", path, path)
 

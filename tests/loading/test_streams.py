@@ -69,6 +69,12 @@ def test_a_training_stream_gives_full_groups_shuffled_and_repeatable(stream, as_
     assert first == values(0) != values(1)
 
 
+def test_a_stream_has_no_partial_batches(stream, as_tensor):
+    split = make_split(stream.train, None, as_tensor)
+    with pytest.raises(ValueError, match="^--drop_last false: the batches of a stream are always filled up$"):
+        TrainLoader(split, Runtime(batch_size=3, num_workers=1), CPU, least=2)
+
+
 def test_a_stream_without_calib_split_or_class_count_is_refused(tmp_path, encoded):
     pytest.importorskip("webdataset")
     write_shards(tmp_path, {"train": 1, "validation": 1}, encoded)

@@ -125,6 +125,19 @@ def test_eval_transform_honours_crop_pct():
     assert_close(eval_transform(view(80, crop_pct=1.0))(image), normalised(image)[:, :, 10:90])
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_evaluation_resizes_as_it_is_told(interpolation):
+    """Of MSDNet, RANet and L2W bilinearly, of Dyn-Perceiver bicubically; up to 32 pixels as in training."""
+    image, kind = noise_image(60, 50), Image.Resampling[interpolation.upper()]
+    short = image.resize((48, 40), kind)  # 35 / 0.875 pixels
+    zoomed = eval_transform(view(35, interpolation=interpolation))(image)
+    assert_close(zoomed, normalised(short)[:, 2:37, 6:41])
+    squeezed = eval_transform(view(384, interpolation=interpolation))(image)
+    assert_close(squeezed, normalised(image.resize((384, 384), kind)))
+    small = eval_transform(view(32, interpolation=interpolation))(image)
+    assert_close(small, normalised(image.resize((32, 32), Image.Resampling.BICUBIC)))
+
+
 @pytest.mark.parametrize("crop_pct", [0.0, -1.0, 1.5])
 def test_crop_pct_out_of_range_is_refused(crop_pct):
     with pytest.raises(ValueError, match=f"crop_pct.*{crop_pct}"):
@@ -238,7 +251,7 @@ PUBLISHED = {
         "mixup_mode": "batch",
     },
 }
-ADDED = {View: {"input_size", "mean", "std"}, Transform: {"scale"}, Mixing: set()}
+ADDED = {View: {"input_size", "mean", "std", "interpolation"}, Transform: {"scale"}, Mixing: set()}
 
 
 @pytest.mark.parametrize("group", PUBLISHED)

@@ -64,7 +64,7 @@ def test_mobilenet_widths_are_torchvisions(width_mult):
 )
 def test_widths_of_the_maps(name, widths):
     with torch.device("meta"):
-        assert make_backbone(name, None, None).widths == widths
+        assert make_backbone(name).widths == widths
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_widths_of_the_maps(name, widths):
 )
 @torch.no_grad()
 def test_maps_have_the_widths_and_strides_that_are_said(name):
-    backbone, x = make_backbone(name, None, None), torch.randn(1, 3, 90, 90)
+    backbone, x = make_backbone(name), torch.randn(1, 3, 90, 90)
     x = backbone.stem.eval()(x)
     for i, stage in enumerate(backbone.stages):
         side = -(-90 // backbone.strides[i])

@@ -189,18 +189,33 @@ def test_unset_rates_are_the_published_ones(name):
 
 @pytest.mark.parametrize("name", CORES)
 def test_given_rates_are_used(name):
-    net = create_model(name, dropout=0.1, drop_path=0.3)
-    assert {m.dropout for m in net.modules() if hasattr(m, "dropout")} == {0.1}
-    assert net.cnn_dropout.p == (0.0 if "mobilenet" in name else 0.1)
+    net = create_model(name, drop_path=0.3)
     assert (
         max(getattr(m.drop_path, "drop_prob", 0.0) for m in net.modules() if hasattr(m, "drop_path")) == 0.3
     )
-    none = create_model(name, dropout=0.0, drop_path=0.0)
-    assert not any(m.p for m in none.modules() if isinstance(m, nn.Dropout))
+    none = create_model(name, drop_path=0.0)
+    assert not any(getattr(m, "drop_prob", 0.0) for m in none.modules())
+
+
+def rates_of_dropout(net):
+    """By name, those of the latent branch apart from the CNN's."""
+    found = {name: getattr(m, "dropout", getattr(m, "p", None)) for name, m in net.named_modules()}
+    latent = {name: rate for name, rate in found.items() if rate is not None and "_att" in name}
+    return latent, {name: rate for name, rate in found.items() if rate is not None and "_att" not in name}
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_dropout_is_that_of_the_latent_branch_as_published(name):
+    """Its published default, 0, alters nothing where it is written out."""
+    latent, cnn = rates_of_dropout(create_model(name))
+    assert len(latent) > 40 and {*latent.values()} == {0.0} and cnn
+    assert rates_of_dropout(create_model(name, dropout=0.0)) == (latent, cnn)
+    changed, same = rates_of_dropout(create_model(name, dropout=0.1))
+    assert changed.keys() == latent.keys() and {*changed.values()} == {0.1} and same == cnn
 
 
 def test_the_merged_exit_reads_the_map_without_exit_2s_dropout(small):
-    net, images = small("resnet18_perceiver_t128", with_last_CA=False, drop_path=0.0, dropout=0.5)
+    net, images = small("resnet18_perceiver_t128", with_last_CA=False, drop_path=0.0)
     for module in net.modules():  # leaves the dropout of exit 2 alone
         if module is not net.cnn_dropout:
             module.training = False

@@ -15,6 +15,7 @@ MSDNETS = {
     "min, a block a layer": {"nBlocks": 7, "stepmode": "even", "prune": "min"},
     "min, fewer layers than scales": {"nBlocks": 2, "stepmode": "even", "prune": "min"},
     "no transitions": {"nBlocks": 3, "reduction": 0},
+    "transitions that keep the width": {"nBlocks": 3, "reduction": 1.0},
     "no bottleneck": {"nBlocks": 3, "bottleneck": False},
     "one scale": {"nBlocks": 3, "grFactor": (1,), "bnFactor": (1,)},
     "five scales": {"nBlocks": 3, "base": 4, "grFactor": (1, 2, 2, 4, 4), "bnFactor": (1, 2, 2, 4, 4)},
@@ -78,6 +79,17 @@ def test_msdnet_drops_scales_with_depth(prune, elements):
     ] == elements
 
 
+@pytest.mark.parametrize("prune", ["max", "min"])
+def test_msdnet_transitions_of_reduction_1_stay_and_compress_nothing(prune):
+    """Where they are with other reductions, from `c * g` channels to as many."""
+    nets = [create_model("msdnet", nBlocks=3, prune=prune, reduction=kept) for kept in (0.5, 1.0)]
+    assert nets[0].state_dict().keys() == nets[1].state_dict().keys()
+    transitions = [m for m in nets[1].modules() if isinstance(m, Transition)]
+    shapes = [unit.net[0].weight.shape[:2] for transition in transitions for unit in transition.m]
+    assert len(transitions) == 2 and all(n_out == n_in for n_out, n_in in shapes)
+    assert nets[1].classifier[-1].m[0].net[0].weight.shape[1] == (16 + 6 * (1 + 2 + 3)) * 4
+
+
 @msdnets
 @torch.no_grad()
 def test_msdnet_lazy_answers_are_those_of_whole_blocks(options, small_msdnet):
@@ -136,7 +148,7 @@ def test_msdnet_he_init():
         ({"nChannels": 0}, "nChannels is 0"),
         ({"grFactor": (1, 2)}, r"bnFactor \[1, 2, 4\] and grFactor \[1, 2\]"),
         ({"growthRate": 3, "grFactor": (1, 1, 2)}, r"growthRate 3 times grFactor \[1, 1, 2\] must be even"),
-        ({"reduction": 1.0}, "reduction is 1.0"),
+        ({"reduction": 1.1}, "reduction is 1.1; it must be at least 0 and at most 1"),
         ({"reduction": -0.5}, "reduction is -0.5"),
     ],
 )

@@ -401,7 +401,7 @@ def test_figures_count_negative_weights_and_start_anew():
 def test_halves_may_be_micro_batches_of_one_step():
     network, (images, targets) = toy().train(), batch(8)
     plain = copy.deepcopy(network)
-    objective = weighting(network, update=sgd(network)(network, update_freq=2), meta_lr=0.0)
+    objective = weighting(network, update=sgd(network)(network, micro_batches=lambda step: 2), meta_lr=0.0)
     optimizer = torch.optim.SGD(plain.parameters(), LR, weight_decay=0.01)
     for part in (slice(0, 4), slice(4, 8)):  # both at the weights that the batch found
         losses = loss_table(plain(images[part]), targets[part])

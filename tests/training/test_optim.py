@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models import create_model
+from training import optim
 from training.optim import Optimization, Update, lr_at, make_optimizer, param_groups, weight_decay_at
 
 SGD = Optimization(opt="sgd", lr=0.1, weight_decay=0.05, opt_eps=None)
@@ -172,7 +173,7 @@ def test_accumulation_equals_one_big_batch():
     parts.load_state_dict(whole.state_dict())
     update_whole, update_parts = (
         make_update(whole, clip_grad=0.1),
-        make_update(parts, clip_grad=0.1, update_freq=3),
+        make_update(parts, clip_grad=0.1, micro_batches=lambda step: 3),
     )
     for _ in range(2):
         update_whole(squared_error(whole, inputs))
@@ -182,10 +183,29 @@ def test_accumulation_equals_one_big_batch():
     torch.testing.assert_close(parts.weight, whole.weight)
 
 
+def test_the_last_step_of_an_epoch_may_have_fewer_micro_batches():
+    """Steps of 4 and 2 micro-batches: each is one of their mean loss, at the rates of its number."""
+    optimization = replace(SGD, epochs=2, warmup_epochs=0, min_lr=0.0)
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 6, 5, 4)
+    whole, parts = nn.Linear(4, 3), nn.Linear(4, 3)
+    parts.load_state_dict(whole.state_dict())
+    once = optim.make_update(whole, optimization, steps=2)
+    update = optim.make_update(parts, replace(optimization, update_freq=4), steps=2, rest=2)
+    for epoch in inputs:
+        for group in (epoch[:4], epoch[4:]):
+            once(torch.stack([squared_error(whole, chunk) for chunk in group]).mean())
+        for chunk in epoch:
+            update(squared_error(parts, chunk))
+        assert update.step == once.step and update.figures() == once.figures()
+        torch.testing.assert_close(parts.weight, whole.weight)
+    assert update.step == 4 and update.figures()["opt/lr"] == 0
+
+
 def test_start_drops_a_half_done_step():
     model, inputs = nn.Linear(4, 3), torch.randn(2, 4)
     once = copy.deepcopy(model)
-    update = make_update(model, update_freq=2)
+    update = make_update(model, micro_batches=lambda step: 2)
     update(squared_error(model, inputs))
     update.start(0)
     for _ in range(2):
@@ -221,7 +241,7 @@ def test_ema_follows_every_optimizer_step():
     model = nn.Linear(2, 1)
     before = model.weight.detach().clone()
     ema = ModelEmaV3(model, decay=0.75)
-    update = make_update(model, ema=ema, update_freq=2)
+    update = make_update(model, ema=ema, micro_batches=lambda step: 2)
     for _ in range(2):
         update(squared_error(model, torch.randn(5, 2)))
     torch.testing.assert_close(ema.module.weight, 0.75 * before + 0.25 * model.weight)
@@ -306,8 +326,8 @@ def test_distributed_gradients_are_reduced_once_per_optimizer_step(tmp_path):
             return future
 
         wrapped.register_comm_hook(None, count)
-        update = make_update(wrapped, update_freq=3, ema=ModelEmaV3(model))
-        update_alone = make_update(alone, update_freq=3)
+        update = make_update(wrapped, micro_batches=lambda step: 3, ema=ModelEmaV3(model))
+        update_alone = make_update(alone, micro_batches=lambda step: 3)
         for chunk in [*inputs, *inputs]:
             update(squared_error(wrapped, chunk))
             update_alone(squared_error(alone, chunk))

@@ -1,13 +1,15 @@
 """One epoch of training and one pass of evaluation, for any network and any objective."""
 
+import time
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.exit_tables import ExitTables
 from models import MultiExitModel, tune
-from training.losses import ObjectiveFunction
+from training.losses import ObjectiveFunction, full_precision
 from utils import Compute, Meters, Progress, gather, share_buffers
 
 
@@ -22,16 +24,23 @@ def train_one_epoch(
     print_freq: int = 50,
     on_print: Callable[[dict[str, float]], None] = lambda means: None,
 ) -> dict[str, float]:
-    """Trains once through the loader; returns means over all processes of `loss` and `acc1/exit{k}`.
+    """Trains once through the loader; returns means over all processes of `loss` and of `exit_sums`.
 
-    The latter are for hard targets only. `objective(model, images, targets)` yields (loss, every exit's
-    logits) whenever `update` is to act, for the whole batch or for one part of it after another. Once a loss
-    is not finite, raises ValueError on every process at the next report (every `print_freq` batches).
+    `on_print` gets this process's means every `print_freq` batches, and those returned at the end, both with
+    the `images_per_s` of all processes in this epoch. `objective(model, images, targets)` yields (loss, every
+    exit's logits) whenever `update` is to act, for the whole batch or for one part of it after another. Once
+    a loss is not finite, raises ValueError on every process at the next report.
     """
     model.train()
     tune(model, compute.device)
     meters, watch = Meters(), FiniteWatch(loader, epoch, compute)
     progress = Progress(loader, f"epoch {epoch}", len(loader), shown=compute.rank == 0)
+    start = time.monotonic()
+
+    def report(means: dict[str, float]) -> None:
+        images = compute.world_size * meters.counts.get("loss", 0)
+        on_print(means | {"images_per_s": images / (time.monotonic() - start)})
+
     for step, (images, targets) in enumerate(progress):
         images, targets = compute.put(images), compute.put(targets)
         seen = 0
@@ -42,15 +51,31 @@ def train_one_epoch(
                 part = targets[seen : seen + len(exits[0])]
                 seen += len(part)
                 meters.add("loss", loss.detach() * len(part), len(part))
-                if not part.is_floating_point():
-                    for k, logits in enumerate(exits):
-                        meters.add(f"acc1/exit{k}", (logits.argmax(1) == part).sum(), len(part))
+                for name, sums in exit_sums(exits, part).items():
+                    meters.add(name, sums, len(part))
         if (step + 1) % print_freq == 0:
             watch.check()
-            progress.note(means := meters.means())
-            on_print(means)
+            means = meters.means()
+            progress.note({name: value for name, value in means.items() if "loss/" not in name})
+            report(means)
     watch.check()
-    return meters.means(compute)
+    report(means := meters.means(compute))
+    return means
+
+
+@torch.no_grad()
+def exit_sums(exits: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
+    """Sums over a batch at every exit, [K] each, from logits K x [B, C] and targets [B] or [B, C].
+
+    `loss/exit` is the cross-entropy against the targets as they are, without smoothing; `acc1/exit` counts
+    hits and is for hard targets only. All exits go through one kernel each, and nothing waits for the device.
+    """
+    logits, repeated = full_precision(torch.stack(exits)), torch.cat([targets] * len(exits))
+    losses = F.cross_entropy(logits.flatten(0, 1), repeated, reduction="none")
+    sums = {"loss/exit": losses.view(len(exits), -1).sum(1)}
+    if not targets.is_floating_point():
+        sums["acc1/exit"] = (logits.argmax(2) == targets).sum(1)
+    return sums
 
 
 @torch.inference_mode()

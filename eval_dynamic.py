@@ -27,12 +27,12 @@ def evaluate_checkpoint(given: Given) -> None:
     """Evaluates what the flags name; prints and writes what the mode asks for."""
     subject = open_evaluation(given)
     wanted = subject.recipe.exits
-    rules = rules_of(wanted, subject.network.num_exits)  # wrong numbers fail before images are read
+    costs = count(subject.network, subject.shape)
+    rules = rules_of(wanted, costs.macs)  # wrong numbers fail before images are read
     test, calib, origin = read_tables(subject)
     if subject.compute.rank > 0:
         return  # all processes have the same tables
     folder = results_folder(subject)
-    costs = count(subject.network, subject.shape)
     exits = exit_figures(test, costs.macs, single_costs(subject.network, subject.shape))
     record = Record(exits=exits, provenance=subject.provenance(origin, len(test), costs.uncounted))
     tell(record, anytime_lines(exits), folder)

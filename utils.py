@@ -19,12 +19,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 
-def option(default: Any, about: str = "", *, low: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+def option(
+    default: Any,
+    about: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
     """A field of a frozen dataclass that is also a flag of the command line (`experiment.options`).
 
-    `about` is its help, `low` the least value accepted, `choices` the words without a Literal annotation.
+    `about` is its help, `low` and `high` are the least and the greatest value accepted, `choices` the words
+    without a Literal annotation.
     """
-    return field(default=default, metadata={"about": about, "low": low, "choices": choices})
+    return field(default=default, metadata={"about": about, "low": low, "high": high, "choices": choices})
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
@@ -97,9 +105,12 @@ class Runtime:
 def start_compute(runtime: Runtime) -> Compute:
     """Joins the processes of torchrun or SLURM, if there are any, and picks device and precision.
 
-    Raises ValueError for an unknown or absent device.
+    Raises ValueError for an unknown or absent device, and for an output folder that is a file.
     """
-    device = runtime.device
+    device, folder = runtime.device, Path(runtime.output_dir)
+    taken = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if taken:
+        raise ValueError(f"--output_dir {folder}: {taken} is a file; give a folder, it may be a new one")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: accepted: auto, cpu, cuda, cuda:N")
     rank, world_size, local_rank = _ranks()
@@ -191,7 +202,10 @@ def gather(part: Any, compute: Compute) -> list[Any]:
 
 
 class Meters:
-    """Means of named values: sums and counts are kept on the device and divided once."""
+    """Means of named values: sums and counts are kept on the device and divided once.
+
+    A vector [K] holds K sums at once, whose means are called name0, name1 ...
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor | float] = {}
@@ -204,7 +218,13 @@ class Meters:
 
     def means(self, compute: Compute | None = None) -> dict[str, float]:
         """Mean of each value so far; over all processes if `compute` is given."""
-        pairs = {name: (float(total), self.counts[name]) for name, total in self.sums.items()}
+        pairs: dict[str, tuple[float, int]] = {}
+        for name, total in self.sums.items():
+            values = total.tolist() if isinstance(total, Tensor) else total
+            parts = {name: values}
+            if isinstance(values, list):
+                parts = {f"{name}{k}": value for k, value in enumerate(values)}
+            pairs |= {part: (value, self.counts[name]) for part, value in parts.items()}
         everybody = [pairs] if compute is None else gather(pairs, compute)
         return {
             name: sum(p[name][0] for p in everybody) / sum(p[name][1] for p in everybody) for name in pairs

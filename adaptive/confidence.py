@@ -10,6 +10,9 @@ from torch import Tensor
 
 from models import nearest
 
+# The published tools write these thresholds for "nobody leaves here" and "everybody leaves here".
+NOBODY, EVERYBODY = 1e8, -1e8
+
 
 def max_prob(logits: Tensor) -> Tensor:
     """Largest softmax probability (MSDNet, L2W, Dyn-Perceiver): [..., C] to [...]."""
@@ -17,7 +20,11 @@ def max_prob(logits: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor) -> Tensor:
-    """Largest softmax probability less the second largest: [..., C] to [...]."""
+    """Largest softmax probability less the second largest: [..., C] to [...]; ValueError for one class."""
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"margin compares the two likeliest classes: 2 or more are needed, there is {logits.shape[-1]}"
+        )
     first, second = _probabilities(logits).topk(2, dim=-1).values.unbind(-1)
     return first - second
 
@@ -55,6 +62,15 @@ CONFIDENCES: dict[str, Callable[..., Tensor]] = {
     "energy_softmax": energy_softmax,
 }
 
+# What a kind of confidence can be; any number where it is not here.
+RANGES = {
+    "max_prob": (0.0, 1.0),
+    "margin": (0.0, 1.0),
+    "entropy": (-math.inf, 0.0),
+    "energy_softmax": (0.0, math.inf),
+}
+ROUNDING = 1e-6  # a probability may come out as much above 1
+
 
 def confidence_function(kind: str) -> Callable[[Tensor], Tensor]:
     """The confidence function of this name; "energy_logits:2" is an energy with temperature 2.
@@ -72,3 +88,13 @@ def confidence_function(kind: str) -> Callable[[Tensor], Tensor]:
             return partial(CONFIDENCES[name], temperature=value)
     wanted = "a temperature is a number above 0, behind energy_logits or energy_softmax"
     raise ValueError(f"confidence {kind!r}: {wanted}")
+
+
+def check_threshold(value: float, kind: str) -> None:
+    """Raises ValueError for a threshold that is not finite or that confidence of this kind never has."""
+    low, high = RANGES.get(kind.partition(":")[0], (-math.inf, math.inf))
+    if abs(value) != NOBODY and not (math.isfinite(value) and low - ROUNDING <= value <= high + ROUNDING):
+        ends = {"from": low, "to": high}.items()
+        limits = " ".join(f"{word} {end:g}" for word, end in ends if math.isfinite(end))
+        accepted = f"{limits or 'finite numbers'}; 1e8: nobody leaves, -1e8: everybody"
+        raise ValueError(f"threshold {value:g} of {kind}: accepted: {accepted}")

@@ -38,6 +38,31 @@ class Costs:
     uncounted: list[str]
 
 
+def check_side(model: MultiExitModel, side: int) -> None:
+    """Raises ValueError, which names the least side accepted, unless the network reads images of `side`."""
+    reason = _failure(model, side)
+    if not reason:
+        return
+    low, high = side, 2 * side
+    while high < 1024 and _failure(model, high):
+        low, high = high, 2 * high
+    while high - low > 1:  # `low` is too small, `high` is not
+        middle = (low + high) // 2
+        low, high = (middle, high) if _failure(model, middle) else (low, middle)
+    accepted = "" if _failure(model, high) else f"; the least side accepted is {high}"
+    raise ValueError(f"--input_size {side}: the network cannot read such images ({reason}){accepted}")
+
+
+@torch.no_grad()
+def _failure(model: MultiExitModel, side: int) -> str:
+    """Why a network fails on images of this side, or ""; no arithmetic is done."""
+    try:
+        _twin(model, "meta")(torch.empty(2, 3, side, side, device="meta"))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
 def exit_costs(model: MultiExitModel, input_shape: tuple[int, int, int]) -> list[int]:
     """Multiply-adds to have the answers of exits 0..k for one image (C, H, W), for every k."""
     return count(model, input_shape).macs

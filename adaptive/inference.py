@@ -37,7 +37,7 @@ def run_adaptive(
     if len(images) == 0:
         raise ValueError("no images to run")
     size = micro_batch if order == "throughput" else None
-    batches = images.split(size or len(images))
+    batches = images.split(max(1, size or len(images)))
     answers = stream_adaptive(model, batches, thresholds, confidence, micro_batch=size)
     ids, logits, exits = (torch.cat(parts) for parts in zip(*answers, strict=True))
     back = ids.argsort()
@@ -56,9 +56,13 @@ def stream_adaptive(
 
     A few samples are yielded at a time. With `micro_batch`, stages run on full micro-batches (`Pipeline`); at
     most K * 2 * micro_batch samples wait if batches are no larger than that. Without it, every batch moves on
-    at once.
+    at once. Raises ValueError at once for a network in training mode, `micro_batch` below 1, and thresholds
+    that do not fit.
     """
-    pipeline = Pipeline(stages_of(model), Policy.of(thresholds, confidence), micro_batch)
+    return _stream(Pipeline(stages_of(model), Policy.of(thresholds, confidence), micro_batch), batches)
+
+
+def _stream(pipeline: Pipeline, batches: Iterable[Tensor]) -> Iterator[Answers]:
     for images in batches:
         pipeline.put(images)
         yield from _advance(pipeline, pipeline.ready)

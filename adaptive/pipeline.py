@@ -23,7 +23,12 @@ class Answers(NamedTuple):
 
 
 def stages_of(model: MultiExitModel) -> list[Stage]:
-    """The stages of a network as callables, the first of which reads images [B, 3, H, W]."""
+    """The stages of a network as callables, the first of which reads images [B, 3, H, W].
+
+    Raises ValueError for a network in training mode, whose answers depend on the other images of a batch.
+    """
+    if model.training:
+        raise ValueError("the network is in training mode; early exit needs evaluation mode: network.eval()")
     later = [partial(model.step, k) for k in range(1, model.num_exits)]
     return [lambda images: model.step(0, model.begin(images)), *later]
 
@@ -34,12 +39,14 @@ class Pipeline:
     With `micro_batch`, a stage is ready once that many samples wait for it, and runs on at most that many.
     Nearly all calls then have one shape; a new number of samples each time would make CPU libraries prepare
     every convolution anew and leave a GPU half empty. Without it, a stage takes all samples that wait. Raises
-    ValueError for a policy with another number of exits.
+    ValueError for a policy with another number of exits, and for micro-batches of less than 1.
     """
 
     def __init__(self, stages: Sequence[Stage], policy: Policy, micro_batch: int | None = None) -> None:
         if len(policy.thresholds) != len(stages):
             raise ValueError(f"{len(policy.thresholds)} thresholds for a network with {len(stages)} exits")
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch is {micro_batch}; accepted: 1 and more, or None")
         self.stages = stages
         self.policy = policy
         self.micro_batch = micro_batch

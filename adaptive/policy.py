@@ -11,11 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adaptive.confidence import CONFIDENCES, confidence_function
+from adaptive.confidence import CONFIDENCES, EVERYBODY, check_threshold, confidence_function
 from adaptive.exit_tables import ExitTables
 from adaptive.thresholds import (
-    EVERYBODY,
-    NOBODY,
     SWEEPS,
     cheapest,
     exit_of,
@@ -56,7 +54,7 @@ class Exits:
         None, "runtime: multiply-adds allowed; default: as good as the last exit", low=0
     )
     accuracy: float | None = option(
-        None, "runtime: least accuracy wanted, a fraction, instead of a budget", low=0
+        None, "runtime: least accuracy wanted, a fraction, instead of a budget", low=0, high=1
     )
     row: tuple[int, ...] = option((), "runtime: rows of dynamic.json to run instead, from 0", low=0)
     runtime_images: int = option(2000, "runtime: how many of the test images to time", low=1)
@@ -64,6 +62,11 @@ class Exits:
         None, "runtime: images per call; default: the fastest of 16 to 256, measured", low=1
     )
     fold_bn: bool = option(True, "runtime: fold batch norm into the convolutions")
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and self.accuracy is not None:
+            given = f"--budget {self.budget:g} and --accuracy {self.accuracy:g}"
+            raise ValueError(f"{given}: give one of them; the other one follows")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Policy:
     `thresholds` [K], of which the last always passes. `accuracy` (a fraction), `macs` (multiply-adds per
     image) and `shares` [K] (fraction of the samples that leaves at each exit) are those on the calibration
     images. `model_hash` and `calib_hash` identify weights and images; they are empty where unknown. Raises
-    ValueError for an unknown confidence, for no thresholds, and for a threshold that is not a number.
+    ValueError for an unknown confidence, for no thresholds, and for one that the confidence never reaches.
     """
 
     thresholds: tuple[float, ...]
@@ -87,10 +90,10 @@ class Policy:
 
     def __post_init__(self) -> None:
         confidence_function(self.confidence)
-        if not self.thresholds or any(value != value for value in self.thresholds):
-            raise ValueError(f"thresholds {list(self.thresholds)}: give a number per exit")
-        finite = tuple(min(max(value, EVERYBODY), NOBODY) for value in self.thresholds)
-        object.__setattr__(self, "thresholds", finite)  # JSON has no infinity
+        if not self.thresholds:
+            raise ValueError("thresholds []: give a number per exit")
+        for value in self.thresholds:
+            check_threshold(value, self.confidence)
 
     @classmethod
     def of(cls, thresholds: "Policy | Tensor | Sequence[float]", confidence: str = "max_prob") -> "Policy":
@@ -186,11 +189,15 @@ class Rule:
     thresholds: Callable[[Tensor], Tensor]
 
 
-def rules_of(exits: Exits, num_exits: int) -> list[Rule]:
+def rules_of(exits: Exits, costs: Sequence[float]) -> list[Rule]:
     """A rule for each quota of the published sweep, then for the shares and the thresholds given, if any.
 
-    Raises ValueError for numbers that do not fit `num_exits`, and for rows that the sweep does not have.
+    Raises ValueError for numbers that do not fit exits of these `costs` [K] (multiply-adds), and for rows
+    that the sweep does not have.
     """
+    num_exits = len(costs)
+    if exits.budget is not None:
+        within_budget(costs, costs, exits.budget)  # at least the first exit must be affordable
     ratios = SWEEPS[exits.quota_sweep]
     row = max(exits.row, default=0)
     if row >= len(ratios):
@@ -205,8 +212,8 @@ def rules_of(exits: Exits, num_exits: int) -> list[Rule]:
         if len(exits.router_threshold) != num_exits - 1:
             given = f"{len(exits.router_threshold)} router thresholds for {num_exits} exits"
             raise ValueError(f"{given}; give one per exit but the last")
-        if any(value != value for value in exits.router_threshold):
-            raise ValueError(f"--router_threshold {list(exits.router_threshold)}: give numbers")
+        for value in exits.router_threshold:
+            check_threshold(value, exits.confidence)
         limits = torch.tensor([*exits.router_threshold, EVERYBODY], dtype=torch.float64)
         name = f"threshold {' '.join(map(str, exits.router_threshold))}"
         rules.append(Rule(name, lambda confidence: limits))
@@ -229,8 +236,9 @@ def policies_of(
 def choose(policies: Sequence[Policy], exits: Exits, last_accuracy: float) -> list[int]:
     """Indices of the policies to use: those given by hand, else the best one on the calibration images.
 
-    The best is the most accurate one within the budget, or the cheapest with the accuracy wanted, which by
-    default is `last_accuracy`, that of the last exit.
+    The best is the most accurate one within the budget, or the cheapest with the accuracy wanted. By default
+    this is `last_accuracy`, that of the last exit, or the nearest to it. Raises ValueError for a budget or an
+    accuracy that none of them reaches.
     """
     by_hand = exits.row or range(len(SWEEPS[exits.quota_sweep]), len(policies))
     if by_hand:
@@ -238,4 +246,5 @@ def choose(policies: Sequence[Policy], exits: Exits, last_accuracy: float) -> li
     accuracies, costs = zip(*((policy.accuracy, policy.macs) for policy in policies), strict=True)
     if exits.budget is not None:
         return [within_budget(accuracies, costs, exits.budget)]
-    return [cheapest(accuracies, costs, last_accuracy if exits.accuracy is None else exits.accuracy)]
+    wanted = min(last_accuracy, max(accuracies)) if exits.accuracy is None else exits.accuracy
+    return [cheapest(accuracies, costs, wanted)]

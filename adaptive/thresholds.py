@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The published tools write these for "nobody leaves here" and "everybody leaves here".
-NOBODY, EVERYBODY = 1e8, -1e8
+from adaptive.confidence import EVERYBODY, NOBODY
 
 # Ratios p of the published sweeps; quota k is proportional to p^k.
 MSDNET_RATIOS = [p / 20 for p in range(1, 40)]
@@ -118,6 +117,8 @@ def within_budget(accuracies: Sequence[float], costs: Sequence[float], budget: f
 
 
 def cheapest(accuracies: Sequence[float], costs: Sequence[float], accuracy: float) -> int:
-    """Index of the cheapest setting with this accuracy or more, or of the most accurate if none has it."""
+    """Index of the cheapest setting with this accuracy (a fraction) or more; ValueError if none has it."""
     good = [i for i, a in enumerate(accuracies) if a >= accuracy]
-    return min(good, key=lambda i: costs[i]) if good else within_budget(accuracies, costs, float("inf"))
+    if not good:
+        raise ValueError(f"an accuracy of {accuracy:.4g} is above the best setting's {max(accuracies):.4g}")
+    return min(good, key=lambda i: costs[i])

@@ -3,7 +3,6 @@
 from dataclasses import fields
 
 from experiment.recipe import Recipe
-from training.l2w import Weighting
 
 
 def check(recipe: Recipe) -> None:
@@ -19,25 +18,19 @@ def check(recipe: Recipe) -> None:
     if recipe.session.enable_wandb and not recipe.session.log_dir:
         raise ValueError("--enable_wandb mirrors TensorBoard: give --log_dir")
     if recipe.weighting.l2w:
-        _check_l2w(recipe, recipe.weighting)
+        _check_l2w(recipe)
 
 
 def _check_numbers(recipe: Recipe) -> None:
     o, batch_size = recipe.optimization, recipe.runtime.batch_size
     if o.opt_betas and len(o.opt_betas) != 2:
         raise ValueError(f"--opt_betas {list(o.opt_betas)}: give two numbers")
-    for name, share in (
-        ("first_share", recipe.objective.first_share),
-        ("model_ema_decay", o.model_ema_decay),
-    ):
-        if share > 1:
-            raise ValueError(f"--{name} {share}: at most 1")
     if batch_size < 2:
         raise ValueError("--batch_size 1: batch norm needs 2 images or more to train on")
-    if recipe.objective.smoothing >= 1:
-        raise ValueError(f"--smoothing {recipe.objective.smoothing}: it must be below 1")
     if o.schedule == "multistep" and not o.decay_epochs:
         raise ValueError("--schedule multistep needs --decay_epochs")
+    if list(o.decay_epochs) != sorted(set(o.decay_epochs)):
+        raise ValueError(f"--decay_epochs {list(o.decay_epochs)}: give them in ascending order, each once")
     if recipe.mixing.on and batch_size % 2:
         raise ValueError(f"--batch_size {batch_size}: mixup and cutmix need an even number")
 
@@ -54,6 +47,11 @@ def _check_objective(recipe: Recipe) -> None:
             "--compile true compiles the plain forward pass: "
             "not for --l2w true, --freeze_backbone or another --regime"
         )
+    if objective.with_kd and objective.kd_teacher:
+        raise ValueError(
+            f"--with_kd true, and --kd_teacher {objective.kd_teacher}: either the last exit teaches "
+            "or the teacher; give one of them"
+        )
     hinge = objective.energy_hinge
     if hinge and (len(hinge) != 3 or not recipe.data.popular_classes or recipe.mixing.on or l2w):
         raise ValueError(
@@ -61,7 +59,7 @@ def _check_objective(recipe: Recipe) -> None:
         )
 
 
-def _check_l2w(recipe: Recipe, weighting: Weighting) -> None:
+def _check_l2w(recipe: Recipe) -> None:
     batch_size, opt, regime = recipe.runtime.batch_size, recipe.optimization.opt, recipe.objective.regime
     if recipe.mixing.on:
         raise ValueError("--l2w true weighs samples of one class each: give --mixup 0 --cutmix 0")
@@ -69,10 +67,6 @@ def _check_l2w(recipe: Recipe, weighting: Weighting) -> None:
         raise ValueError(f"--batch_size {batch_size}: L2W trains on halves of a batch and needs at least 4")
     if regime in ("disjoint", "mixed"):
         raise ValueError(f"--regime {regime}: L2W weighs all exits at once; accepted: joint, equilibrium")
-    if weighting.target_p_index > 39:
-        raise ValueError(
-            f"--target_p_index {weighting.target_p_index}: accepted: 1 to 39, 20 for equal shares"
-        )
     if opt.lower().startswith("lookahead_"):
         raise ValueError(
             f"--opt {opt}: L2W looks one step of SGD ahead and cannot read this optimizer's state"

@@ -1,13 +1,14 @@
 """Training a classifier by a recipe: what is built once, and what every epoch does."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from adaptive.flops import print_costs
+from adaptive.flops import check_side, print_costs
 from adaptive.thresholds import geometric_quotas
 from datasets import Split, TrainLoader, mixup_collate, open_splits, ordered_loader
 from engine import evaluate_all, train_one_epoch
@@ -17,7 +18,7 @@ from experiment.log import Logger, epoch_line
 from experiment.open import architecture, open_teacher, read_weights
 from experiment.published import Stored, read
 from experiment.recipe import Recipe
-from experiment.resume import check_same_run, resume
+from experiment.resume import Pace, check_same_run, resume
 from experiment.run import Figures, Run, Saving
 from models import MultiExitModel, create_model
 from training.l2w import SampleWeighting
@@ -46,13 +47,15 @@ class Classifier:
         rest = 0 if recipe.data.drop_last else losses % update_freq  # the length of a stream is an estimate
         self.steps = losses // update_freq + (rest > 0)
         fp16 = compute.amp == torch.float16
+        self.pace = Pace.of(recipe, compute.world_size, stored)
         self.update = make_update(
             self.network,
-            recipe.optimization,
+            self.pace.scaled(recipe.optimization),
             steps=self.steps,
             rest=rest,
             losses_per_batch=self.passes,
             fp16=fp16,
+            measure_every=max(1, recipe.session.print_freq * self.passes // recipe.optimization.update_freq),
         )
         self.regime = "heads" if recipe.objective.freeze_backbone else recipe.objective.regime
         self.weighting: SampleWeighting | None = None
@@ -62,7 +65,9 @@ class Classifier:
         self.enter(self.phase_at(self.run.first))
         session, main_process = recipe.session, compute.rank == 0
         project = session.project if session.enable_wandb else None
-        self.logger = Logger(session.log_dir if main_process else None, project, recipe.flags())
+        config = {**recipe.flags(), **recipe.options}
+        self.logger = Logger(session.log_dir if main_process else None, project, config)
+        self.judged: Figures = {}  # of the last epoch
 
     def _loader(self) -> TrainLoader:
         """Shuffled, augmented, and mixed if mixup or cutmix is on; batch norm needs 2 images per loss."""
@@ -85,6 +90,7 @@ class Classifier:
         # Weights of the network's authors are fetched for a first epoch only.
         options = {**recipe.options, **arch["options"]} if fresh else arch["options"]
         network = create_model(name, arch["num_classes"], **options)
+        check_side(network, self.splits.view.size)
         if fresh and recipe.start.finetune:
             fit = fit_to(network, read_weights(recipe.start, network))
             network.load_state_dict(fit.weights)
@@ -135,6 +141,7 @@ class Classifier:
             "calib_indices": self.held_out,
             "class_names": list(self.splits.source.class_names),
             "step": self.update.step,
+            "pace": asdict(self.pace),
         }
 
     def _start(self, stored: Stored | None) -> None:
@@ -145,6 +152,8 @@ class Classifier:
             missing = resume(run, stored, self.network, self.update.optimizer, self.arch)
             if "model_ema" in missing and self.update.ema:
                 self.update.ema.set(self.network)  # a moving average that the file lacks starts here
+            if changes := self.pace.changes(recipe, stored):
+                self.say(f"other than in {stored.source}: {changes}")
             if "l2w" in missing:
                 self.say(f"checkpoint {stored.source} holds no weight net: it starts anew")
         self.update.start(run.first * self.steps)
@@ -177,6 +186,7 @@ class Classifier:
     def fit(self) -> None:
         """All epochs that are left: train, evaluate on calib, log, save."""
         self.run.fit(self.recipe.optimization.epochs, self.one_epoch)
+        self.logger.close(self.judged)
 
     def one_epoch(self, epoch: int) -> Figures:
         """Trains through the data once and evaluates; returns the metrics to log."""
@@ -201,12 +211,15 @@ class Classifier:
 
     def report(self, means: Figures) -> None:
         """Logs the metrics so far within an epoch."""
-        self.logger.add({**means, **self.update.figures()}, self.update.step, "train/")
+        self.logger.add(means | self.update.figures(), self.update.step, "train/")
+        if self.weighting:
+            self.logger.add(self.weighting.figures(), self.update.step, "l2w/")
 
     def tell(self, record: dict[str, Any]) -> None:
         """Logs and prints an epoch."""
-        judged = {name: value for name, value in record.items() if name.startswith(("calib", "test"))}
-        self.logger.add({**judged, "seconds": record["seconds"]}, self.update.step)
+        wanted = ("calib", "test", "best")
+        self.judged = {name: value for name, value in record.items() if name.startswith(wanted)}
+        self.logger.add({**self.judged, "seconds": record["seconds"]}, self.update.step)
         print(epoch_line(record, self.recipe.optimization.epochs))
 
     def score(self, figures: Figures) -> float | None:

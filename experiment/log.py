@@ -8,10 +8,13 @@ from torch import Tensor
 
 
 class Logger:
-    """Logs to TensorBoard and, if a project is given, to Weights & Biases; without a folder to neither."""
+    """Logs to TensorBoard and, if a project is given, to Weights & Biases; without a folder to neither.
+
+    `config` holds the flags of the run, by name.
+    """
 
     def __init__(self, folder: str | None, wandb_project: str | None, config: dict[str, Any]) -> None:
-        self.writer = None
+        self.writer, self.config = None, config
         if not folder:
             return
         if wandb_project:
@@ -32,6 +35,15 @@ class Logger:
         for name, table in tables.items() if self.writer else ():
             for k, column in enumerate(table.T):
                 self.writer.add_histogram(f"{prefix}{name}/exit{k}", column, step)
+
+    def close(self, metrics: dict[str, float]) -> None:
+        """Ends the log with the run's flags and its final `metrics`, for TensorBoard's table of runs."""
+        if self.writer and metrics:
+            words = {name: str(v) if isinstance(v, (list, tuple)) else v for name, v in self.config.items()}
+            final = {f"final/{name}": value for name, value in metrics.items()}
+            self.writer.add_hparams(words, final, run_name=".")
+        if self.writer:
+            self.writer.close()
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ the parser, for the values stored in a checkpoint, and for files of recipes.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -19,7 +20,7 @@ Group = TypeVar("Group")
 
 @dataclass(frozen=True)
 class Option:
-    """One flag: `kind` is int, float, str or bool; `many` takes a list; `low` is the minimum."""
+    """One flag: `kind` is int, float, str or bool; `many` takes a list; `low` to `high` are accepted."""
 
     name: str
     kind: type
@@ -27,6 +28,7 @@ class Option:
     about: str = ""
     many: bool = False
     low: float | None = None
+    high: float | None = None
     choices: tuple[str, ...] = ()
 
     def convert(self, word: str) -> Any:
@@ -59,6 +61,10 @@ class Option:
             raise argparse.ArgumentTypeError(f"{word!r} is not of type {self.kind.__name__}") from None
         if self.low is not None and not value >= self.low:
             raise argparse.ArgumentTypeError(f"{word} is below the least value accepted, {self.low}")
+        if self.high is not None and not value <= self.high:
+            raise argparse.ArgumentTypeError(f"{word} is above the greatest value accepted, {self.high}")
+        if self.kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{word} is not accepted: give a finite number")
         if self.choices and value not in self.choices:
             raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(self.choices)}")
         return value
@@ -86,8 +92,9 @@ def options_of(group: type) -> list[Option]:
         words = (
             get_args(entry.type) if get_origin(entry.type) is Literal else entry.metadata.get("choices", ())
         )
-        about, low = entry.metadata.get("about", ""), entry.metadata.get("low")
-        options.append(Option(entry.name, kind, entry.default, about, many, low, words))
+        limits = {name: entry.metadata.get(name) for name in ("low", "high")}
+        about = entry.metadata.get("about", "")
+        options.append(Option(entry.name, kind, entry.default, about, many, choices=words, **limits))
     return options
 
 

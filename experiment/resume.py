@@ -1,5 +1,6 @@
 """Resuming from a checkpoint: it must be of the same run, and every part gets its state back."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from datasets import Data
 from experiment.fit import check_arch
 from experiment.open import compared
+from experiment.options import plain
 from experiment.published import Stored, regrouped
 from experiment.recipe import Recipe
 from experiment.run import Run
@@ -20,6 +22,50 @@ def check_same_run(recipe: Recipe, stored: Stored) -> None:
     for name in ("data_set", "num_calib", "drop_last", "seed", "opt"):
         if name in said and said[name] != flags[name]:
             raise ValueError(f"--{name} {flags[name]}, but {stored.source} was trained with {said[name]}")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What an optimizer step sees: `images` in all, read by `world_size` processes.
+
+    `at_start` is the number of images per step with which the run began, for which its `--lr` is meant.
+    """
+
+    world_size: int
+    images: int
+    at_start: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, world_size: int, stored: Stored | None) -> "Pace":
+        """That of a run that starts or goes on; ValueError if `--scale_lr` lacks something to scale by."""
+        images = recipe.runtime.batch_size * recipe.optimization.update_freq * world_size
+        before = stored.content.get("pace") if stored else None
+        if stored and not before and recipe.optimization.scale_lr:
+            raise ValueError(f"--scale_lr true: {stored.source} does not say how many images a step had")
+        return cls(world_size, images, before["at_start"] if before else images)
+
+    def scaled(self, optimization: Optimization) -> Optimization:
+        """With the learning rates of this run: as given, or multiplied as `--scale_lr` says."""
+        factor = self.images / self.at_start if optimization.scale_lr else 1.0
+        return replace(optimization, lr=optimization.lr * factor, min_lr=optimization.min_lr * factor)
+
+    def changes(self, recipe: Recipe, stored: Stored) -> str:
+        """What is other than in the run until now, for its user; "" if nothing is."""
+        optimization = plain(recipe.optimization)
+        said, before = stored.values(Optimization), stored.content.get("pace") or {}
+        found = [
+            f"--{name} {optimization[name]} instead of {value}"
+            for name, value in said.items()
+            if name != "scale_lr" and value != optimization[name]
+        ]
+        for name, what in (("world_size", "processes"), ("images", "images per step")):
+            if before.get(name, value := getattr(self, name)) != value:
+                found.append(f"{value} {what} instead of {before[name]}")
+        if before.get("images", self.images) != self.images:
+            ratio = f"learning rates by {self.images / self.at_start:g}"
+            scales = recipe.optimization.scale_lr
+            found.append(f"--scale_lr {'true multiplies' if scales else 'true would multiply'} {ratio}")
+        return ", ".join(found)
 
 
 def resume(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptive.confidence import confidence_function
+from adaptive.flops import check_side
 from adaptive.policy import Exits
 from datasets import Data, Splits, View, open_splits
 from experiment.cascade import CascadeFiles, read_cascade
@@ -106,6 +107,7 @@ def open_evaluation(given: Given) -> Subject:
         view=splits.view,
         device=compute.device,
     )
+    check_side(opened.network, splits.view.size)
     return Subject(opened, splits, recipe, compute, held_out, isinstance(file, CascadeFiles))
 
 

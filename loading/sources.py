@@ -84,6 +84,9 @@ def _open_small(data: "Data") -> Source:
     """A data set of small images, from two .npz files or from torchvision's folder."""
     data_class, names, stats = SMALL[data.data_set]
     if str(data.data_path).endswith(".npz"):
+        for path in filter(None, (data.data_path, data.eval_data_path)):
+            if not Path(path).exists():
+                raise ValueError(f"no such file: {path}")
         if not data.eval_data_path:
             raise ValueError(
                 f"{data.data_path} needs test images beside it: name their .npz file in --eval_data_path"

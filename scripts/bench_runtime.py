@@ -71,7 +71,7 @@ def trained_subject(flags: Flags) -> tuple[MultiExitModel, Tensor, Policy]:
     test, calib, _ = calibrate(subject, tables(subject, subject.splits.test, "test"))
     costs = exit_costs(subject.network, subject.shape)
     exits = subject.recipe.exits
-    policies = policies_of(rules_of(exits, len(costs)), calib, costs, exits.confidence)
+    policies = policies_of(rules_of(exits, costs), calib, costs, exits.confidence)
     policy = policies[choose(policies, exits, calib.means()["acc1"][-1])[0]]
     accuracy = 100 * policy.simulate(test, costs).accuracy
     print(f"{flags.checkpoint}: {policy.name}, simulated accuracy {accuracy:.2f} % on all test images")

@@ -1,3 +1,4 @@
+import math
 import re
 from types import SimpleNamespace
 
@@ -113,7 +114,9 @@ def test_a_toy_learns_what_is_separable():
 
 
 def scripted(model, images, targets):
-    """The loss is the first pixel of the batch; exit 0 always says class 0 and exit 1 class 1."""
+    """The loss is the first pixel of the batch; exit 0 always says class 0 and exit 1 class 1.
+
+    They give that class a probability of e / (e + 1)."""
     zeros = torch.tensor([[1.0, 0.0]]).expand(len(images), 2)
     yield images[0, 0, 0, 0], [zeros, 1 - zeros]
 
@@ -130,13 +133,28 @@ def test_means_are_over_samples_not_batches():
         on_print=reports.append,
     )  # fmt: skip
     assert losses == [1.0, 5.0, 2.0]
-    assert reports == [{"loss": 8 / 4, "acc1/exit0": 2 / 4, "acc1/exit1": 2 / 4}]
-    assert means == pytest.approx({"loss": 12 / 6, "acc1/exit0": 4 / 6, "acc1/exit1": 2 / 6})
+    (first, last), right, wrong = reports, math.log(1 + math.exp(-1)), math.log(1 + math.e)
+    half = {"loss": 8 / 4, "acc1/exit0": 2 / 4, "acc1/exit1": 2 / 4}
+    half |= dict.fromkeys(("loss/exit0", "loss/exit1"), (right + wrong) / 2)
+    assert first.pop("images_per_s") > 0 and first == pytest.approx(half)
+    assert means == pytest.approx(
+        {
+            "loss": 12 / 6,
+            "loss/exit0": (4 * right + 2 * wrong) / 6,
+            "loss/exit1": (2 * right + 4 * wrong) / 6,
+            "acc1/exit0": 4 / 6,
+            "acc1/exit1": 2 / 6,
+        }
+    )
+    assert last.pop("images_per_s") > 0 and last == means
 
 
 def test_soft_targets_have_no_accuracy():
     batches = [(torch.ones(2, 3, 2, 2), torch.tensor([[0.5, 0.5], [1.0, 0.0]]))]
-    assert train_one_epoch(nn.Identity(), batches, scripted, lambda loss: None, CPU) == {"loss": 1.0}
+    means = train_one_epoch(nn.Identity(), batches, scripted, lambda loss: None, CPU)
+    right, wrong = math.log(1 + math.exp(-1)), math.log(1 + math.e)
+    soft = {"loss/exit0": 0.75 * right + 0.25 * wrong, "loss/exit1": 0.25 * right + 0.75 * wrong}
+    assert means == pytest.approx({"loss": 1.0, **soft})
 
 
 def test_an_objective_may_take_a_batch_in_parts():
@@ -149,7 +167,21 @@ def test_an_objective_may_take_a_batch_in_parts():
     losses = []
     means = train_one_epoch(nn.Identity(), batches, two_steps, lambda loss: losses.append(loss.item()), CPU)
     assert losses == [2.0, 6.0, 3.0, 9.0]
-    assert means == {"loss": (2 + 6 + 3 + 2 * 9) / 5, "acc1/exit0": 2 / 5, "acc1/exit1": 3 / 5}
+    assert means["loss"] == (2 + 6 + 3 + 2 * 9) / 5
+    assert (means["acc1/exit0"], means["acc1/exit1"]) == (2 / 5, 3 / 5)
+
+
+def test_losses_of_exits_cost_one_forward_pass_and_no_gradient():
+    split, calls = dark_and_bright(8), []
+    model = toy()
+    model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    update = make_update(model, lr=0.0)
+    means = train_one_epoch(model, loader_of(split, 4), JOINT, update, CPU)
+    assert calls == [True, True]
+    tables = evaluate(model, in_order(split, 8), CPU)
+    losses = [means[f"loss/exit{k}"] for k in range(2)]
+    assert losses == pytest.approx(tables.loss.double().mean(1).tolist(), rel=1e-5)
+    assert means["loss"] == pytest.approx(losses[0] + 0.5 * losses[1], rel=1e-5)
 
 
 def test_the_second_loss_sees_the_first_update():

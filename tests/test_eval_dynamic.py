@@ -199,7 +199,12 @@ def test_mistakes_in_a_cascade(trained, error_of):
         ("--data_path nowhere", r"image folder nowhere: "),  # the data set is the stored one
         ("--row 39", r"--row 39, but msdnet has rows 0 to 38"),
         ("--row -1", r"--row: -1 is below the least value accepted, 0"),
-        ("--budget 1", r"a budget of 1 multiply-adds is below the cheapest setting's"),
+        ("--accuracy 1.5", r"--accuracy: 1.5 is above the greatest value accepted, 1"),
+        ("--accuracy nan", r"--accuracy: nan is below the least value accepted, 0"),
+        ("--accuracy 0.9 --budget 2e7", r"--budget 2e\+07 and --accuracy 0.9: give one of them"),
+        ("--router_threshold 1.5", r"threshold 1.5 of max_prob: accepted: from 0 to 1; 1e8: nobody leaves"),
+        ("--router_threshold nan", r"--router_threshold: nan is not accepted: give a finite number"),
+        ("--confidence entropy --router_threshold 0.2", r"threshold 0.2 of entropy: accepted: to 0; 1e8"),
         ("--quota_scales 1 2", r"2 quota scales .* for 2 exits; give one per exit but the last"),
         (
             "--num_calib 0",
@@ -223,3 +228,15 @@ def test_mistakes_in_evaluation_flags(trained, tmp_path, error_of, words, compla
         *RUN,
     ]
     assert re.match(complaint, error_of(evaluate, *known, *words.split()))
+
+
+def test_goals_out_of_reach_are_refused_as_soon_as_that_is_known(trained, tmp_path, error_of, monkeypatch):
+    content = torch.load(trained / "checkpoint-last.pth", weights_only=True)
+    content["model_ema"] = {name: torch.zeros_like(value) for name, value in content["model_ema"].items()}
+    torch.save(content, tmp_path / "blind.pth")
+    flags = ["--checkpoint", tmp_path / "blind.pth", "--output_dir", tmp_path, *RUN]
+    line = error_of(evaluate, *flags, "--mode", "dynamic", "--accuracy", 0.99)
+    assert re.fullmatch(r"an accuracy of 0.99 is above the best setting's 0.\d+", line)
+    monkeypatch.setattr(eval_dynamic, "read_tables", None)  # costs alone tell
+    line = error_of(evaluate, *flags, "--budget", 1)
+    assert re.match(r"a budget of 1 multiply-adds is below the cheapest setting's \d", line)

@@ -140,6 +140,7 @@ TRAIN_DEFAULTS = {
     "visualize": False,
     # not there
     "filter_bias_and_bn": True,
+    "scale_lr": False,
     "schedule": "cosine",
     "decay_epochs": (),
     "decay_rate": 0.1,

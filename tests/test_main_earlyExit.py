@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import main_earlyExit
 from experiment import classifier
@@ -110,6 +112,39 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, on, read_lo
     assert all(whole[key] == parts[key] for key in ("epoch", "best", "scaler", "calib_indices"))
     lines = [[{**line, "seconds": 0} for line in read_log(tmp_path / name)] for name in ("whole", "parts")]
     assert lines[0] == lines[1] and len(lines[0]) == epochs
+
+
+def test_a_run_resumed_with_other_rates_says_what_changes(trained, tmp_path, capsys, on, read_log):
+    flags = "--epochs 3 --schedule constant --model_ema true --lr 0.02 --batch_size 8 --scale_lr true"
+    file, flags = trained / "checkpoint-last.pth", [*flags.split(), *PLAIN, "--print_freq", 2]
+    capsys.readouterr()
+    train(on("--resume", file, *flags, "--output_dir", tmp_path, "--log_dir", tmp_path / "board"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("other than in")]
+    assert line.startswith(f"other than in {file}: --epochs 3 instead of 2, --lr 0.02 instead of 0.01, ")
+    assert line.endswith(", 8 images per step instead of 4, --scale_lr true multiplies learning rates by 2")
+    assert read_log(tmp_path)[-1]["opt/lr"] == 0.04
+    content = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
+    assert content["pace"] == {"world_size": 1, "images": 8, "at_start": 4} and content["args"]["lr"] == 0.02
+    check_board(tmp_path, read_log(tmp_path)[-1])
+
+
+def check_board(out, line):
+    """The event file holds what one epoch of four steps, reported every two, should leave there."""
+    board = EventAccumulator(str(out / "board")).Reload()
+    scalars = {tag: [(one.step, one.value) for one in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    steps = [10, 12, 12]  # of other size than those before; the last report is of the whole epoch
+    for name in ("loss", "loss/exit0", "loss/exit1", "acc1/exit0", "images_per_s", "opt/lr", "opt/grad_norm"):
+        assert [step for step, _ in scalars[f"train/{name}"]] == steps, name
+        assert all(value > 0 for _, value in scalars[f"train/{name}"])
+    for name, key in (("train/loss/exit1", "train/loss/exit1"), ("train/opt/grad_norm", "opt/grad_norm")):
+        assert scalars[name][-1][1] == pytest.approx(line[key])
+    assert line["train/loss"] == pytest.approx(line["train/loss/exit0"] + line["train/loss/exit1"])
+    assert scalars["calib/acc1/exit0"] == [(12, pytest.approx(line["calib/acc1/exit0"]))]
+    assert scalars["final/test/acc1/exit1"][0][1] == pytest.approx(line["test/acc1/exit1"])
+    flags = HParamsPluginData.FromString(
+        board.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    ).session_start_info.hparams
+    assert flags["lr"].number_value == 0.02 and flags["nBlocks"].number_value == 2
 
 
 def test_a_checkpoint_of_another_network_is_not_resumed(trained, error_of, on):

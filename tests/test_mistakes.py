@@ -9,6 +9,8 @@ import torch
 
 import eval_dynamic
 import main_earlyExit
+from loading.split import Images
+from models import create_model
 
 train, evaluate = main_earlyExit.main, eval_dynamic.main
 NETWORK = shlex.split("--model msdnet --nBlocks 2 --nChannels 8 --growthRate 4 --grFactor 1-2 --bnFactor 1-2")
@@ -36,9 +38,22 @@ RUN = shlex.split("--num_workers 1 --device cpu")
         ("--batch_size 5", r"--batch_size 5: mixup and cutmix need an even number"),
         ("--batch_size 34", r"32 training images are fewer than one global batch of batch size 34"),
         ("--num_calib 40", r"cannot hold 40 images out of 40"),
-        ("--smoothing 1", r"--smoothing 1.0: it must be below 1"),
+        ("--smoothing 1", r"--smoothing: 1 is above the greatest value accepted, 0.9999"),
         ("--opt_betas 0.9", r"--opt_betas \[0.9\]: give two numbers"),
         ("--schedule multistep", r"--schedule multistep needs --decay_epochs"),
+        (
+            "--schedule multistep --decay_epochs 225 150",
+            r"--decay_epochs \[225, 150\]: give them in ascending order, each once",
+        ),
+        ("--momentum 1", r"--momentum: 1 is above the greatest value accepted, 0.9999"),
+        ("--model_ema_decay 1.5", r"--model_ema_decay: 1.5 is above the greatest value accepted, 1"),
+        ("--lr inf", r"--lr: inf is not accepted: give a finite number"),
+        ("--exit_weights 0 0", r"exit weights \[0.0, 0.0\]: nothing would be trained; give one above 0"),
+        ("--accuracy 94", r"--accuracy: 94 is above the greatest value accepted, 1"),
+        (
+            "--with_kd true --kd_teacher a.pth",
+            r"--with_kd true, and --kd_teacher a.pth: .*; give one of them",
+        ),
         ("--enable_wandb true", r"--enable_wandb mirrors TensorBoard: give --log_dir"),
         ("--exit_weights 1 2 3", r"3 exit weights given, the network has 2 exits"),
         ("--loss_cnn_factor 1", r"loss factors are for four exits, the network has 2"),
@@ -74,7 +89,7 @@ def test_mistakes_in_training_flags(error_of, words, complaint, on):
             "--l2w true --regime mixed",
             r"--regime mixed: L2W weighs all exits at once; accepted: joint, equilibrium",
         ),
-        ("--l2w true --target_p_index 40", r"--target_p_index 40: accepted: 1 to 39, 20 for equal shares"),
+        ("--l2w true --target_p_index 40", r"--target_p_index: 40 is above the greatest value accepted, 39"),
         ("--l2w true --target_p_index 0", r"--target_p_index: 0 is below the least value accepted, 1"),
         (
             "--l2w true --batch_size 2",
@@ -95,7 +110,7 @@ def test_mistakes_in_training_flags(error_of, words, complaint, on):
             r"--compile true compiles the plain forward pass: .* another --regime",
         ),
         ("--regime joined", r"--regime: 'joined' is not one of joint, equilibrium, disjoint, mixed"),
-        ("--first_share 2", r"--first_share 2.0: .*at most 1"),
+        ("--first_share 2", r"--first_share: 2 is above the greatest value accepted, 1"),
         ("--kd_teacher nowhere.pth", r"cannot read checkpoint nowhere.pth: No such file or directory"),
     ],
 )
@@ -121,6 +136,33 @@ def test_a_folder_of_unnamed_images_is_imagenet(tmp_path, error_of):
     assert error_of(evaluate, "--checkpoint", tmp_path / "bare.pth", *folder).startswith(
         "image folder nowhere/train: "
     )
+
+
+SMALL_ONLY = ["--model", "cifar_densenet", "--depth", "10", "--growthRate", "4"]
+
+
+def test_images_too_small_for_the_network_are_refused_before_any_is_read(
+    on, error_of, images, tmp_path, monkeypatch
+):
+    line = r"--input_size 3: the network cannot read such images \(.*\); the least side accepted is 4"
+    monkeypatch.setattr(Images, "__getitem__", None)
+    assert re.fullmatch(line, error_of(train, *on("--input_size", 3, *PLAIN, network=SMALL_ONLY)))
+    options = {"depth": 10, "growthRate": 4}
+    weights = create_model("cifar_densenet", 2, **options).state_dict()
+    arch = {"name": "cifar_densenet", "options": options, "num_classes": 2}
+    torch.save({"model": weights, "arch": arch}, tmp_path / "a.pth")
+    data = ["--data_set", "image_folder", "--data_path", images, "--input_size", 3, *RUN]
+    assert re.fullmatch(line, error_of(evaluate, "--checkpoint", tmp_path / "a.pth", *data))
+
+
+def test_an_output_folder_that_is_a_file_is_refused_first(trained, on, error_of, tmp_path):
+    file = tmp_path / "a"
+    file.write_text("")
+    for folder in (file, file / "b" / "c"):
+        line = f"--output_dir {folder}: {file} is a file; give a folder, it may be a new one"
+        assert error_of(train, *on("--output_dir", folder, data=tmp_path / "nowhere")) == line
+        stored = ["--checkpoint", trained / "checkpoint-last.pth", "--data_path", "nowhere", *RUN]
+        assert error_of(evaluate, *stored, "--output_dir", folder) == line
 
 
 def test_a_network_must_be_named(error_of):

@@ -141,13 +141,17 @@ def test_a_last_partial_batch_is_cut_into_halves_too(on, tmp_path, last_of):
         assert len(index) == len(set(index)) == rows
 
 
-def test_sample_weights_are_on_the_board(weighted):
+def test_sample_weights_are_on_the_board(weighted, read_log):
     board = EventAccumulator(str(weighted[0] / "board"), {"histograms": 0})
     board.Reload()
     names = {f"l2w/{table}/exit{k}" for table in ("weights", "losses", "confidence") for k in range(2)}
     assert set(board.Tags()["histograms"]) == names
     steps = [(event.step, event.histogram_value.num) for event in board.Histograms("l2w/weights/exit1")]
     assert steps == [(4, 32.0), (8, 32.0)]
+    for line, step, k in zip(read_log(weighted[0]), (4, 8), (0, 1), strict=True):
+        for name in ("meta_loss", "negative_weights", "meta_lr"):
+            event = board.Scalars(f"l2w/{name}")[k]
+            assert (event.step, event.value) == (step, pytest.approx(line[f"l2w/{name}"], abs=1e-8))
 
 
 def test_a_resumed_run_with_sample_weights_equals_an_unbroken_one(

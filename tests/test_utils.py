@@ -51,6 +51,13 @@ def test_empty_meters_have_no_means():
     assert Meters().means(CPU) == {}
 
 
+def test_meters_take_several_sums_at_once():
+    meters = Meters()
+    meters.add("acc/exit", torch.tensor([1, 3]), 4)
+    meters.add("acc/exit", torch.tensor([1, 0]), 4)
+    assert meters.means() == meters.means(CPU) == {"acc/exit0": 0.25, "acc/exit1": 0.375}
+
+
 # Progress
 
 

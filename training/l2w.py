@@ -54,7 +54,7 @@ class Weighting:
 
     l2w: bool = option(False, "learn to weight samples")
     target_p_index: int = option(
-        15, "p: exit k is judged by a share of the samples that goes with (p / 20)^k", low=1
+        15, "p: exit k is judged by a share of the samples that goes with (p / 20)^k", low=1, high=39
     )
     epsilon: float = option(0.8, "how far weights may be from 1; above 0.5 they can be negative", low=0)
     constraint_dimension: Literal["mat", "row", "col"] = option("col", "totals kept: all, exits', samples'")
@@ -247,13 +247,17 @@ class SampleWeighting:
         tables, self.tables = {name: torch.cat(parts).cpu() for name, parts in self.tables.items()}, {}
         return tables
 
-    def take_figures(self, compute: Compute) -> dict[str, float]:
-        """Means since the last call: share of negative weights, meta loss; and the current learning rate.
+    def figures(self, compute: Compute | None = None) -> dict[str, float]:
+        """Means in this epoch: share of negative weights, meta loss; and the current learning rate.
 
-        The means are over all processes.
+        The means are over all processes if `compute` is given.
         """
-        meters, self.meters = self.meters, Meters()
-        return {**meters.means(compute), "meta_lr": self._lr()}
+        return {**self.meters.means(compute), "meta_lr": self._lr()}
+
+    def take_figures(self, compute: Compute) -> dict[str, float]:
+        """The `figures` over all processes; the next epoch's means start anew."""
+        figures, self.meters = self.figures(compute), Meters()
+        return figures
 
     def state_dict(self) -> dict[str, Any]:
         """What exact resumption between two batches needs."""

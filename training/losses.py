@@ -33,7 +33,7 @@ class Losses:
 class Objective:
     """What is minimised, and how exits are trained."""
 
-    smoothing: float = option(0.1, "label smoothing", low=0)
+    smoothing: float = option(0.1, "label smoothing", low=0, high=0.9999)
     exit_weights: tuple[float, ...] | None = option(None, "weight of each exit's loss; default: all 1", low=0)
     loss_att_factor: float | None = option(None, "four exits: weight of exits 0 and 1", low=0)
     loss_cnn_factor: float | None = option(None, "four exits: weight of exit 2", low=0)
@@ -46,7 +46,7 @@ class Objective:
     regime: Literal["joint", "equilibrium", "disjoint", "mixed"] = option("joint", "how exits are trained")
     freeze_backbone: bool = option(False, "train the heads alone, on features that stay as they are")
     first_share: float = option(
-        0.5, "disjoint, mixed: share of the epochs that train the last exit alone", low=0
+        0.5, "disjoint, mixed: share of the epochs that train the last exit alone", low=0, high=1
     )
 
     def weights_of(self, network: MultiExitModel) -> list[float]:
@@ -117,7 +117,7 @@ def exit_weights(
     """The weight of each exit's loss: as given, or ones, or Dynamic Perceiver's factors for its four exits.
 
     `att` weighs exits 0 and 1, `cnn` exit 2, `merge` exit 3; those that are not given have the published
-    defaults. Raises ValueError unless there is one weight per exit.
+    defaults. Raises ValueError unless there is one weight per exit, and one of them above 0.
     """
     if (att, cnn, merge) != (None, None, None):
         if weights:
@@ -129,9 +129,11 @@ def exit_weights(
         att, cnn, merge = (
             default if w is None else w for w, default in ((att, 0.25), (cnn, 0.25), (merge, 0.5))
         )
-        return [att, att, cnn, merge]
+        weights = [att, att, cnn, merge]
     if weights and len(weights) != num_exits:
         raise ValueError(f"{len(weights)} exit weights given, the network has {num_exits} exits")
+    if weights and not any(weights):
+        raise ValueError(f"exit weights {list(weights)}: nothing would be trained; give one above 0")
     return list(weights or [1.0] * num_exits)
 
 

@@ -31,7 +31,7 @@ class Optimization:
     opt: str = option("adamw", "any optimizer of timm; sgd is plain SGD with momentum")
     opt_eps: float | None = option(1e-8, low=0)
     opt_betas: tuple[float, ...] | None = option(None)
-    momentum: float = option(0.9, low=0)
+    momentum: float = option(0.9, low=0, high=0.9999)
     weight_decay: float = option(0.05, low=0)
     weight_decay_end: float | None = option(None, "final weight decay of a cosine; default: constant", low=0)
     filter_bias_and_bn: bool = option(True, "no weight decay for biases and other 1-D parameters")
@@ -39,7 +39,10 @@ class Optimization:
         False, "weight decay for Dyn-Perceiver's latents and positions too, as published"
     )
     clip_grad: float | None = option(None, "largest gradient norm", low=0)
-    lr: float = option(4e-3, "peak learning rate, never scaled by the batch", low=0)
+    lr: float = option(4e-3, "peak learning rate, not scaled by the batch", low=0)
+    scale_lr: bool = option(
+        False, "resumed with other images per step: rates times their number over that at the run's start"
+    )
     lr_scales: tuple[str, ...] = option((), "rates of parts, in multiples of --lr: features.=0.1 ...")
     min_lr: float = option(1e-6, "final learning rate of the cosine", low=0)
     schedule: Literal["cosine", "multistep", "constant"] = option("cosine")
@@ -48,7 +51,7 @@ class Optimization:
     warmup_epochs: int = option(20, low=0)
     warmup_steps: int = option(-1, "optimizer steps of warm-up, instead of epochs where above 0")
     model_ema: bool = option(False, "keep a moving average of the weights")
-    model_ema_decay: float = option(0.9999, low=0)
+    model_ema_decay: float = option(0.9999, low=0, high=1)
     model_ema_warmup: bool = option(
         False, "forget the first steps sooner, as timm does: for runs of few steps"
     )
@@ -170,6 +173,12 @@ def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.
         raise ValueError(f"optimizer {o.opt!r} cannot be used here: {error}") from error
 
 
+def measured_at(step: int, *, every: int, steps: int) -> bool:
+    """Whether step `step` ends an epoch of `steps`, or `every` (0: never) more of its steps."""
+    done = step % max(steps, 1) + 1
+    return every > 0 and (done == steps or done % every == 0)
+
+
 def make_update(
     model: nn.Module,
     optimization: Optimization,
@@ -178,14 +187,17 @@ def make_update(
     rest: int = 0,
     losses_per_batch: int = 1,
     fp16: bool = False,
+    measure_every: int = 0,
 ) -> "Update":
     """Optimizer, schedules and moving average for a run of `steps` optimizer steps an epoch.
 
     The last of them has only `rest` micro-batches, unless that is 0. An objective that yields
-    `losses_per_batch` losses takes as many steps on one batch, all at one rate.
+    `losses_per_batch` losses takes as many steps on one batch, all at one rate. The gradient's norm is
+    measured every `measure_every` steps (0: never) and when an epoch ends.
     """
     o = optimization
     micro_batches = partial(micro_batches_at, o.update_freq, steps, rest)
+    measured = partial(measured_at, every=measure_every, steps=steps)
     together = losses_per_batch if o.update_freq == 1 else 1
     steps //= together
     lr = partial(
@@ -205,7 +217,7 @@ def make_update(
     if o.model_ema:
         device = torch.device("cpu") if o.model_ema_force_cpu else None
         average = ModelEmaV3(model, decay=o.model_ema_decay, use_warmup=o.model_ema_warmup, device=device)
-    return Update(
+    update = Update(
         model,
         make_optimizer(model, o),
         lr=lambda step: lr(step // together),
@@ -215,15 +227,18 @@ def make_update(
         fp16=fp16,
         ema=average,
     )
+    update.measured = measured
+    return update
 
 
 class Update:
     """Turns losses into optimizer steps: `update(loss)` per micro-batch, and a step for every few of them.
 
     `lr`, `weight_decay` and `micro_batches` map an optimizer step to that step's value; its gradient is the
-    mean over its micro-batches. `clip_grad` is the largest global gradient norm, or None; with it,
-    `grad_norm` is the last step's norm before clipping (a 0-d tensor). `fp16` scales the loss; `ema`, made
-    from the bare model, is updated after every step. `model` may be wrapped in DistributedDataParallel.
+    mean over its micro-batches. `clip_grad` is the largest global gradient norm, or None. `grad_norm` is the
+    norm before clipping (a 0-d tensor) at the last step that was clipped or for which `measured` is true.
+    `fp16` scales the loss; `ema`, made from the bare model, is updated after every step. `model` may be
+    wrapped in DistributedDataParallel.
     """
 
     def __init__(
@@ -240,6 +255,7 @@ class Update:
     ):
         self.model, self.optimizer, self.ema = model, optimizer, ema
         self.lr, self.weight_decay = lr, weight_decay
+        self.measured: Callable[[int], bool] = lambda step: False
         self.clip_grad, self.micro_batches = clip_grad, micro_batches
         self.distributed = isinstance(model, DistributedDataParallel)
         self.bare_model = model.module if self.distributed else model
@@ -286,9 +302,12 @@ class Update:
         if self.micro_batch < self.group - 1:
             self._await_micro_batch(self.micro_batch + 1)
             return
-        if self.clip_grad is not None:
+        if self.clip_grad is not None or self.measured(self.step):
             self.scaler.unscale_(self.optimizer)
-            self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.grad_norm = nn.utils.get_total_norm(gradients)
+            if self.clip_grad is not None:
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_grad, self.grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         torch.clear_autocast_cache()  # an objective may continue under the same autocast, with new weights
@@ -297,7 +316,7 @@ class Update:
         self.start(self.step + 1)
 
     def figures(self) -> dict[str, float]:
-        """`opt/lr`, `opt/weight_decay` of the next step and, with clipping, `opt/grad_norm` of the last."""
+        """`opt/lr`, `opt/weight_decay` of the next step, and `opt/grad_norm` of the last one measured."""
         groups = self.optimizer.param_groups
         norm = {} if self.grad_norm is None else {"opt/grad_norm": self.grad_norm.item()}
         # The largest: biases and embeddings may be in groups without weight decay.

@@ -93,6 +93,12 @@ def test_classes_are_the_last_axis(kind):
     assert scores[2, 1].item() == pytest.approx(confidence_function(kind)(logits[2, 1]).item())
 
 
+def test_a_margin_needs_two_classes():
+    with pytest.raises(ValueError, match=r"^margin compares .*: 2 or more are needed, there is 1$"):
+        margin(torch.zeros(3, 1))
+    assert margin(torch.zeros(3, 2)).tolist() == [0, 0, 0]
+
+
 def test_the_kinds_are_those_of_the_command_line():
     assert set(CONFIDENCES) == {"max_prob", "margin", "entropy", "energy_logits", "energy_softmax"}
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaptive import flops
-from adaptive.flops import cost_lines, count, exit_costs, fvcore_counts, single_costs
+from adaptive.flops import check_side, cost_lines, count, exit_costs, fvcore_counts, single_costs
 from models import MultiExitModel, create_model
 
 SHAPE = (3, 8, 8)
@@ -165,6 +165,21 @@ def test_table_has_every_exit_under_every_convention():
         total = sum(fvcore_counts(Tiny(), SHAPE)[k].values())
         numbers = [ours.macs[k], published.macs[k], published.papers[k], total]
         assert line.split() == [str(k), *(f"{n / 1e6:.3f}" for n in numbers)]
+
+
+def test_images_that_are_too_small_are_named_with_the_least_side():
+    check_side(Tiny(), 8)
+    reason = r"\(Given input size: .*Output size is too small\)"
+    line = rf"^--input_size 5: the network cannot read such images {reason}; the least side accepted is 8$"
+    with pytest.raises(ValueError, match=line):
+        check_side(Tiny(), 5)
+
+
+def test_a_network_for_one_side_only_says_so(on_meta):
+    vit = on_meta("timm/vit_tiny_patch16_224", 3)
+    check_side(vit, 224)
+    with pytest.raises(ValueError, match=r"\(Input height \(32\) doesn't match model \(224\)\.\)$"):
+        check_side(vit, 32)
 
 
 def test_table_reports_operators_without_a_formula():

@@ -303,6 +303,23 @@ def test_nothing_to_run_and_thresholds_of_another_network_are_refused(small):
         run_adaptive(model.eval(), images, torch.zeros(9))
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_micro_batches_below_one_are_refused(relay_class, size):
+    model, images = toy(relay_class, 3)
+    with pytest.raises(ValueError, match=f"^micro_batch is {size}; accepted: 1 and more"):
+        run_adaptive(model, images, torch.zeros(3), order="throughput", micro_batch=size)
+    with pytest.raises(ValueError, match=f"^micro_batch is {size}; accepted: 1 and more"):
+        stream_adaptive(model, [images], torch.zeros(3), micro_batch=size)
+
+
+def test_a_network_in_training_mode_is_refused(relay_class):
+    model, images = toy(relay_class, 3)
+    for run in (run_adaptive, stream_adaptive):
+        with pytest.raises(ValueError, match=r"^the network is in training mode; .*: network.eval\(\)$"):
+            run(model.train(), [images] if run is stream_adaptive else images, torch.zeros(3))
+    assert model.eval() and len(run_adaptive(model, images, torch.zeros(3))[0]) == 3
+
+
 @orders
 def test_a_policy_and_its_thresholds_give_the_same_answers(order, subject):
     model, images, _, thresholds = subject("relay")

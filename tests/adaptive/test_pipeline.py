@@ -66,3 +66,9 @@ def test_nobody_and_everybody():
 def test_thresholds_of_another_network_are_refused():
     with pytest.raises(ValueError, match="3 thresholds for a network with 2 exits"):
         Pipeline(doubling([])[:2], POLICY)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_micro_batches_hold_an_image_or_more(size):
+    with pytest.raises(ValueError, match=f"^micro_batch is {size}; accepted: 1 and more, or None$"):
+        Pipeline(doubling([]), POLICY, size)

@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaptive.confidence import CONFIDENCES
+from adaptive.confidence import CONFIDENCES, confidence_function
 from adaptive.policy import Exits, Policy, Rule, choose, content_hash, model_hash, policies_of, rules_of
 from adaptive.thresholds import EVERYBODY, NOBODY, quota_thresholds
 
@@ -22,7 +23,7 @@ CALIB = tables([True] * 10)
 
 
 def sweep(confidence="max_prob", **exits):
-    return policies_of(rules_of(Exits(**exits), 2), CALIB, COSTS, confidence)
+    return policies_of(rules_of(Exits(**exits), COSTS), CALIB, COSTS, confidence)
 
 
 def chosen(**exits):
@@ -60,11 +61,13 @@ def test_a_row_is_chosen_by_budget_or_accuracy():
         ({"router_threshold": (), "shares": (1.2,)}, "at most 1 in all"),
         ({"router_threshold": (1.0, 2.0)}, "2 router thresholds for 2 exits"),
         ({"row": (39,)}, "--row 39, but msdnet has rows 0 to 38"),
+        ({"router_threshold": (1.5,)}, "threshold 1.5 of max_prob: accepted: from 0 to 1; 1e8: nobody"),
+        ({"budget": 9}, "a budget of 9 multiply-adds is below the cheapest setting's 10"),
     ],
 )
 def test_numbers_that_do_not_fit_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        rules_of(Exits(**options), 2)
+        rules_of(Exits(**options), COSTS)
 
 
 def test_every_row_of_a_sweep_with_equal_names_is_kept():
@@ -131,13 +134,51 @@ def test_ties_at_a_threshold_leave_together():
 def test_plain_thresholds_become_a_policy():
     policy = Policy.of(torch.tensor([0.25, EVERYBODY]), "margin")
     assert policy == Policy((0.25, EVERYBODY), "margin") and Policy.of(policy, "entropy") is policy
-    assert Policy.of([float("inf"), -float("inf")]).thresholds == (NOBODY, EVERYBODY)
 
 
-@pytest.mark.parametrize("thresholds", [[], [0.5, float("nan")]])
-def test_thresholds_are_numbers(thresholds):
+@pytest.mark.parametrize(
+    ("kind", "value", "accepted"),
+    [
+        ("max_prob", 1.5, "from 0 to 1"),
+        ("max_prob", -0.5, "from 0 to 1"),
+        ("margin", float("nan"), "from 0 to 1"),
+        ("entropy", 0.5, "to 0"),
+        ("entropy", -float("inf"), "to 0"),
+        ("energy_softmax:2", -1, "from 0"),
+        ("energy_logits", float("inf"), "finite numbers"),
+    ],
+)
+def test_thresholds_that_a_confidence_never_has_are_refused(kind, value, accepted):
+    line = f"threshold {value:g} of {kind}: accepted: {accepted}; 1e8: nobody leaves, -1e8: everybody"
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        Policy.of([value, EVERYBODY], kind)
+
+
+@pytest.mark.parametrize("kind", CONFIDENCES)
+def test_thresholds_for_everybody_and_nobody_and_what_rounding_adds_are_accepted(kind):
+    assert Policy.of(torch.tensor([NOBODY, EVERYBODY]), kind).thresholds == (NOBODY, EVERYBODY)
+    surest = confidence_function(kind)(torch.tensor([1000.0, 0.0])).item()
+    assert Policy((surest + 1e-7, 0.0), kind).confidence == kind
+
+
+def test_there_is_a_threshold_per_exit():
     with pytest.raises(ValueError, match="give a number per exit"):
-        Policy.of(thresholds)
+        Policy.of([])
+
+
+def test_an_accuracy_that_no_setting_reaches_is_refused():
+    poor = tables([False] * 5 + [True] * 5)
+    policies = policies_of(rules_of(Exits(), COSTS), poor, COSTS, "max_prob")
+    best = max(policy.accuracy for policy in policies)
+    with pytest.raises(ValueError, match=rf"^an accuracy of 0.99 is above the best setting's {best:.4g}$"):
+        choose(policies, Exits(accuracy=0.99), 0.5)
+    (nearest,) = choose(policies, Exits(), 0.99)  # nobody asked for an accuracy
+    assert policies[nearest].accuracy == best
+
+
+def test_a_budget_and_an_accuracy_are_not_both_wanted():
+    with pytest.raises(ValueError, match=r"^--budget 2e\+07 and --accuracy 0.9: give one of them"):
+        Exits(budget=2e7, accuracy=0.9)
 
 
 def test_unknown_confidence_is_refused():
@@ -158,7 +199,7 @@ class Network(nn.Module):
 
 def made_for(network):
     return Policy(
-        (0.1 + 0.2, -float("inf")),
+        (0.1 + 0.2, EVERYBODY),
         "energy_logits:2",
         "p=1",
         0.75,

@@ -180,9 +180,14 @@ def test_a_budget_below_every_cost_is_refused():
         within_budget(ACCURACIES, COSTS, 9)
 
 
-@pytest.mark.parametrize(("accuracy", "index"), [(0.0, 0), (0.65, 1), (0.7, 1), (0.75, 3), (0.9, 3)])
-def test_cheapest_is_accurate_enough_or_the_best_there_is(accuracy, index):
+@pytest.mark.parametrize(("accuracy", "index"), [(0.0, 0), (0.65, 1), (0.7, 1), (0.75, 3), (0.8, 3)])
+def test_cheapest_is_accurate_enough(accuracy, index):
     assert cheapest(ACCURACIES, COSTS, accuracy) == index
+
+
+def test_an_accuracy_above_every_setting_is_refused():
+    with pytest.raises(ValueError, match="^an accuracy of 0.9 is above the best setting's 0.8$"):
+        cheapest(ACCURACIES, COSTS, 0.9)
 
 
 def test_a_quota_per_exit():

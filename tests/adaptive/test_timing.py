@@ -9,7 +9,7 @@ from adaptive import timing
 from adaptive.confidence import max_prob
 from adaptive.flops import exit_costs, single_costs
 from adaptive.policy import Policy
-from adaptive.thresholds import EVERYBODY, exit_of, quota_thresholds
+from adaptive.thresholds import EVERYBODY, NOBODY, exit_of, quota_thresholds
 from adaptive.timing import (
     MICRO_BATCHES,
     Contestant,
@@ -208,7 +208,7 @@ def test_every_kind_of_contestant_gets_its_fastest_micro_batch(clock):
 
 def test_comparison_of_operating_points(subject):
     model, images, thresholds, simulated = subject
-    points = {"half": thresholds, "nobody": torch.tensor([2.0, EVERYBODY])}
+    points = {"half": thresholds, "nobody": torch.tensor([NOBODY, EVERYBODY])}
     targets = answers_of(model, images)[1].argmax(1)
     policies = {name: Policy.of(limits) for name, limits in points.items()}
     result = compare_orders(policies, Deployed(model, model, images, images), targets, micro_batch=8)

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from experiment.log import Logger, append_json, epoch_line
 
@@ -31,6 +32,26 @@ def test_a_logger_keeps_scalars_and_a_histogram_per_exit(tmp_path):
     found = EventAccumulator(str(tmp_path)).Reload()
     assert [(one.step, one.value) for one in found.Scalars("train/loss")] == [(3, 0.5)]
     assert found.Tags()["histograms"] == ["l2w/weights/exit0", "l2w/weights/exit1"]
+
+
+def hparams_of(board):
+    """The flags in TensorBoard's table of runs."""
+    metadata = board.summary_metadata["_hparams_/session_start_info"]
+    content = HParamsPluginData.FromString(metadata.plugin_data.content)
+    flags = content.session_start_info.hparams
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in flags.items()}
+
+
+def test_a_log_ends_with_flags_and_final_metrics(tmp_path):
+    flags = {"lr": 0.1, "opt": "sgd", "decay_epochs": [2, 3], "with_kd": True, "clip_grad": None}
+    logger = Logger(str(tmp_path), None, flags)
+    logger.add({"calib/acc1/exit0": 0.25}, 3)
+    logger.close({"calib/acc1/exit0": 0.5})
+    found = EventAccumulator(str(tmp_path)).Reload()
+    assert hparams_of(found) == {"lr": 0.1, "opt": "sgd", "decay_epochs": "[2, 3]", "with_kd": True}
+    assert [one.value for one in found.Scalars("final/calib/acc1/exit0")] == [0.5]
+    assert [one.value for one in found.Scalars("calib/acc1/exit0")] == [0.25]
+    Logger(None, None, flags).close({"best": 1.0})
 
 
 def test_an_epoch_is_one_line():

@@ -1,5 +1,6 @@
 import argparse
 import copy
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from experiment.checkpoint import load, save
 from experiment.published import understood
 from experiment.recipe import Recipe
-from experiment.resume import check_same_run, resume
+from experiment.resume import Pace, check_same_run, resume
 from experiment.run import Run, Saving
 from models import MultiExitModel, create_model
 from training.l2w import SampleWeighting, Weighting
@@ -152,6 +153,52 @@ def test_a_run_keeps_its_images_its_seed_and_its_optimizer():
     for name, other in others.items():
         with pytest.raises(ValueError, match=f"^--{name} {given[name]}, but x.pth was trained with {other}$"):
             check_same_run(recipe, understood({"args": given | {name: other}}, "x.pth"))
+
+
+def pace_of(flags, world_size, content=None):
+    """The pace of a run by these flags, which goes on from a file of this content, the file, and the recipe."""
+    recipe = Recipe.of({"batch_size": 8, **flags})
+    stored = None if content is None else understood(content, "x.pth")
+    return Pace.of(recipe, world_size, stored), stored, recipe
+
+
+def test_a_run_goes_on_with_other_rates_and_processes_and_says_so():
+    start, _, recipe = pace_of({"lr": 0.1, "epochs": 2, "update_freq": 2}, 1)
+    content = {"args": recipe.flags(), "pace": asdict(start)}
+    assert content["pace"] == {"world_size": 1, "images": 16, "at_start": 16}
+    same, stored, recipe = pace_of({"lr": 0.1, "epochs": 2, "update_freq": 2}, 1, content)
+    assert same == start and same.changes(recipe, stored) == ""
+    pace, stored, recipe = pace_of({"lr": 0.2, "epochs": 2, "update_freq": 2}, 4, content)
+    assert pace.changes(recipe, stored) == (
+        "--lr 0.2 instead of 0.1, 4 processes instead of 1, 64 images per step instead of 16, "
+        "--scale_lr true would multiply learning rates by 4"
+    )
+    assert pace.scaled(recipe.optimization) == recipe.optimization
+    pace, stored, recipe = pace_of({"lr": 0.1, "epochs": 2, "update_freq": 1}, 2, content)
+    changes = "--update_freq 1 instead of 2, 2 processes instead of 1"  # as many images
+    assert pace.changes(recipe, stored) == changes
+
+
+def test_scaled_rates_follow_the_images_per_step_since_the_start_however_often_a_run_is_resumed():
+    flags = {"lr": 0.1, "min_lr": 0.01, "scale_lr": True}
+    start, _, recipe = pace_of(flags, 1)
+    assert start.scaled(recipe.optimization) == recipe.optimization
+    content = {"args": recipe.flags(), "pace": asdict(start)}
+    for world_size in (2, 2, 4, 1):
+        pace, stored, recipe = pace_of(flags, world_size, content)
+        rates = pace.scaled(recipe.optimization)
+        assert (rates.lr, rates.min_lr) == pytest.approx((0.1 * world_size, 0.01 * world_size))
+        if content["pace"]["world_size"] != world_size:
+            changes = f"true multiplies learning rates by {world_size}"
+            assert pace.changes(recipe, stored).endswith(changes)
+        content = {"args": recipe.flags(), "pace": asdict(pace)}
+
+
+def test_old_files_do_not_say_how_many_images_a_step_had():
+    pace, stored, recipe = pace_of({"lr": 0.1}, 2, {"args": {"lr": 0.1}})
+    assert pace == Pace(2, 16, 16) and pace.changes(recipe, stored) == ""
+    with pytest.raises(ValueError, match=r"^--scale_lr true: x.pth does not say how many images a step had$"):
+        pace_of({"scale_lr": True}, 2, {"args": {}})
 
 
 # The weight net

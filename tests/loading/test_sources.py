@@ -106,6 +106,13 @@ def test_truncated_or_missing_npz_is_refused(tmp_path, write_npz):
             load_npz(tmp_path / name, 10)
 
 
+def test_the_npz_file_that_is_missing_is_named(tmp_path, write_npz):
+    there, missing = str(write_npz(tmp_path / "a.npz")), str(tmp_path / "b.npz")
+    for paths in ((missing, None), (missing, there), (there, missing)):
+        with pytest.raises(ValueError, match=f"^no such file: {re.escape(missing)}$"):
+            open_source(Data("CIFAR10", *paths))
+
+
 def test_cifar_needs_both_npz_files_and_knows_its_class_count(tmp_path, write_npz):
     path = str(write_npz(tmp_path / "a.npz", count=200, num_classes=100))
     with pytest.raises(ValueError, match="--eval_data_path"):

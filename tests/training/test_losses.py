@@ -146,6 +146,12 @@ def test_there_is_one_exit_weight_per_exit():
         exit_weights(4, [1.0] * 4, att=1.0)
 
 
+@pytest.mark.parametrize("given", [{"weights": [0.0] * 4}, {"att": 0.0, "cnn": 0.0, "merge": 0.0}])
+def test_one_exit_weight_is_above_0(given):
+    with pytest.raises(ValueError, match=r"^exit weights \[0.0, .*\]: .* give one above 0$"):
+        exit_weights(4, **given)
+
+
 def test_the_hinge_wants_high_energy_of_known_classes_and_low_energy_of_others():
     logits = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 1.0]], requires_grad=True)
     model, targets = lambda images: [logits], torch.tensor([0, 2])

@@ -349,6 +349,28 @@ def test_a_second_forward_under_the_same_autocast_sees_the_step():
     torch.testing.assert_close(after, before - 2)
 
 
+def test_the_gradient_norm_is_measured_now_and_then_without_a_trace_in_the_weights():
+    measured = [step for step in range(14) if optim.measured_at(step, every=3, steps=7)]
+    assert measured == [2, 5, 6, 9, 12, 13]
+    assert not any(optim.measured_at(step, every=0, steps=7) for step in range(14))
+    torch.manual_seed(0)
+    images, weights = torch.randn(4, 5, 3), {}
+    start = nn.Linear(3, 2)
+    for every in (0, 2):
+        net = copy.deepcopy(start)
+        update = optim.make_update(net, replace(SGD, warmup_epochs=0), steps=4, measure_every=every)
+        for step, batch in enumerate(images):
+            loss = net(batch).square().sum()
+            norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, net.parameters())]).norm()
+            update(net(batch).square().sum())
+            figures = update.figures()
+            if every and step % 2:
+                assert figures["opt/grad_norm"] == pytest.approx(norm.item())
+            assert ("opt/grad_norm" in figures) == (every > 0 and step > 0)
+        weights[every] = net.weight
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[2], start.weight)
+
+
 def test_spellings_of_optimizers():
     kinds = {
         opt: type(make_optimizer(nn.Linear(3, 2), replace(SGD, opt=opt))).__name__

@@ -6,12 +6,13 @@ from loading.loaders import TrainLoader, ordered_loader
 from loading.relabel import only_popular
 from loading.sources import IMAGENET_STATS, Data, Source, open_source
 from loading.split import Split, default_num_calib, make_split, split_train
-from loading.streams import Stream
+from loading.streams import PREFIXES, Stream
 from loading.transforms import Mixing, Transform, View, eval_transform, mixup_collate, train_transform
 from utils import one_process_first
 
 __all__ = [
     "IMAGENET_STATS",
+    "PREFIXES",
     "Data",
     "Mixing",
     "Source",

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from detection.data import CocoImages, collate
 from detection.detectors import DetectorOptions, create_detector
 from detection.measure import detect, precision
-from experiment.checkpoint import LAST, load
+from experiment.checkpoint import LAST, latest, load
 from experiment.options import fill
 from experiment.published import read
 from experiment.run import Run, Saving
@@ -167,8 +167,8 @@ def _open_data(detection: Detection) -> tuple[CocoImages, CocoImages]:
 
 def evaluate(detection: Detection) -> dict[str, float]:
     """COCO's metrics of the last checkpoint in `output_dir`; ValueError if there is none."""
-    job, last = Job(detection), Path(detection.output_dir) / LAST
-    if not last.exists():
+    job, last = Job(detection), latest(detection.output_dir)
+    if last is None:
         raise ValueError(f"nothing to evaluate: {detection.output_dir} holds no {LAST}")
     job.resume(job.run(), last)
     return job.evaluate()
@@ -176,9 +176,9 @@ def evaluate(detection: Detection) -> dict[str, float]:
 
 def fit(detection: Detection) -> Job:
     """Trains the epochs that are left; the log and the last and best checkpoints go to `output_dir`."""
-    job, last = Job(detection), Path(detection.output_dir) / LAST
+    job, last = Job(detection), latest(detection.output_dir)
     run = job.run()
-    if last.exists():
+    if last:
         job.resume(run, last)
     run.fit(detection.epochs, job.one_epoch)
     return job

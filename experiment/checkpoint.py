@@ -6,17 +6,16 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 
+from experiment.verify import Damaged, check_file, check_unpacked
 from utils import replacing
 
 LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
-# Not OSError as a whole: torch's reader raises one of its own on some truncated files.
-UNREADABLE = (FileNotFoundError, IsADirectoryError, PermissionError, URLError)
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
@@ -25,44 +24,56 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
         torch.save(state, temp)
 
 
-def load(source: str | Path) -> dict[str, Any]:
+def load(source: str | Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
     """Reads a checkpoint file, safetensors or an https URL onto the CPU; nothing in it is run.
 
     Besides tensors and plain types, `argparse.Namespace` is allowed: the published Dynamic Perceiver files
-    hold it. Raises ValueError in one line when the file cannot be read, is damaged, is not a checkpoint, or
-    holds anything else.
+    hold it; so are the classes and functions in `allowed`. Raises ValueError in one line when the file cannot
+    be read, is damaged (`Damaged`), is not a checkpoint, unpacks to far more than its size, or holds anything
+    else.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = _read(str(source))
-    except UNREADABLE as error:
+        path = _local(str(source))
+        check_file(path)
+    except OSError as error:
         raise ValueError(f"cannot read checkpoint {source}: {error.strerror or error}") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
+            state = _read(path)
     except Exception as error:  # damaged bytes can fail anywhere in the reader, with any exception
         refused = (
             re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         )
         if refused:
             held = f"it holds {refused[1]}; only tensors and plain types are loaded"
-            raise ValueError(f"checkpoint {source} is refused: {held}") from error
-        raise ValueError(f"{source} is truncated or not a checkpoint") from error
+            way_out = "scripts/convert_checkpoint.py rewrites a file that holds no worse than NumPy's numbers"
+            raise ValueError(f"checkpoint {source} is refused: {held}; {way_out}") from error
+        raise Damaged(f"{source} is truncated or not a checkpoint") from error
     if not isinstance(state, dict):
         kind = type(state).__name__
         raise ValueError(f"{source} is not a checkpoint: it holds a {kind} instead of a dict")
+    check_unpacked(state, path.stat().st_size, source)
     return state
 
 
-def _read(source: str) -> object:
-    if source.startswith("https://"):
-        # Many URLs end in the same file name, so the downloaded copy is named by the whole URL.
-        name = f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.pth"
-        return torch.hub.load_state_dict_from_url(
-            source, map_location="cpu", weights_only=True, file_name=name
-        )
-    if source.endswith(".safetensors"):
+def _local(source: str) -> Path:
+    """The file, or a downloaded copy, which is named by the whole URL: many end in the same file name."""
+    if not source.startswith("https://"):
+        return Path(source)
+    name = f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.pth"
+    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(source, str(path))
+    return path
+
+
+def _read(path: Path) -> object:
+    if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return load_file(source)
-    return torch.load(source, map_location="cpu", weights_only=True)
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save_epoch(folder: Path, state: dict[str, Any], *, epoch: int, best: bool, freq: int, keep: int) -> None:
@@ -105,8 +116,34 @@ def numbered(folder: Path) -> list[Path]:
     return sorted(epochs, key=lambda path: epochs[path])
 
 
-def latest(folder: str | Path) -> Path | None:
-    """The checkpoint to resume from: the last one, else the highest-numbered one, else None."""
-    last = Path(folder) / LAST
-    candidates = [last] if last.exists() else numbered(Path(folder))
-    return candidates[-1] if candidates else None
+def latest(folder: str | Path, say: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint to resume from: the last one, else the highest-numbered one, else None.
+
+    In place of a damaged one it is the newest intact one of all in the folder, which `say` is told. Raises
+    ValueError if there is none.
+    """
+    last, best = Path(folder) / LAST, Path(folder) / BEST
+    files = [path for path in (last, *numbered(Path(folder))[::-1]) if path.exists()]
+    if not files:
+        return None
+    try:
+        if not check_file(files[0]):
+            load(files[0])
+        return files[0]
+    except Damaged as error:
+        damage = str(error)
+    epochs = {path: epoch for path in (*files[1:], best) if (epoch := _epoch(path)) is not None}
+    if not epochs:
+        raise ValueError(f"{damage}; no intact checkpoint is beside it")
+    newest = max(epochs, key=lambda path: epochs[path])
+    say(f"{damage}; going on from the newest intact one beside it, {newest.name}")
+    return newest
+
+
+def _epoch(path: Path) -> int | None:
+    """The last epoch of a run's checkpoint; None if it cannot be read."""
+    try:
+        epoch = load(path).get("epoch")
+    except ValueError:
+        return None
+    return epoch if isinstance(epoch, int) else None

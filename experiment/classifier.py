@@ -34,7 +34,7 @@ class Classifier:
     def __init__(self, recipe: Recipe, compute: Compute) -> None:
         self.recipe, self.compute = recipe, compute
         self.folder = Path(recipe.runtime.output_dir) if recipe.runtime.output_dir else None
-        stored = _stored(recipe, self.folder)
+        stored = self._stored()
         held_out = stored.held_out if stored else None
         self.splits = open_splits(recipe.data, recipe.view, recipe.transform, held_out)
         # Images held out from here on are not stored as unseen: a published network was trained on them.
@@ -68,6 +68,16 @@ class Classifier:
         config = {**recipe.flags(), **recipe.options}
         self.logger = Logger(session.log_dir if main_process else None, project, config)
         self.judged: Figures = {}  # of the last epoch
+
+    def _stored(self) -> Stored | None:
+        """The checkpoint to resume from, which must be of the same data and optimizer."""
+        start = self.recipe.start
+        path = start.resume or (self.folder and start.auto_resume and latest(self.folder, self.say))
+        if not path:
+            return None
+        stored = read(path)
+        check_same_run(self.recipe, stored)
+        return stored
 
     def _loader(self) -> TrainLoader:
         """Shuffled, augmented, and mixed if mixup or cutmix is on; batch norm needs 2 images per loss."""
@@ -266,13 +276,3 @@ class Classifier:
         """Prints a line, once for all processes."""
         if self.compute.rank == 0:
             print(line)
-
-
-def _stored(recipe: Recipe, folder: Path | None) -> Stored | None:
-    """The checkpoint to resume from, which must be of the same data and optimizer."""
-    path = recipe.start.resume or (folder and recipe.start.auto_resume and latest(folder))
-    if not path:
-        return None
-    stored = read(path)
-    check_same_run(recipe, stored)
-    return stored

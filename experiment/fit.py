@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from experiment.verify import check_weights
 from models import MultiExitModel, create_model
 
 Weights = dict[str, Tensor]
@@ -15,8 +16,10 @@ PROBE = 911  # a number of classes that equals no layer's width
 def load_weights(model: nn.Module, weights: Weights, where: str) -> None:
     """Loads `weights` into `model`, every key and shape as in the model; `where` says what is being loaded.
 
-    Raises ValueError in one line with the counts and the first of the keys that do not fit.
+    Raises ValueError in one line with the counts and the first of the keys that do not fit, or with the first
+    key whose values cannot be.
     """
+    check_weights(weights, model.state_dict(), where)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

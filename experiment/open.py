@@ -15,6 +15,7 @@ from experiment.fit import Weights, classes_of, fit_to, load_weights, renamed_fo
 from experiment.members import upgraded
 from experiment.published import Stored, read
 from experiment.recipe import GROUPS, Recipe, Start
+from experiment.verify import check_network, check_weights
 from models import MultiExitModel, create_model, model_class, model_options, spelled_out, tune
 
 IMAGES = (Data, View, Transform)  # the flags that say what a network was trained on
@@ -74,6 +75,8 @@ def open_network(
     stored = source if isinstance(source, Stored) else read(source)
     values = stored.weights(weights)
     arch = _arch_of(stored, values, name, given, num_classes)
+    if stored.arch is not None:
+        check_network(arch, values, stored.source)
     groups = IMAGES if stored.published_flags else GROUPS.values()
     recipe = Recipe.of(stored.sight(arch["name"]), stored.values(*groups), options=arch["options"])
     seen = view or _view_of(recipe.view, arch)
@@ -182,8 +185,11 @@ def read_weights(start: Start, network: nn.Module) -> dict[str, Tensor]:
     """The weights that `--finetune` names, under the network's names."""
     weights = read(start.finetune).weights("model", model_key=start.model_key)
     if start.model_prefix:
-        return {start.model_prefix + key: value for key, value in weights.items()}
-    return renamed_for(network, weights)
+        weights = {start.model_prefix + key: value for key, value in weights.items()}
+    else:
+        weights = renamed_for(network, weights)
+    check_weights(weights, network.state_dict(), f"checkpoint {start.finetune}")
+    return weights
 
 
 def _cascade(files: CascadeFiles, weights: str, num_classes: int | None, view: View | None) -> Opened:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from datasets import View
 from experiment.checkpoint import load
 from experiment.fit import Weights
-from experiment.members import upgraded
 from experiment.options import options_of_signature, restore, restored
+from experiment.verify import check_entries, checked_arch
 from models import create_model, list_models, model_class, model_options
 from training.optim import param_groups
 
@@ -95,7 +95,8 @@ def read(source: str | Path) -> Stored:
 
 
 def understood(content: dict[str, Any], source: str | Path) -> Stored:
-    """The parsed `content` of file `source`."""
+    """The parsed `content` of file `source`. Raises ValueError in one line for what no run writes."""
+    check_entries(content, source)
     args = content.get("args")
     flags = args if isinstance(args, dict) else {}
     if isinstance(args, Namespace):  # Dynamic Perceiver's
@@ -109,7 +110,7 @@ def _arch(content: dict[str, Any], source: object) -> dict[str, Any] | None:
     Elsewhere `arch` is a bare name, which is not enough to build a network.
     """
     if isinstance(content.get("arch"), dict):
-        return upgraded(content["arch"])
+        return checked_arch(content["arch"], source)
     args = content.get("args")
     name = getattr(args, "model", None)
     if name not in list_models():

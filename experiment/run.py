@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from experiment.checkpoint import save_epoch
 from experiment.fit import load_weights
 from experiment.log import append_json
+from experiment.verify import check_finite, check_numbers
+from training.optim import load_optimizer
 
 Figures = dict[str, float]
 
@@ -113,8 +116,15 @@ class Run:
 
 
 def _restore(name: str, part: Part, state: Any, source: object) -> None:
+    where = f"{name} of checkpoint {source}:"
+    check_finite(state, where)
+    check_numbers(state, part.state_dict(), where)
     try:
-        part.load_state_dict(state)
-    except (KeyError, ValueError, RuntimeError) as error:  # what torch raises for other groups and shapes
+        if isinstance(part, torch.optim.Optimizer):
+            load_optimizer(part, state)
+        else:
+            part.load_state_dict(state)
+    # What torch raises for other groups, shapes and types.
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"{name} of checkpoint {source} does not fit this run's: {reason}") from error

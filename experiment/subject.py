@@ -1,12 +1,14 @@
 """What is evaluated: a network on its data, by the command line and otherwise as it was trained."""
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from adaptive.confidence import confidence_function
 from adaptive.flops import check_side
 from adaptive.policy import Exits
-from datasets import Data, Splits, View, open_splits
+from datasets import PREFIXES, Data, Splits, View, open_splits
 from experiment.cascade import CascadeFiles, read_cascade
 from experiment.open import IMAGES, Opened, open_network
 from experiment.options import Given, plain
@@ -26,6 +28,8 @@ class Checkpoint:
     )
 
 
+NAMED = "data_set", "data_path", "eval_data_path"  # what is opened
+ELSEWHERE = {"data_path": None, "eval_data_path": None, "download": False}
 EVALUATION: list[type] = [Checkpoint, Network, Data, View, Runtime, Exits]
 
 
@@ -91,6 +95,7 @@ def open_evaluation(given: Given) -> Subject:
     options = dict(given.options)
     file = _file(given.values.get("checkpoint"), options)
     stored = file.stored if isinstance(file, CascadeFiles) else file
+    _check_named(stored, given.values)
     recipe = Recipe.of(_said(stored, given.values), given.values, options=options)
     confidence_function(recipe.exits.confidence)  # a wrong name fails before images are read
     compute = start_compute(recipe.runtime)
@@ -123,13 +128,28 @@ def _file(path: str | None, options: dict[str, Any]) -> Stored | CascadeFiles:
 
 
 def _said(stored: Stored, given: dict[str, Any]) -> dict[str, Any]:
-    """What the file stores about the images that it was trained on, as far as it is of use here."""
-    said = stored.values(*IMAGES)
+    """What the file stores about the images that it was trained on, but not where they are."""
+    said = {**stored.values(*IMAGES), **ELSEWHERE}
     if given.get("model"):
         said |= stored.sight(given["model"])
-    if given.get("data_set", said.get("data_set")) != said.get("data_set"):
-        said |= {"data_path": None, "eval_data_path": None}  # those of its own training data
     return said
+
+
+def _check_named(stored: Stored, given: Mapping[str, Any]) -> None:
+    """Raises ValueError, with what the file stores, where `given` does not name the images to evaluate on.
+
+    A file must not decide what is opened or fetched. The digits are part of scikit-learn.
+    """
+    said = stored.values(Data)
+    data_set = said.get("data_set", "DIGITS")
+    fetched = data_set.startswith(PREFIXES)
+    if data_set == "DIGITS" or given.get("data_path" if not fetched else "data_set"):
+        return
+    if given.get("data_set", data_set) != data_set:  # which says by itself what it needs
+        return
+    words = {"data_path": "PATH", **{name: said[name] for name in NAMED if said.get(name)}}
+    command = shlex.join(word for name in NAMED if name in words for word in (f"--{name}", words[name]))
+    raise ValueError(f"name the images to evaluate on; {stored.source} was trained with {command}")
 
 
 def _same_split(stored: Stored, data: Data) -> bool:

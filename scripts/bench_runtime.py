@@ -55,7 +55,9 @@ LATENCY_HEADS += ["top-1, %, not measured here"]
 class Flags:
     """What is timed."""
 
-    checkpoint: str = option("", "a trained network, with its images")
+    checkpoint: str = option("", "a trained network")
+    data_path: str | None = option(None, "its images, unless they are DIGITS; folder or .npz file")
+    eval_data_path: str | None = option(None, "its test images, if they are elsewhere")
     model: str = option("", "default: msdnet_cifar_lin5, with --latency reg800m_perceiver_t128")
     input_size: int | None = option(None, "default: the network's, with --latency 224")
     latency: bool = option(False, "batch 1 instead of throughput")
@@ -67,7 +69,8 @@ class Flags:
 
 def trained_subject(flags: Flags) -> tuple[MultiExitModel, Tensor, Policy]:
     """Network, images and policy of a checkpoint."""
-    subject = open_evaluation(Given({"checkpoint": flags.checkpoint, "num_workers": 1}, {}))
+    data = {"data_path": flags.data_path, "eval_data_path": flags.eval_data_path}
+    subject = open_evaluation(Given({"checkpoint": flags.checkpoint, "num_workers": 1, **data}, {}))
     test, calib, _ = calibrate(subject, tables(subject, subject.splits.test, "test"))
     costs = exit_costs(subject.network, subject.shape)
     exits = subject.recipe.exits

@@ -9,12 +9,10 @@ weights, which must be the network's in number, order and shape, get the network
 """
 
 import pickle
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from common import read_flags, word
 
 from experiment.checkpoint import load, save
@@ -47,22 +45,6 @@ def allowed() -> list[Any]:
     return [*names, np.dtype, *{type(kind) for kind in NUMBERS}, (latin1, "_codecs.encode")]
 
 
-def read(path: str) -> dict[Any, Any]:
-    """The content of a checkpoint. Raises ValueError in one line for what is not allowed."""
-    try:
-        with torch.serialization.safe_globals(allowed()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # damaged bytes can fail anywhere in the reader
-        held = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it holds {held[1]}" if held else "it is damaged or no checkpoint"
-        raise ValueError(f"{path} is refused: {why}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
-    return content
-
-
 def plain(value: Any) -> Any:
     """The same nested value with Python numbers in place of NumPy's."""
     if isinstance(value, np.generic):
@@ -77,7 +59,7 @@ def plain(value: Any) -> Any:
 def main(argv: list[str]) -> None:
     """The command line."""
     flags = read_flags(Flags, argv, __doc__)
-    content = plain(read(flags.source))
+    content = plain(load(flags.source, allowed()))
     if flags.model:
         weights = understood(content, flags.source).weights("model")
         content = {"state_dict": named_in_order(weights, flags.model, flags.source)}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Evaluates a Dynamic Perceiver: every exit, the 33 published exit distributions, and real early exit.
 #
-#   bash scripts/eval_dyn_perceiver_imagenet.sh runs/dyn_regnet/checkpoint-best.pth
+#   bash scripts/eval_dyn_perceiver_imagenet.sh runs/dyn_regnet/checkpoint-best.pth --data_path "$DATA"
 #   bash scripts/eval_dyn_perceiver_imagenet.sh reg800m.pth --data_path "$DATA"
 #   bash scripts/eval_dyn_perceiver_imagenet.sh reg800m.pth --data_path "$DATA" --weights model --calib train_augmented
 #

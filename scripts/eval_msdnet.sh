@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Evaluates a trained MSDNet: every exit, the quotas of the papers (p = 1 ... 39), and real early exit.
 #
-#   bash scripts/eval_msdnet.sh runs/msdnet_c100/checkpoint-best.pth
+#   bash scripts/eval_msdnet.sh runs/msdnet_c100/checkpoint-best.pth --data_path "$DATA"
 #   bash scripts/eval_msdnet.sh msdnet-step4.pth.tar --model msdnet_imagenet_step4 --data_set IMNET --data_path "$DATA"
 #
 # The second form evaluates a file of the MSDNet or L2W repository, which does not name its network. Thresholds come from

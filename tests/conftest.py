@@ -292,11 +292,11 @@ def trained(on, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def evaluate_into() -> Callable[..., Path]:
-    """`evaluate_into(out, checkpoint, *words)` evaluates a file and returns the folder of its results, `out`."""
+def evaluate_into(images) -> Callable[..., Path]:
+    """`evaluate_into(out, checkpoint, *words)` evaluates a file on `images` and returns the folder of its results, `out`."""
 
     def evaluate(out: Path, checkpoint: Path, *words: object) -> Path:
-        into = ["--checkpoint", str(checkpoint), "--output_dir", str(out)]
+        into = ["--checkpoint", str(checkpoint), "--data_path", str(images), "--output_dir", str(out)]
         eval_dynamic.main([*into, *RUN, *map(str, words)])
         return out
 

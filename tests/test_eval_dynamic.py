@@ -111,9 +111,10 @@ def test_other_images_for_thresholds(trained, tmp_path, calib, origin, evaluate_
         assert row["accuracy"] * reported == pytest.approx(round(row["accuracy"] * reported))
 
 
-def test_the_training_script_evaluates_too(trained, evaluated, tmp_path):
+def test_the_training_script_evaluates_too(trained, evaluated, images, tmp_path):
     shutil.copy(trained / "checkpoint-last.pth", tmp_path)
-    train(["--eval", "true", "--output_dir", str(tmp_path), "--mode", "dynamic", *RUN])
+    words = ["--data_path", str(images), "--output_dir", str(tmp_path), "--mode", "dynamic", *RUN]
+    train(["--eval", "true", *words])
     for name in ("anytime.json", "dynamic.json", "dynamic.txt"):
         assert (tmp_path / name).read_bytes() == (evaluated / name).read_bytes()
 
@@ -122,10 +123,11 @@ def test_the_training_script_evaluates_too(trained, evaluated, tmp_path):
 
 
 def test_a_cascade_is_evaluated_from_its_networks_files_and_then_from_its_own(
-    trained, tmp_path, capsys, evaluate_into
+    trained, images, tmp_path, capsys, evaluate_into
 ):
     words = [f"weights={trained / 'checkpoint-last.pth'}"] * 2
     flags = ["--router_threshold", "0.9", "0.8", "0.7", "--mode", "dynamic", *RUN]
+    flags += ["--data_path", str(images)]
     evaluate(["--model", "ebjr", "--networks", *words, "--output_dir", str(tmp_path / "first"), *flags])
     exits, routing = (read_json(tmp_path / "first" / name) for name in ("anytime.json", "routing.json"))
     assert [row["acc1"] for row in exits[:2]] == [row["acc1"] for row in exits[2:]] and len(exits) == 4
@@ -141,10 +143,9 @@ def test_a_cascade_is_evaluated_from_its_networks_files_and_then_from_its_own(
 # Wrong input
 
 
-def test_evaluating_as_another_network_is_refused(trained, error_of):
-    line = error_of(
-        evaluate, *RUN, "--checkpoint", trained / "checkpoint-last.pth", "--model", "msdnet_cifar_even7"
-    )
+def test_evaluating_as_another_network_is_refused(trained, images, error_of):
+    words = ["--checkpoint", trained / "checkpoint-last.pth", "--data_path", images, *RUN]
+    line = error_of(evaluate, *words, "--model", "msdnet_cifar_even7")
     assert "holds another network than --model and its options say" in line
 
 
@@ -217,7 +218,7 @@ def test_mistakes_in_a_cascade(trained, error_of):
         ("--checkpoint=", r"name the file to evaluate: --checkpoint FILE"),
     ],
 )
-def test_mistakes_in_evaluation_flags(trained, tmp_path, error_of, words, complaint):
+def test_mistakes_in_evaluation_flags(trained, images, tmp_path, error_of, words, complaint):
     known = [
         "--checkpoint",
         trained / "checkpoint-last.pth",
@@ -227,16 +228,43 @@ def test_mistakes_in_evaluation_flags(trained, tmp_path, error_of, words, compla
         "runtime",
         *RUN,
     ]
-    assert re.match(complaint, error_of(evaluate, *known, *words.split()))
+    data = [] if "--data" in words else ["--data_path", images]
+    assert re.match(complaint, error_of(evaluate, *known, *data, *words.split()))
 
 
-def test_goals_out_of_reach_are_refused_as_soon_as_that_is_known(trained, tmp_path, error_of, monkeypatch):
+def test_goals_out_of_reach_are_refused_as_soon_as_that_is_known(
+    trained, images, tmp_path, error_of, monkeypatch
+):
     content = torch.load(trained / "checkpoint-last.pth", weights_only=True)
     content["model_ema"] = {name: torch.zeros_like(value) for name, value in content["model_ema"].items()}
     torch.save(content, tmp_path / "blind.pth")
-    flags = ["--checkpoint", tmp_path / "blind.pth", "--output_dir", tmp_path, *RUN]
+    flags = ["--checkpoint", tmp_path / "blind.pth", "--data_path", images, "--output_dir", tmp_path, *RUN]
     line = error_of(evaluate, *flags, "--mode", "dynamic", "--accuracy", 0.99)
     assert re.fullmatch(r"an accuracy of 0.99 is above the best setting's 0.\d+", line)
     monkeypatch.setattr(eval_dynamic, "read_tables", None)  # costs alone tell
     line = error_of(evaluate, *flags, "--budget", 1)
     assert re.match(r"a budget of 1 multiply-adds is below the cheapest setting's \d", line)
+
+
+def test_a_file_does_not_decide_what_is_opened_or_fetched(trained, images, tmp_path, error_of):
+    content = torch.load(trained / "checkpoint-last.pth", weights_only=True)
+    ours = "--data_set image_folder --data_path " + str(images)
+    stream, rest = (
+        "hfds/somebody/images",
+        {"data_path": None, "eval_data_path": "/dev/zero", "download": True},
+    )
+    for args, command in (
+        ({}, ours),
+        ({"eval_data_path": "a b"}, f"{ours} --eval_data_path 'a b'"),
+        ({"data_set": stream, **rest}, f"--data_set {stream} --data_path PATH --eval_data_path /dev/zero"),
+    ):
+        torch.save(content | {"args": content["args"] | args}, tmp_path / "x.pth")
+        line = error_of(evaluate, "--checkpoint", tmp_path / "x.pth", *RUN)
+        assert line == f"name the images to evaluate on; {tmp_path}/x.pth was trained with {command}"
+    line = error_of(evaluate, "--checkpoint", tmp_path / "x.pth", "--data_path", images, *RUN)
+    assert line.startswith("name the images to evaluate on; ")  # the folder is not all that would be fetched
+    rest["data_set"] = "CIFAR10"
+    torch.save(content | {"args": content["args"] | rest}, tmp_path / "x.pth")
+    line = error_of(evaluate, "--checkpoint", tmp_path / "x.pth", "--data_path", tmp_path / "none", *RUN)
+    assert line.startswith(f"no CIFAR10 in {tmp_path}/none, --download true fetches it")
+    assert not (tmp_path / "none").exists()

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 train = main_earlyExit.main
 PLAIN = shlex.split("--mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 --smoothing 0")
 RUN = shlex.split("--num_workers 1 --device cpu")
+AVERAGED = shlex.split(
+    "--epochs 2 --warmup_epochs 0 --model_ema true --model_ema_decay 0.5 --model_ema_eval true --lr 0.01"
+)
 
 
 def test_log_has_a_line_per_epoch(trained, read_log):
@@ -145,6 +149,38 @@ def check_board(out, line):
         board.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     ).session_start_info.hparams
     assert flags["lr"].number_value == 0.02 and flags["nBlocks"].number_value == 2
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_goes_on_exactly(trained, images, tmp_path, on, capsys):
+    out = shutil.copytree(trained, tmp_path / "out")  # also what were two names of one file
+    last, whole = out / "checkpoint-last.pth", torch.load(trained / "checkpoint-last.pth", weights_only=True)
+    for path in out.glob("*.pth"):
+        if torch.load(path, weights_only=True)["epoch"] == whole["epoch"] and path != last:
+            path.unlink()
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 16
+    last.write_bytes(data)
+    evaluation = ["--data_path", str(images), "--mode", "anytime", *RUN]
+    train(["--eval", "true", "--output_dir", str(out), *evaluation])
+    complaint = rf"^{last} is truncated or not a checkpoint: .*; going on from the newest intact one .*$"
+    assert len(re.findall(complaint, capsys.readouterr().out, re.MULTILINE)) == 1
+    train(on(*AVERAGED, *PLAIN, "--output_dir", out))
+    printed = capsys.readouterr().out
+    assert len(re.findall(complaint, printed, re.MULTILINE)) == 1 and printed.count("epoch 2/2") == 1
+    found = torch.load(last, weights_only=True)
+    for key in ("model", "model_ema", "optimizer"):
+        torch.testing.assert_close(found[key], whole[key], rtol=0, atol=0)
+    assert all(found[key] == whole[key] for key in ("epoch", "step", "best", "scaler", "calib_indices"))
+
+
+def test_an_optimizer_state_of_other_shapes_ends_a_run_with_one_line(trained, tmp_path, error_of, on):
+    content = torch.load(trained / "checkpoint-last.pth", weights_only=True)
+    content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(content, tmp_path / "x.pth")
+    line = error_of(train, *on("--resume", tmp_path / "x.pth", "--epochs", 3))
+    assert line.startswith(
+        f"optimizer of checkpoint {tmp_path}/x.pth does not fit this run's: exp_avg has the shape [3]"
+    )
 
 
 def test_a_checkpoint_of_another_network_is_not_resumed(trained, error_of, on):

@@ -181,14 +181,17 @@ def test_published_recipes_in_two_processes(images, tmp_path, capfd, in_processe
     assert content["step"] == 2 * steps and content["arch"]["options"]["input_size"] == 32
     assert {float(state["step"]) for state in content["optimizer"]["state"].values()} == {2.0 * steps}
 
-    main_earlyExit.main(["--eval", "true", "--output_dir", str(out), *DYNAMIC, *RUN])
+    data = ["--data_path", str(images)]
+    main_earlyExit.main(["--eval", "true", "--output_dir", str(out), *data, *DYNAMIC, *RUN])
     exits, rows = read_json(out / "anytime.json"), read_json(out / "dynamic.json")
     # In shards of two processes or in one, the average gives every test image the same answer.
     assert [row["acc1"] for row in exits] == pytest.approx(
         [lines[1][f"test_ema/acc1/exit{k}"] for k in range(4)]
     )
     assert len(rows) == 33 and "2 images held out of the training set" in (out / "report.html").read_text()
-    evaluate(out / "checkpoint-best.pth", tmp_path / "augmented", "--calib", "train_augmented", *DYNAMIC)
+    evaluate(
+        out / "checkpoint-best.pth", tmp_path / "augmented", *data, "--calib", "train_augmented", *DYNAMIC
+    )
     rows = read_json(tmp_path / "augmented" / "dynamic.json")
     assert len(rows) == 33 and all(sum(row["shares"]) == pytest.approx(1) for row in rows)
     assert "19 training images with training augmentation, the published procedure" in capfd.readouterr().out
@@ -272,7 +275,9 @@ def test_what_does_not_fit_a_published_file_is_said(checkpoint, thousand, images
             "--model",
             "msdnet",
         ): r"bare.pth holds another network than --model and its options say",
-        (bare,): r"data set IMNET needs --data_path",
+        (
+            bare,
+        ): r"^name the images to evaluate on; \S*bare.pth was trained with --data_set IMNET --data_path PATH$",
     }
     for (path, *words), complaint in complaints.items():
         with pytest.raises(ValueError, match=complaint):

@@ -40,6 +40,9 @@ SMALLER = [
     (r"--schedule multistep", "--decay_epochs 1"),
     (r"^eval_dynamic.py", f"{RUN} --batch_size 8 --runtime_images 4 --micro_batch 4"),
     (r"--data_set CIFAR10 ", NPZ.format(10)),
+    # Every run here is one on CIFAR-10.
+    (r"^(eval_dynamic|scripts/bench_runtime).py .*\bruns/.*--data_path", NPZ.format(10)),
+    (r"^eval_dynamic.py --checkpoint runs/(quickstart|resnet10t)", NPZ.format(10)),
     (r"--data_set CIFAR100 ", NPZ.format(100)),
     (r"--data_set IMNET", "--input_size 64"),
     (r"--data_set DIGITS", f"--data_set CIFAR10 --num_calib 4 {NPZ.format(10)}"),
@@ -185,10 +188,8 @@ def finished(data, tmp_path_factory) -> Callable[[str], Path]:
             f"{network} --data_set CIFAR10 {NPZ.format(10)} {RUN} --epochs 1 --batch_size 8 --warmup_epochs 0"
         )
         main_earlyExit.main([*expanded(shlex.split(command), {"DATA": str(data)}), "--output_dir", str(out)])
-        checkpoint = str(out / "checkpoint-best.pth")
-        eval_dynamic.main(
-            ["--checkpoint", checkpoint, *RUN.split(), "--runtime_images", "4", "--micro_batch", "4"]
-        )
+        command = f"--checkpoint {out}/checkpoint-best.pth {NPZ.format(10)} {RUN} --runtime_images 4 --micro_batch 4"
+        eval_dynamic.main(expanded(shlex.split(command), {"DATA": str(data)}))
         return out
 
     return folder

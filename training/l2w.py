@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adaptive.confidence import max_prob
 from training.directional import Recording, buffers_of, tangent_of
 from training.losses import Losses
-from training.optim import Update, cosine
+from training.optim import Update, cosine, load_optimizer
 from training.weight_net import (
     WeightNet,
     assign_exits,
@@ -267,7 +267,7 @@ class SampleWeighting:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from where `state` was taken; L2W's own files hold no `batch`."""
         self.weight_net.load_state_dict(state["weight_net"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.options.meta_weight_decay  # this run's, like the learning rate
         self.batch = state.get("batch", 0)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from loading.bad_images import with_readable
 from loading.loaders import TrainLoader, ordered_loader
 from loading.relabel import only_popular
 from loading.sources import IMAGENET_STATS, Data, Source, open_source
@@ -26,6 +27,7 @@ __all__ = [
     "mixup_collate",
     "open_splits",
     "ordered_loader",
+    "with_readable",
 ]
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptive.exit_tables import ExitTables
+from adaptive.exit_tables import ExitTables, GrowingTables, first_not_finite
 from models import MultiExitModel, tune
 from training.losses import ObjectiveFunction, full_precision
 from utils import Compute, Meters, Progress, gather, share_buffers
@@ -89,18 +89,26 @@ def evaluate(
 ) -> ExitTables:
     """Runs every exit on every sample; all processes get the same table, on the CPU, in data-set order.
 
-    Each process reads its own samples and none is read twice, so counts are exact for every data size.
+    Each process reads its own samples and none is read twice, so counts are exact for every data size. Raises
+    ValueError on every process for logits that are not finite, with the network, the exit and the image.
     """
     model.eval()
     tune(model, compute.device)
-    parts = []
+    tables, fault = GrowingTables(), ""
     for images, targets in Progress(loader, title, len(loader), shown=compute.rank == 0):
         with compute.autocast():
             exits = model(compute.put(images))
-        parts.append(ExitTables.of(exits, compute.put(targets), confidence).cpu())
+        if found := first_not_finite(exits):
+            k, row, value = found
+            name = loader.name(tables.count + row)
+            fault = f"{title}: {type(model).__name__} gives the logit {value} at exit {k} for {name}"
+            break  # and not raise, since the other processes wait for this one below
+        tables.add(ExitTables.of(exits, compute.put(targets), confidence))
     # Process r holds samples r, r + world size, ...; the last processes hold none if there are fewer samples.
-    shards = gather(parts, compute)
-    return ExitTables.interleave([ExitTables.cat(shard) for shard in shards if shard])
+    shards, faults = zip(*gather((tables.table(), fault), compute), strict=True)
+    if any(faults):
+        raise ValueError(next(filter(None, faults)))
+    return ExitTables.interleave([shard for shard in shards if shard])
 
 
 def evaluate_all(

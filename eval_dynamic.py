@@ -60,6 +60,8 @@ def read_tables(subject: Subject) -> tuple[ExitTables, ExitTables | None, str]:
     if subject.compute.rank == 0:
         name, images = subject.opened.arch["name"], len(subject.splits.test)
         print(f"{name}: {subject.opened.weights} in {subject.opened.source}, {images} test images")
+        for note in subject.splits.source.notes:
+            print(note)
         if subject.recipe.runtime.flops:
             print_costs(subject.network, subject.opened.arch, subject.shape[1])
     test = tables(subject, subject.splits.test, "test")

@@ -28,13 +28,14 @@ class ExitTables:
     @classmethod
     def of(cls, exits: list[Tensor], targets: Tensor, confidence: str = "max_prob") -> "ExitTables":
         """Tables of one batch from its logits, K x [B, C], and targets, int64 [B]."""
-        logits = torch.stack(exits)
-        best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-        hits = best == targets[None, :, None]
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.repeat(len(exits)), reduction="none")
-        scores = torch.stack([score(logits).double() for score in CONFIDENCES.values()])
-        asked = confidence_function(confidence)(logits)
-        return cls(asked, hits[..., 0], hits.any(-1), loss.view(len(exits), -1), scores, targets)
+        asked = confidence_function(confidence)
+        columns = []
+        for logits in exits:  # one after another: float64 copies of all logits would take much memory
+            hits = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
+            loss = F.cross_entropy(logits.float(), targets, reduction="none")
+            scores = torch.stack([score(logits).double() for score in CONFIDENCES.values()])
+            columns.append((asked(logits), hits[:, 0], hits.any(-1), loss, scores))
+        return cls(*(torch.stack(column, -2) for column in zip(*columns, strict=True)), targets)
 
     @classmethod
     def cat(cls, tables: list["ExitTables"]) -> "ExitTables":
@@ -61,14 +62,54 @@ class ExitTables:
         *tables, targets = vars(self).values()
         return ExitTables(*(table[..., list(exits), :] for table in tables), targets)
 
-    def cpu(self) -> "ExitTables":
-        """The table in main memory."""
-        return ExitTables(*map(Tensor.cpu, vars(self).values()))
-
     def means(self) -> dict[str, list[float]]:
         """`loss`, `acc1` and `acc5` (fractions) of every exit."""
         rows = {"loss": self.loss, "acc1": self.correct, "acc5": self.correct5}
         return {name: [row.mean().item() for row in table.double()] for name, table in rows.items()}
+
+
+class GrowingTables:
+    """The tables of all batches so far, in main memory, in columns that double when they are full.
+
+    In a list of the batches' own tables, small tensors would stay behind between the large ones of every
+    batch and leave holes in the heap that the next batch's logits do not fit into: memory would grow with
+    every batch.
+    """
+
+    def __init__(self) -> None:
+        self.columns: list[Tensor] = []
+        self.count = 0
+
+    def add(self, batch: ExitTables) -> None:
+        """Copies the table of the next batch."""
+        given, end = list(vars(batch).values()), self.count + len(batch)
+        if not self.columns or end > self.columns[-1].shape[-1]:
+            full = self.columns
+            self.columns = [part.new_empty(*part.shape[:-1], 2 * end, device="cpu") for part in given]
+            self._write(full, 0, self.count)
+        self._write(given, self.count, end)
+        self.count = end
+
+    def _write(self, parts: list[Tensor], start: int, end: int) -> None:
+        for column, part in zip(self.columns, parts, strict=False):  # there are no parts at first
+            column[..., start:end] = part[..., : end - start]
+
+    def table(self) -> ExitTables | None:
+        """The table of them all, without spare room; None if there are none."""
+        return (
+            ExitTables(*(column[..., : self.count].clone() for column in self.columns))
+            if self.count
+            else None
+        )
+
+
+def first_not_finite(exits: Sequence[Tensor]) -> tuple[int, int, float] | None:
+    """Exit, row and value of the first logit of K x [B, C] that is NaN or infinite, if there is one."""
+    for k, logits in enumerate(exits):
+        wrong = ~logits.isfinite()
+        if wrong.any():
+            return k, int(wrong.any(1).byte().argmax()), logits[wrong][0].item()
+    return None
 
 
 @dataclass(frozen=True)

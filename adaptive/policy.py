@@ -23,7 +23,7 @@ from adaptive.thresholds import (
     simulate,
     within_budget,
 )
-from utils import option, write_text
+from utils import option, to_json, write_text
 
 SCHEMA = 1
 
@@ -130,7 +130,7 @@ class Policy:
 
     def save(self, path: str | Path) -> None:
         """Writes the policy as JSON."""
-        write_text(Path(path), json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False))
+        write_text(Path(path), to_json({"schema": SCHEMA, **asdict(self)}, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> "Policy":

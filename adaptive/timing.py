@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptive.exit_tables import first_not_finite
 from adaptive.flops import exit_costs, single_costs
 from adaptive.inference import ORDERS, fold_batch_norm, run_adaptive, run_single
 from adaptive.policy import Policy
@@ -195,7 +196,7 @@ def measure(
     """Times contestants on images with targets [N].
 
     Without `micro_batch`, every kind of contestant gets the fastest of `MICRO_BATCHES` on a quarter of the
-    images. Latencies are over `singles` images.
+    images. Latencies are over `singles` images. Raises ValueError for answers that are not finite.
     """
     device = targets.device
     sizes: dict[str, int] = {}
@@ -207,6 +208,10 @@ def measure(
     rows = []
     for name, one in contestants.items():
         logits, exits = answers[name]
+        if found := first_not_finite([logits]):
+            _, row, value = found
+            where = f"exit {int(exits[row])} for image {row} of those timed"
+            raise ValueError(f"{name} gives the logit {value} at {where}")
         exits, speed = exits.cpu(), len(targets) / times[name]
         latencies = (None, None) if one.kind == "throughput" else _single_latencies(one, singles, device)
         macs = torch.tensor(one.costs, dtype=torch.float64)[exits].mean().item()

@@ -1,7 +1,7 @@
 """Training a classifier by a recipe: what is built once, and what every epoch does."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adaptive.flops import check_side, print_costs
 from adaptive.thresholds import geometric_quotas
-from datasets import Split, TrainLoader, mixup_collate, open_splits, ordered_loader
+from datasets import Split, TrainLoader, mixup_collate, open_splits, ordered_loader, with_readable
 from engine import evaluate_all, train_one_epoch
 from experiment.checkpoint import latest
 from experiment.fit import fit_to
@@ -36,7 +36,9 @@ class Classifier:
         self.folder = Path(recipe.runtime.output_dir) if recipe.runtime.output_dir else None
         stored = self._stored()
         held_out = stored.held_out if stored else None
-        self.splits = open_splits(recipe.data, recipe.view, recipe.transform, held_out)
+        splits = open_splits(recipe.data, recipe.view, recipe.transform, held_out)
+        train = with_readable(splits.train, recipe.data, recipe.runtime, compute)
+        self.splits = replace(splits, train=train)
         # Images held out from here on are not stored as unseen: a published network was trained on them.
         self.held_out = held_out if stored else self.splits.calib_indices
         self.passes = 2 if recipe.weighting.l2w else 1  # losses per batch
@@ -171,6 +173,8 @@ class Classifier:
             self.weighting.start(run.first)
         size, splits = sum(p.numel() for p in self.network.parameters()), self.splits
         self.say(f"{recipe.network.model}: {self.network.num_exits} exits, {size / 1e6:.3f} M parameters")
+        for note in splits.source.notes:
+            self.say(note)
         counts = {"train": splits.train, "calib": splits.calib, "test": splits.test}
         self.say(", ".join(f"{len(images)} {part} images" for part, images in counts.items()))
         going_on = f", going on from {stored.source}" if stored else ""

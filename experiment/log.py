@@ -1,10 +1,11 @@
 """The log of a run: TensorBoard, and a line of JSON and a line of text per epoch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from utils import to_json
 
 
 class Logger:
@@ -47,9 +48,9 @@ class Logger:
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
-    """Adds one JSON object as a line to a log."""
+    """Adds one JSON object as a line to a log; a figure that is not finite is null."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(to_json(record) + "\n")
 
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:

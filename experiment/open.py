@@ -16,6 +16,7 @@ from experiment.members import upgraded
 from experiment.published import Stored, read
 from experiment.recipe import GROUPS, Recipe, Start
 from experiment.verify import check_network, check_weights
+from loading.pixels import to_rgb
 from models import MultiExitModel, create_model, model_class, model_options, spelled_out, tune
 
 IMAGES = (Data, View, Transform)  # the flags that say what a network was trained on
@@ -45,7 +46,7 @@ class Opened:
         """An image or several (PIL, of any size) as the network reads them: [N, 3, H, W]."""
         several = [images] if isinstance(images, Image.Image) else images
         transform = eval_transform(self.view)
-        return torch.stack([transform(image.convert("RGB")) for image in several])
+        return torch.stack([transform(to_rgb(image)) for image in several])
 
 
 def open_network(

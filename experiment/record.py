@@ -1,6 +1,5 @@
 """The results of one evaluation: terminal lines, JSON files, the curve and the report are made of them."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from adaptive.policy import OperatingPoint, Policy
 from adaptive.report import Findings, plot_curve, write_report
 from adaptive.routing import Routing
 from adaptive.timing import Comparison, Measurement
-from utils import write_text
+from utils import to_json, write_text
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Record(Findings):
 
 
 def _write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1))
+    write_text(path, to_json(content, indent=1))
 
 
 # Names in the files, where they differ from those of the fields.

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from loading.relabel import Popular, balanced
-from loading.split import Split
+from loading.split import Images, Split
 from loading.streams import Stream
 from utils import Compute, Runtime, seed_everything
 
@@ -111,7 +111,19 @@ class TrainLoader(DataLoader):
         return [self.split.name(i) for i in self.order[step * size : (step + 1) * size]]
 
 
-def ordered_loader(split: Split | Subset | Stream, runtime: Runtime, compute: Compute) -> DataLoader:
+class OrderedLoader(DataLoader):
+    """What `ordered_loader` makes."""
+
+    def name(self, position: int) -> str:
+        """The name of an image in messages, by its position from 0 in what this process reads."""
+        images: Any = self.dataset
+        index = position if isinstance(images, Stream) else self.sampler[position]
+        while isinstance(images, Subset):
+            images, index = images.dataset, images.indices[index]
+        return images.name(index) if isinstance(images, Images) else f"image {index}"
+
+
+def ordered_loader(split: Split | Subset | Stream, runtime: Runtime, compute: Compute) -> OrderedLoader:
     """Every image once over all processes, in order, the last batch kept.
 
     Batches are 1.5 times those of training. timm distributes a stream over processes only roughly evenly.
@@ -121,7 +133,7 @@ def ordered_loader(split: Split | Subset | Stream, runtime: Runtime, compute: Co
         split.set_loader_cfg(runtime.num_workers)
     else:
         sampler = range(compute.rank, len(split), compute.world_size)
-    return DataLoader(
+    return OrderedLoader(
         split,
         max(1, int(1.5 * runtime.batch_size)),
         sampler=sampler,

@@ -1,11 +1,12 @@
 """Data sets by name: digits, CIFAR and others of small images, folders, ImageNet, and what timm opens."""
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import ConcatDataset
 from torchvision import datasets as vision
 
-from loading.split import UNREADABLE, Images, split_train
+from loading.folders import Folders
+from loading.pixels import UNREADABLE, to_rgb
+from loading.split import Images, split_train
 from loading.streams import PREFIXES, Stream, classes_of, open_timm
 from utils import option
 
@@ -38,6 +41,7 @@ class Source:
     std: tuple[float, ...]
     input_size: int  # native side in pixels
     calib: Images | Stream | None = None  # only where a split of its own is named for it
+    notes: tuple[str, ...] = ()  # what the user should know of the files, a line each
 
     @property
     def num_classes(self) -> int:
@@ -120,7 +124,7 @@ def load_npz(path: str | Path, num_classes: int) -> ArrayImages:
             arrays = dict(file)
         if {"jpeg", "offsets"} <= arrays.keys():
             files = [io.BytesIO(arrays["jpeg"][start:stop]) for start, stop in pairwise(arrays["offsets"])]
-            arrays["images"] = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+            arrays["images"] = np.stack([np.asarray(to_rgb(Image.open(file))) for file in files])
     except UNREADABLE as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not {"images", "labels"} <= arrays.keys():
@@ -149,10 +153,10 @@ def _open_folders(data: "Data") -> Source:
     for held_out in ("val", "test"):
         if (path / "train").is_dir() and (path / held_out).is_dir():
             return _open_trees(path / "train", path / held_out)
-    tree = _image_folder(path)
+    tree = Folders(path)
     rows = split_train(len(tree), max(1, len(tree) // 10), seed=0)  # the same test images for every --seed
     train, test = (Images(tree, part) for part in rows)
-    return Source(train, test, tuple(tree.classes), *IMAGENET_STATS)
+    return Source(train, test, tuple(tree.classes), *IMAGENET_STATS, notes=tuple(tree.notes))
 
 
 def _open_imagenet(data: "Data") -> Source:
@@ -161,19 +165,12 @@ def _open_imagenet(data: "Data") -> Source:
 
 def _open_trees(*paths: Path) -> Source:
     """One tree to train on and one for test."""
-    train, test = map(_image_folder, paths)
+    train, test = map(Folders, paths)
     if train.classes != test.classes:
         differ = ", ".join(sorted({*train.classes} ^ {*test.classes})[:3])
         both = f"{paths[0]} and {paths[1]} must have the same class folders"
         raise ValueError(f"{both}; only in one, say: {differ}")
-    return Source(Images(train), Images(test), tuple(train.classes), *IMAGENET_STATS)
-
-
-def _image_folder(path: Path) -> vision.ImageFolder:
-    try:
-        return vision.ImageFolder(path)
-    except FileNotFoundError as error:  # says which: no such folder, no class folder in it, or empty ones
-        raise ValueError(f"image folder {path}: {error}") from None
+    return Source(train, test, tuple(train.classes), *IMAGENET_STATS, notes=(*train.notes, *test.notes))
 
 
 def _open_transfer(data: "Data") -> Source:
@@ -251,6 +248,10 @@ class Data:
     train_split: str = option("train", "timm data sets: name of the training split")
     val_split: str = option("validation", "timm data sets: name of the test split")
     calib_split: str | None = option(None, "timm data sets that are streams: name of the calibration split")
+    on_bad_image: Literal["error", "skip"] = option(
+        "error", "training images that cannot be read: stop, or train without them"
+    )
+    max_bad_images: float = option(0.001, "share of the training images that may be skipped", low=0, high=1)
 
 
 def open_source(data: Data) -> Source:
@@ -259,6 +260,7 @@ def open_source(data: Data) -> Source:
     Raises ValueError in one line for an unknown name and for data that is missing or malformed.
     """
     name = data.data_set
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # one line, and not a warning beside it
     if name.startswith(PREFIXES):
         source = _open_timm(data)
     elif name not in OPENERS:

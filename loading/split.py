@@ -1,20 +1,17 @@
 """Rows of a data set for training, calibration and testing, with a transform."""
 
 import copy
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
+from loading.pixels import UNREADABLE, to_rgb
 from loading.streams import Stream
-
-# What PIL, NumPy and timm raise for a file they cannot read.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class Images(Dataset):
@@ -56,11 +53,16 @@ class Split(Images):
         self.transform = transform
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.read(index)
+        return self.transform(image), label
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """The RGB image that is transformed, and its label; ValueError that names an unreadable one."""
         try:
             image, label = super().__getitem__(index)
+            return to_rgb(image), int(label)
         except UNREADABLE as error:
             raise ValueError(f"cannot read image {self.name(index)}: {error}") from None
-        return self.transform(image.convert("RGB")), int(label)
 
 
 def make_split(base: Images | Stream, indices: Sequence[int] | None, transform: Callable) -> Split | Stream:

@@ -8,6 +8,8 @@ from typing import Any
 
 from timm.data import IterableImageDataset, create_dataset
 
+from loading.pixels import read_image
+
 Stream = IterableImageDataset  # images that come one after another, without rows or names
 PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,7 @@ def open_timm(name: str, path: str | None, splits: Sequence[str], seed: int) -> 
         raise ValueError(f"timm cannot open {name} in {path}: {' '.join(str(error).split())}") from None
     for images in opened:
         images._max_retries = 1  # else timm puts the next image in a broken one's place
+        images.input_img_mode, images.loader = None, read_image  # ours scales greys of 16 bits
     return opened
 
 

@@ -1,3 +1,4 @@
+import gc
 import math
 import re
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
 
 from datasets import Split, TrainLoader, ordered_loader
 from engine import evaluate, summarise, train_one_epoch
@@ -276,6 +278,48 @@ def test_the_confidence_asked_for_is_in_the_table():
     assert tables.confidence[0].tolist() == pytest.approx([top - second] * 2)
 
 
+class Spoilt(Mirror):
+    """`Mirror` whose exit 1 gives `value` for class 1 where the image is black."""
+
+    def __init__(self, value=torch.nan):
+        super().__init__()
+        self.value = value
+
+    def head(self, k, features):
+        logits = super().head(k, features)
+        logits[:, 1] = torch.where((features == -1) & (k == 1), self.value, logits[:, 1])
+        return logits
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_stop_and_name_network_exit_and_image(value):
+    split, message = (
+        grey_levels([9, 8, 7, 6, 0, 5], [0] * 6),
+        "Spoilt gives the logit {} at exit 1 for grey[4]",
+    )
+    for images in (split, Subset(split, [2, 3, 1, 4, 5])):
+        with pytest.raises(ValueError) as error:
+            evaluate(Spoilt(value), in_order(images, 2), CPU, title="test_ema")
+        assert str(error.value) == f"test_ema: {message.format(value)}"
+
+
+def test_evaluation_keeps_no_tensor_of_a_batch():
+    """Small tensors that outlive their batch leave holes that the next batch's logits do not fit into."""
+    alive = []
+
+    class Batches(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+                yield batch
+
+    batches = Batches([(torch.rand(3, 3, 2, 2), torch.tensor([0, 1, 2]))] * 9)
+    tables = evaluate(Mirror(), batches, CPU)
+    assert len(tables) == 27 and len({*alive[2:]}) == 1
+    for column in vars(tables).values():
+        assert column.untyped_storage().nbytes() == column.numel() * column.element_size()
+
+
 # Two processes
 
 
@@ -318,6 +362,16 @@ def message_of_bad_loss(compute, black):
     return {}
 
 
+def message_of_bad_logits(compute):
+    """What a process says when only process 1 meets logits that are not finite."""
+    split = grey_levels([9, 8, 7, 0, 5], [0] * 5)
+    try:
+        evaluate(Spoilt(), in_order(split, 1, compute), compute)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def black_sample():
     """A sample that process 1 of 2 reads in its batch 1."""
     loader = loader_of(dark_and_bright(48), 4, Compute(torch.device("cpu"), rank=1, world_size=2))
@@ -331,6 +385,7 @@ def worker(folder):
     compute = Compute(torch.device("cpu"), rank=rank, world_size=2)
     results = {"trained": train_three_steps(compute, 4), "tables": tables_of_sizes(compute)}
     results["stopped"] = message_of_bad_loss(compute, black_sample())
+    results["logits"] = message_of_bad_logits(compute)
     torch.save(results, f"{folder}/{rank}.pt")
 
 
@@ -367,3 +422,8 @@ def test_a_bad_loss_on_one_process_stops_both_with_the_same_message(both):
     assert both[1].stopped["message"] == both[0].stopped["message"]
     assert [process.stopped["finite"][:2] for process in both] == [[True, True], [True, False]]
     assert [len(process.stopped["finite"]) for process in both] == [3, 3]
+
+
+def test_bad_logits_on_one_process_stop_both_with_the_same_message(both):
+    said = "evaluate: Spoilt gives the logit nan at exit 1 for grey[3]"
+    assert [process.logits for process in both] == [said, said]

@@ -33,6 +33,8 @@ SHARED_DEFAULTS = {
     "train_split": "train",
     "val_split": "validation",
     "calib_split": None,
+    "on_bad_image": "error",
+    "max_bad_images": 0.001,
     "amp_dtype": "auto",
     "channels_last": False,
     "flops": False,

@@ -3,12 +3,15 @@
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import eval_dynamic
 import main_earlyExit
+from datasets import Data, open_splits
 from loading.split import Images
 from models import create_model
 
@@ -180,3 +183,64 @@ def test_unusable_image_folders(images, tmp_path, error_of, on):
     broken.write_bytes(broken.read_bytes()[:100])
     line = error_of(train, *on("--num_calib", 0, "--epochs", 1, data=tmp_path / "a"))
     assert line.startswith(f"cannot read image {broken}: ")
+
+
+@pytest.fixture
+def spoilt(images, tmp_path):
+    """The images, of which one for training, one for calibration or one for test is spoilt: `spoilt(part)`."""
+
+    def spoil(part):
+        shutil.copytree(images, tmp_path / "a")
+        splits = open_splits(Data("image_folder", str(tmp_path / "a"), num_calib=8))
+        path = Path(getattr(splits, part).name(0))
+        path.write_bytes(path.read_bytes()[:100])
+        return path
+
+    return spoil
+
+
+SKIP = ["--on_bad_image", "skip", "--epochs", 1, "--warmup_epochs", 0]
+
+
+def test_unreadable_training_images_are_skipped_up_to_a_share(spoilt, tmp_path, error_of, on, capsys):
+    bad, out = spoilt("train"), tmp_path / "out"
+    arguments = on(*PLAIN, *SKIP, "--output_dir", out, data=tmp_path / "a")
+    said = f"1 of 32 training images cannot be read, listed in {out / 'bad_images.txt'}"
+    assert error_of(train, *arguments).startswith(
+        f"{said}; --max_bad_images 0.001 allows 0; the first: {bad}: "
+    )
+    train([*arguments, "--max_bad_images", "0.04"])
+    assert said in capsys.readouterr().out.splitlines()
+    assert (out / "bad_images.txt").read_text().startswith(f"{bad}: ")
+    assert (out / "checkpoint-last.pth").is_file()
+    assert error_of(train, *on("--max_bad_images", 2)) == "--max_bad_images 2.0: at most 1"
+
+
+@pytest.mark.parametrize("part", ["calib", "test"])
+def test_unreadable_images_for_calibration_and_test_are_never_skipped(spoilt, tmp_path, error_of, on, part):
+    bad = spoilt(part)
+    arguments = on(*PLAIN, *SKIP, "--max_bad_images", 1, data=tmp_path / "a")
+    assert error_of(train, *arguments).startswith(f"cannot read image {bad}: ")
+
+
+def test_a_decompression_bomb_is_one_line(images, tmp_path, error_of, on, monkeypatch):
+    shutil.copytree(images, tmp_path / "a")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # PIL warns from here, and refuses twice as many
+    line = error_of(train, *on("--epochs", 1, data=tmp_path / "a"))
+    assert re.match(
+        rf"cannot read image {tmp_path}/a/.*png: Image size \(1024 pixels\) exceeds limit of 600", line
+    )
+
+
+def test_files_left_out_are_said_in_training_and_evaluation(
+    images, tmp_path, trained, on, evaluate_into, capsys, costs_once
+):
+    shutil.copytree(images, tmp_path / "a")
+    (tmp_path / "a" / "val" / "lit" / "notes.txt").write_text("")
+    said = f"{tmp_path}/a/val: left out 1 not named as images, such as {tmp_path}/a/val/lit/notes.txt"
+    words = on(*PLAIN, "--epochs", 1, "--disable_eval", "true", data=tmp_path / "a")
+    train(words)
+    assert said in capsys.readouterr().out.splitlines()
+    moved = ["--data_path", tmp_path / "a", "--mode", "anytime"]
+    evaluate_into(tmp_path / "out", trained / "checkpoint-last.pth", *moved)
+    assert said in capsys.readouterr().out.splitlines()

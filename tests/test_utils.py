@@ -19,6 +19,7 @@ from utils import (
     run_main,
     seed_everything,
     start_compute,
+    to_json,
     write_text,
 )
 
@@ -135,6 +136,14 @@ def test_write_text_replaces_the_file_in_one_piece(tmp_path, monkeypatch):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     write_text(path, "new")
     assert path.read_text() == "new"
+
+
+def test_json_has_null_where_a_number_is_not_finite():
+    text = to_json(
+        {"a": float("nan"), "b": [float("inf"), (1.5, -float("inf"))], "c": {"d": np.float64("nan")}}
+    )
+    assert text == '{"a": null, "b": [null, [1.5, null]], "c": {"d": null}}'
+    assert to_json([1, True, None, "NaN"], indent=0) == '[\n1,\ntrue,\nnull,\n"NaN"\n]'
 
 
 def test_one_process_picks_a_device(alone):

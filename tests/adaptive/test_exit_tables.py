@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptive.exit_tables import ExitFigures, ExitTables, exit_figures
+from adaptive.exit_tables import ExitFigures, ExitTables, GrowingTables, exit_figures
 
 
 def test_tables_of_a_batch():
@@ -33,6 +34,25 @@ def test_tables_take_any_confidence_and_few_classes():
     assert not tables.correct.item() and tables.correct5.item()
 
 
+class Largest(TorchDispatchMode):
+    """Remembers the most elements of a tensor that any operator made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+def test_tables_of_a_batch_copy_the_logits_of_one_exit_at_a_time():
+    exits, targets = torch.randn(4, 3, 50).unbind(), torch.tensor([1, 5, 7])
+    with Largest() as largest:
+        ExitTables.of(exits, targets)
+    assert largest.elements == 3 * 50
+
+
 def numbered(*numbers):
     """Tables of two exits whose every entry tells the sample."""
     row = torch.tensor(numbers)
@@ -54,6 +74,17 @@ def test_tables_join_in_order():
 
 def test_tables_of_shards_interleave():
     check_samples(ExitTables.interleave([numbered(0, 3, 6), numbered(1, 4), numbered(2, 5)]), *range(7))
+
+
+def test_growing_tables_are_those_of_all_batches_without_spare_room():
+    growing = GrowingTables()
+    assert growing.table() is None
+    for numbers in ((5, 3), (4,), (1, 2, 8), (9,)):
+        growing.add(numbered(*numbers))
+    tables = growing.table()
+    check_samples(tables, 5, 3, 4, 1, 2, 8, 9)
+    assert tables.correct.dtype == torch.bool and len(growing.columns[0][0]) > 7
+    assert all(len(c.untyped_storage()) == c.numel() * c.element_size() for c in vars(tables).values())
 
 
 def test_part_of_a_table():

@@ -258,3 +258,12 @@ class Folding(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+
+def test_answers_that_are_not_finite_are_not_timed(subject):
+    model, images, thresholds, _ = subject
+    with torch.no_grad():
+        model.heads[1].bias[2] = torch.inf
+    with pytest.raises(ValueError) as error:
+        compare_orders({"row 1": Policy.of(thresholds)}, Deployed.of(model, images), torch.zeros(20).long())
+    assert str(error.value) == "all exits, plain gives the logit inf at exit 1 for image 0 of those timed"

@@ -15,6 +15,11 @@ def test_append_json_adds_lines(tmp_path):
     assert [json.loads(line) for line in lines] == [{"epoch": 0, "name": "é"}, {"epoch": 1, "name": "é"}]
 
 
+def test_figures_that_are_not_finite_are_null_in_the_log(tmp_path):
+    append_json(tmp_path / "log.txt", {"train/loss": float("nan"), "best": -1.0})
+    assert (tmp_path / "log.txt").read_text() == '{"train/loss": null, "best": -1.0}\n'
+
+
 @pytest.mark.parametrize("folder", [None, ""])
 def test_a_logger_without_a_folder_writes_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -163,6 +163,12 @@ def test_what_is_not_known_yet_is_not_written(tmp_path):
     assert (tmp_path / "dynamic.txt").read_text() == "62.500000\t200.0\n"
 
 
+def test_figures_that_are_not_finite_are_null(tmp_path):
+    Record(exits=[replace(EXITS[0], loss=float("inf"))], provenance=PROVENANCE).save(tmp_path)
+    (row,) = read(tmp_path, "anytime")
+    assert row["loss"] is None and row["acc1"] == 0.5
+
+
 def test_the_whole_record_is_written(tmp_path):
     record = Record(
         exits=EXITS,

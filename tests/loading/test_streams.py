@@ -5,6 +5,8 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.data import ImageDataset
 
 import datasets
 from loading import streams
@@ -91,6 +93,19 @@ def test_timm_reads_torchvision_folders(tmp_path, write_tree, as_tensor):
     source = open_data("torch/image_folder", str(tmp_path))
     assert (len(source.train), len(source.test), source.num_classes) == (4, 2, 2)
     assert Split(source.train, None, as_tensor)[0][0].shape == (3, 36, 40)
+
+
+def test_timm_does_not_cut_greys_of_16_bits_off(tmp_path, monkeypatch, as_tensor):
+    for split in ("train", "validation"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        Image.fromarray(np.full((4, 4), 257 * 40, np.uint16)).save(tmp_path / split / "cat" / "0.png")
+    folders = open_data("torch/image_folder", str(tmp_path))
+    monkeypatch.setattr(
+        streams, "create_dataset", lambda name, path, split, **_: ImageDataset(f"{path}/{split}", split=split)
+    )
+    files = open_data("hfds/toy", str(tmp_path), nb_classes=1)
+    for source in (folders, files):
+        assert (Split(source.train, None, as_tensor)[0][0] == 40).all()
 
 
 def test_a_missing_package_is_named_for_pip(monkeypatch, tmp_path):

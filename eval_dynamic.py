@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from adaptive.exit_tables import ExitTables, exit_figures
-from adaptive.flops import count, print_costs, single_costs
+from adaptive.flops import Costs, as_published, count, print_costs, single_costs
 from adaptive.policy import Policy, choose, content_hash, model_hash, policies_of, rules_of
 from adaptive.routing import routing
 from adaptive.timing import Comparison, Deployed, compare_orders
@@ -34,7 +34,12 @@ def evaluate_checkpoint(given: Given) -> None:
         return  # all processes have the same tables
     folder = results_folder(subject)
     exits = exit_figures(test, costs.macs, single_costs(subject.network, subject.shape))
-    record = Record(exits=exits, provenance=subject.provenance(origin, len(test), costs.uncounted))
+    record = Record(
+        exits=exits,
+        provenance=subject.provenance(origin, len(test), costs.uncounted),
+        unit=subject.unit,
+        unit_costs=unit_costs(subject, costs),
+    )
     tell(record, anytime_lines(exits), folder)
     if calib is None:
         return
@@ -55,6 +60,13 @@ def evaluate_checkpoint(given: Given) -> None:
     print(f"wrote the tables, curve.png and report.html to {folder}")
 
 
+def unit_costs(subject: Subject, costs: Costs) -> list[float]:
+    """Costs of exits 0..k in the unit of dynamic.txt; a paper's count is of the network run as it does."""
+    if subject.unit.counter == "papers":
+        costs = count(as_published(subject.network, subject.opened.arch), subject.shape)
+    return [one / subject.unit.operations for one in getattr(costs, subject.unit.counter)]
+
+
 def read_tables(subject: Subject) -> tuple[ExitTables, ExitTables | None, str]:
     """Tables to report on, tables to choose thresholds on (None for anytime), and what the latter are of."""
     if subject.compute.rank == 0:
@@ -62,6 +74,8 @@ def read_tables(subject: Subject) -> tuple[ExitTables, ExitTables | None, str]:
         print(f"{name}: {subject.opened.weights} in {subject.opened.source}, {images} test images")
         for note in subject.splits.source.notes:
             print(note)
+        if subject.procedure_line:
+            print(subject.procedure_line)
         if subject.recipe.runtime.flops:
             print_costs(subject.network, subject.opened.arch, subject.shape[1])
     test = tables(subject, subject.splits.test, "test")
@@ -78,6 +92,8 @@ def tables(subject: Subject, images: Dataset, title: str) -> ExitTables:
 def calibrate(subject: Subject, test: ExitTables) -> tuple[ExitTables, ExitTables, str]:
     """Tables to report on, tables to choose thresholds on, and a description of the latter's images."""
     train, calib, kind = subject.splits.train, subject.splits.calib, subject.recipe.exits.calib
+    if kind == "none":
+        return test, test, "no images, as they are given; expected figures are of the test images"
     generator = torch.Generator().manual_seed(subject.recipe.data.seed)
     if kind == "half_test":
         order, half = torch.randperm(len(test), generator=generator), len(test) // 2

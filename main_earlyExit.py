@@ -4,14 +4,15 @@ from eval_dynamic import evaluate_checkpoint
 from experiment.checkpoint import latest
 from experiment.checks import check
 from experiment.classifier import Classifier
-from experiment.recipe import GROUPS, Recipe, read_command
+from experiment.procedures import PUBLISHED, training_recipe
+from experiment.recipe import GROUPS, read_command
 from utils import run_main, start_compute
 
 
 def main(argv: list[str]) -> None:
     """The command line."""
     given = read_command(list(GROUPS.values()), argv)
-    recipe = Recipe.of(given.values, options=given.options)
+    recipe = training_recipe(given)
     if recipe.session.eval:
         folder = recipe.runtime.output_dir
         path = recipe.start.resume or (folder and latest(folder))
@@ -19,7 +20,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(
                 "nothing to evaluate: give --resume FILE, or an --output_dir that holds a checkpoint"
             )
-        evaluate_checkpoint(given._replace(values={**given.values, "checkpoint": str(path)}))
+        values = {"procedure": PUBLISHED, **given.values, "checkpoint": str(path)}
+        evaluate_checkpoint(given._replace(values=values))
         return
     check(recipe)
     Classifier(recipe, start_compute(recipe.runtime)).fit()

@@ -125,14 +125,18 @@ def fvcore_counts(model: MultiExitModel, input_shape: tuple[int, int, int]) -> l
 
 
 def print_costs(model: MultiExitModel, arch: dict[str, Any], side: int) -> None:
-    """Prints `cost_lines` of a network and its architecture (name, options, num_classes); images of `side`.
+    """Prints `cost_lines` of a network of architecture `arch` (name, options, num_classes) for a side."""
+    print("\n".join(cost_lines(model, as_published(model, arch), (3, side, side))))
 
-    A network that can run as its paper does is also built to do so.
+
+def as_published(model: MultiExitModel, arch: dict[str, Any]) -> MultiExitModel:
+    """A network of this architecture (name, options, num_classes) that runs as its paper's does.
+
+    Its weights are any; it is `model` itself where there is one way only.
     """
-    published = model
-    if "lazy" in model_options(arch["name"]):
-        published = create_model(arch["name"], arch["num_classes"], **{**arch["options"], "lazy": False})
-    print("\n".join(cost_lines(model, published, (3, side, side))))
+    if "lazy" not in model_options(arch["name"]):
+        return model
+    return create_model(arch["name"], arch["num_classes"], **{**arch["options"], "lazy": False})
 
 
 def cost_lines(

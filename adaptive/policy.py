@@ -37,7 +37,9 @@ class Exits:
     confidence: str = option(
         "max_prob", f"{', '.join(CONFIDENCES)}; energies with a temperature: energy_logits:2"
     )
-    calib: Literal["held_out", "train_augmented", "half_test"] = option("held_out", "images for thresholds")
+    calib: Literal["held_out", "train_augmented", "half_test", "none"] = option(
+        "held_out", "images for thresholds; none: without a sweep, only --router_threshold"
+    )
     quota_sweep: str = option(
         "msdnet", "list of exit distributions; all but wide are published", choices=tuple(SWEEPS)
     )
@@ -67,6 +69,11 @@ class Exits:
         if self.budget is not None and self.accuracy is not None:
             given = f"--budget {self.budget:g} and --accuracy {self.accuracy:g}"
             raise ValueError(f"{given}: give one of them; the other one follows")
+
+    @property
+    def ratios(self) -> list[float]:
+        """Of the sweep over quotas; there is none without images for it."""
+        return [] if self.calib == "none" else SWEEPS[self.quota_sweep]
 
 
 @dataclass(frozen=True)
@@ -198,8 +205,10 @@ def rules_of(exits: Exits, costs: Sequence[float]) -> list[Rule]:
     num_exits = len(costs)
     if exits.budget is not None:
         within_budget(costs, costs, exits.budget)  # at least the first exit must be affordable
-    ratios = SWEEPS[exits.quota_sweep]
-    row = max(exits.row, default=0)
+    ratios = exits.ratios
+    if exits.calib == "none" and (exits.shares or exits.row or not exits.router_threshold):
+        raise ValueError("--calib none: give thresholds (--router_threshold), no --shares and no --row")
+    row = max(exits.row, default=-1)
     if row >= len(ratios):
         raise ValueError(f"--row {row}, but {exits.quota_sweep} has rows 0 to {len(ratios) - 1}")
     sweep = exits.quota_sweep
@@ -240,7 +249,7 @@ def choose(policies: Sequence[Policy], exits: Exits, last_accuracy: float) -> li
     this is `last_accuracy`, that of the last exit, or the nearest to it. Raises ValueError for a budget or an
     accuracy that none of them reaches.
     """
-    by_hand = exits.row or range(len(SWEEPS[exits.quota_sweep]), len(policies))
+    by_hand = exits.row or range(len(exits.ratios), len(policies))
     if by_hand:
         return list(by_hand)
     accuracies, costs = zip(*((policy.accuracy, policy.macs) for policy in policies), strict=True)

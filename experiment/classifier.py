@@ -18,7 +18,7 @@ from experiment.log import Logger, epoch_line
 from experiment.open import architecture, open_teacher, read_weights
 from experiment.published import Stored, read
 from experiment.recipe import Recipe
-from experiment.resume import Pace, check_same_run, resume
+from experiment.resume import Pace, as_started, check_same_run, resume
 from experiment.run import Figures, Run, Saving
 from models import MultiExitModel, create_model
 from training.l2w import SampleWeighting
@@ -32,9 +32,11 @@ class Classifier:
     """A network in training: all that an epoch needs, from the start or as restored from a checkpoint."""
 
     def __init__(self, recipe: Recipe, compute: Compute) -> None:
-        self.recipe, self.compute = recipe, compute
         self.folder = Path(recipe.runtime.output_dir) if recipe.runtime.output_dir else None
+        self.recipe, self.compute = recipe, compute
         stored = self._stored()
+        if stored:
+            self.recipe = recipe = as_started(recipe, stored)
         held_out = stored.held_out if stored else None
         splits = open_splits(recipe.data, recipe.view, recipe.transform, held_out)
         train = with_readable(splits.train, recipe.data, recipe.runtime, compute)
@@ -178,7 +180,8 @@ class Classifier:
         counts = {"train": splits.train, "calib": splits.calib, "test": splits.test}
         self.say(", ".join(f"{len(images)} {part} images" for part, images in counts.items()))
         going_on = f", going on from {stored.source}" if stored else ""
-        self.say(f"{self.compute.world_size} x {self.compute.device}{going_on}")
+        procedure = f", procedure {recipe.network.procedure}" if recipe.network.procedure else ""
+        self.say(f"{self.compute.world_size} x {self.compute.device}{procedure}{going_on}")
         if recipe.runtime.flops and self.compute.rank == 0:
             print_costs(self.network, self.arch, splits.view.size)
 

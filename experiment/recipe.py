@@ -12,6 +12,7 @@ from adaptive.policy import Exits
 from datasets import Data, Mixing, Transform, View
 from experiment.options import Given, fill, given_of, parse, plain
 from experiment.published import MODEL_KEY
+from experiment.published_commands import refuse_published
 from training.l2w import Weighting
 from training.losses import Objective
 from training.optim import Optimization
@@ -24,6 +25,12 @@ class Network:
 
     model: str = option("", "registered network or timm/NAME; our checkpoints name theirs")
     recipe: str = option("", "file of flags (YAML); those of the command line go before them")
+    procedure: str | None = option(
+        None,
+        "what is not given is as the network's authors have it, or ours; default: published in "
+        "main_earlyExit.py, ours in eval_dynamic.py",
+        choices=("published", "ours"),
+    )
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class Recipe:
     def command(self) -> str:
         """The command line that repeats this run: the flags that are not at their defaults."""
         changed = {name: value for name, value in self.flags().items() if value != DEFAULTS[name]}
-        words = [_words(name, value) for name, value in {**changed, **self.options}.items()]
+        words = [words_of(name, value) for name, value in {**changed, **self.options}.items()]
         return shlex.join(sum(words, []))
 
 
@@ -120,7 +127,11 @@ DEFAULTS = plain(*(group() for group in GROUPS.values()))
 
 
 def read_command(groups: list[type], argv: list[str]) -> Given:
-    """What a command line gives of some groups; its `--recipe` file fills the rest. Raises ValueError."""
+    """What a command line gives of some groups; its `--recipe` file fills the rest. Raises ValueError.
+
+    A command line of another paper's program is answered with the command here.
+    """
+    refuse_published(argv)
     path = given_of("recipe", argv)
     given = parse(groups, [*read_recipe(path), *argv] if path else argv)
     given.values.pop("recipe", None)  # its flags are given now
@@ -139,9 +150,10 @@ def read_recipe(path: str) -> list[str]:
         held = "a recipe" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(f"recipe {path} holds {held}, expected flags as NAME: VALUE")
     given = {name: value for name, value in content.items() if value not in (None, [])}
-    return [word for name, value in given.items() for word in _words(name, value)]
+    return [word for name, value in given.items() for word in words_of(name, value)]
 
 
-def _words(name: str, value: Any) -> list[str]:
+def words_of(name: str, value: Any) -> list[str]:
+    """A flag and its value as words of a command line."""
     values = value if isinstance(value, (list, tuple)) else [value]
     return [f"--{name}", *(str(one).lower() if isinstance(one, bool) else str(one) for one in values)]

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from operator import mul
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from adaptive.exit_tables import ExitFigures
 from adaptive.policy import OperatingPoint, Policy
@@ -14,11 +15,24 @@ from utils import to_json, write_text
 
 
 @dataclass(frozen=True)
+class Unit:
+    """The unit of costs in dynamic.txt: so many operations as a counter of `adaptive.flops.Costs` counts."""
+
+    name: str
+    counter: Literal["macs", "papers"]
+    operations: float = 1.0
+    digits: int = 1  # after the point
+
+
+MACS = Unit("MACs", counter="macs")
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Where the metrics of an evaluation come from.
 
     `weights` says which of the weights in file `source` were used, `calib` which images thresholds were
-    chosen on, `uncounted` the costly operators that no formula covers.
+    chosen on, `uncounted` the costly operators that no formula covers, `unit` that of costs in dynamic.txt.
     """
 
     network: str
@@ -35,6 +49,8 @@ class Provenance:
     quota_sweep: str
     uncounted: list[str]
     machine: str
+    procedure: str = "ours"
+    unit: str = MACS.name
 
     def facts(self) -> list[tuple[str, str]]:
         """How each number was obtained: pairs of label and text."""
@@ -46,6 +62,7 @@ class Provenance:
         return [
             ("Network", f"{self.network} {self.options or ''}: {self.weights} in {self.source}"),
             ("Test images", f"{self.data_set} {self.data_path}, {self.input_size} pixels"),
+            ("Procedure", f"{self.procedure}; costs in dynamic.txt are {self.unit}"),
             ("Thresholds", chosen),
             ("MACs", macs),
             ("Speed", speed),
@@ -54,10 +71,15 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Findings):
-    """The results of one evaluation and how they were obtained; `policy` is the chosen one."""
+    """The results of one evaluation and how they were obtained; `policy` is the chosen one.
+
+    `unit_costs` [K] are the costs of exits 0..k in the unit of dynamic.txt; by default multiply-adds.
+    """
 
     provenance: Provenance
     policy: Policy | None = None
+    unit: Unit = MACS
+    unit_costs: Sequence[float] = ()
 
     def save(self, folder: Path) -> None:
         """Writes what is known so far: a JSON file per table, and the pairs that the papers' tools write."""
@@ -65,8 +87,7 @@ class Record(Findings):
         for name, content in contents.items():
             _write_json(folder / f"{name}.json", content)
         if self.points:
-            pairs = [f"{100 * point.accuracy:.6f}\t{point.macs:.1f}\n" for point in self.points]
-            write_text(folder / "dynamic.txt", "".join(pairs))
+            write_text(folder / "dynamic.txt", "".join(map(self._pair, self.points)))
         if self.policy:
             self.policy.save(folder / "policy.json")
 
@@ -93,6 +114,11 @@ class Record(Findings):
         plot_curve(folder / "curve.png", self, title)
         subtitle = f"{len(self.exits)} exits, {about.num_test} test images"
         write_report(folder / "report.html", self, title=title, subtitle=subtitle, facts=about.facts())
+
+    def _pair(self, point: OperatingPoint) -> str:
+        """Accuracy in percent and mean cost, as the papers' tools write them."""
+        cost = sum(map(mul, point.shares, self.unit_costs)) if self.unit_costs else point.macs
+        return f"{100 * point.accuracy:.6f}\t{cost:.{self.unit.digits}f}\n"
 
     def _row(self, point: OperatingPoint) -> dict[str, Any]:
         return {

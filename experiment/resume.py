@@ -9,8 +9,9 @@ from datasets import Data
 from experiment.fit import check_arch
 from experiment.open import compared
 from experiment.options import plain
+from experiment.procedures import OURS, row_of
 from experiment.published import Stored, regrouped
-from experiment.recipe import Recipe
+from experiment.recipe import DEFAULTS, GROUPS, Recipe
 from experiment.run import Run
 from models import MultiExitModel, spelled_out
 from training.optim import Optimization
@@ -66,6 +67,17 @@ class Pace:
             scales = recipe.optimization.scale_lr
             found.append(f"--scale_lr {'true multiplies' if scales else 'true would multiply'} {ratio}")
         return ", ".join(found)
+
+
+def as_started(recipe: Recipe, stored: Stored) -> Recipe:
+    """The recipe by the procedure that a checkpoint of ours was trained by; older files name none: ours."""
+    said = stored.flags.get("procedure") or OURS
+    row = row_of(recipe)
+    if row is None or not stored.flags or stored.published_flags or said == recipe.network.procedure:
+        return recipe
+    flags = DEFAULTS | stored.values(*GROUPS.values())
+    kept = {name: flags[name] for name in row.training}
+    return Recipe.of(recipe.flags(), {"procedure": said, **kept}, options=recipe.options)
 
 
 def resume(

@@ -12,9 +12,10 @@ from datasets import PREFIXES, Data, Splits, View, open_splits
 from experiment.cascade import CascadeFiles, read_cascade
 from experiment.open import IMAGES, Opened, open_network
 from experiment.options import Given, plain
+from experiment.procedures import OURS, Procedure, evaluation_line, implied, published
 from experiment.published import Stored, read
 from experiment.recipe import Network, Recipe
-from experiment.record import Provenance
+from experiment.record import MACS, Provenance, Unit
 from models import MultiExitModel
 from utils import Compute, Runtime, describe_machine, option, start_compute
 
@@ -38,7 +39,8 @@ class Subject:
     """A network on its data.
 
     `held_out` are the training images that the network has not seen, None if unknown; `assembled` says that
-    the network is a cascade put together here.
+    the network is a cascade put together here; `unit` is that of costs in dynamic.txt, and `procedure_line`
+    says what is done as published, if anything is.
     """
 
     opened: Opened
@@ -47,6 +49,8 @@ class Subject:
     compute: Compute
     held_out: list[int] | None
     assembled: bool
+    unit: Unit
+    procedure_line: str
 
     @property
     def network(self) -> MultiExitModel:
@@ -76,6 +80,8 @@ class Subject:
             quota_sweep=exits.quota_sweep,
             uncounted=uncounted,
             machine=describe_machine(self.compute.device),
+            procedure=self.recipe.network.procedure or OURS,
+            unit=self.unit.name,
         )
 
     def checkpoint(self) -> dict[str, Any]:
@@ -92,11 +98,14 @@ class Subject:
 
 def open_evaluation(given: Given) -> Subject:
     """Opens the network and the images that flags name. Raises ValueError in one line."""
-    options = dict(given.options)
-    file = _file(given.values.get("checkpoint"), options)
+    options, values = dict(given.options), dict(given.values)
+    wanted = values.pop("procedure", OURS)
+    file = _file(values.get("checkpoint"), options)
     stored = file.stored if isinstance(file, CascadeFiles) else file
     _check_named(stored, given.values)
-    recipe = Recipe.of(_said(stored, given.values), given.values, options=options)
+    said = _said(stored, values)
+    name, row = _procedure(file, Recipe.of(said, values, options=options))
+    recipe = Recipe.of(said, implied(wanted, row), values, options=options)
     confidence_function(recipe.exits.confidence)  # a wrong name fails before images are read
     compute = start_compute(recipe.runtime)
     held_out = stored.held_out if _same_split(stored, recipe.data) else None
@@ -113,7 +122,27 @@ def open_evaluation(given: Given) -> Subject:
         device=compute.device,
     )
     check_side(opened.network, splits.view.size)
-    return Subject(opened, splits, recipe, compute, held_out, isinstance(file, CascadeFiles))
+    return Subject(
+        opened,
+        splits,
+        recipe,
+        compute,
+        held_out,
+        assembled=isinstance(file, CascadeFiles),
+        unit=row.unit if row and wanted != OURS else MACS,
+        procedure_line=evaluation_line(wanted, row, recipe, name),
+    )
+
+
+def _procedure(file: Stored | CascadeFiles, recipe: Recipe) -> tuple[str, Procedure | None]:
+    """The name of the network in a file, and how networks like it were published."""
+    name, options, stored = recipe.network.model, recipe.options, file
+    if isinstance(file, CascadeFiles):
+        name, options, stored = "ebjr", {"networks": [part.member for part in file.parts]}, file.stored
+    elif file.arch:
+        name, options = file.arch["name"], file.arch["options"]
+    l2w = bool(stored.flags.get("l2w")) or "l2w" in stored.state
+    return name, published(name, recipe.data.data_set, l2w, options)
 
 
 def _file(path: str | None, options: dict[str, Any]) -> Stored | CascadeFiles:

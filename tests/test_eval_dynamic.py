@@ -113,8 +113,8 @@ def test_other_images_for_thresholds(trained, tmp_path, calib, origin, evaluate_
 
 def test_the_training_script_evaluates_too(trained, evaluated, images, tmp_path):
     shutil.copy(trained / "checkpoint-last.pth", tmp_path)
-    words = ["--data_path", str(images), "--output_dir", str(tmp_path), "--mode", "dynamic", *RUN]
-    train(["--eval", "true", *words])
+    words = ["--eval", "true", "--procedure", "ours", "--mode", "dynamic", "--data_path", str(images), *RUN]
+    train([*words, "--output_dir", str(tmp_path)])
     for name in ("anytime.json", "dynamic.json", "dynamic.txt"):
         assert (tmp_path / name).read_bytes() == (evaluated / name).read_bytes()
 

@@ -55,6 +55,7 @@ SHARED_DEFAULTS = {
     "weights": "auto",
     "model": "",  # there convnext_tiny, which is no model here
     "recipe": "",
+    "procedure": None,  # published in main_earlyExit.py, ours in eval_dynamic.py
 }
 TRAIN_DEFAULTS = {
     "update_freq": 1,

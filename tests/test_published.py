@@ -181,20 +181,30 @@ def test_published_recipes_in_two_processes(images, tmp_path, capfd, in_processe
     assert content["step"] == 2 * steps and content["arch"]["options"]["input_size"] == 32
     assert {float(state["step"]) for state in content["optimizer"]["state"].values()} == {2.0 * steps}
 
-    data = ["--data_path", str(images)]
-    main_earlyExit.main(["--eval", "true", "--output_dir", str(out), *data, *DYNAMIC, *RUN])
+    ours = ["--procedure", "ours", "--data_path", str(images)]
+    main_earlyExit.main(["--eval", "true", "--output_dir", str(out), *ours, *DYNAMIC, *RUN])
     exits, rows = read_json(out / "anytime.json"), read_json(out / "dynamic.json")
     # In shards of two processes or in one, the average gives every test image the same answer.
     assert [row["acc1"] for row in exits] == pytest.approx(
         [lines[1][f"test_ema/acc1/exit{k}"] for k in range(4)]
     )
     assert len(rows) == 33 and "2 images held out of the training set" in (out / "report.html").read_text()
-    evaluate(
-        out / "checkpoint-best.pth", tmp_path / "augmented", *data, "--calib", "train_augmented", *DYNAMIC
-    )
-    rows = read_json(tmp_path / "augmented" / "dynamic.json")
+    capfd.readouterr()
+    main_earlyExit.main([*words, *RUN, "--eval", "true", "--mode", "dynamic"])  # the command that trained it
+    exits, rows = read_json(out / "anytime.json"), read_json(out / "dynamic.json")
+    assert [row["acc1"] for row in exits] == pytest.approx([lines[1][f"test/acc1/exit{k}"] for k in range(4)])
     assert len(rows) == 33 and all(sum(row["shares"]) == pytest.approx(1) for row in rows)
-    assert "19 training images with training augmentation, the published procedure" in capfd.readouterr().out
+    text = [line.split("\t") for line in (out / "dynamic.txt").read_text().splitlines()]
+    assert [float(cost) for _, cost in text] == pytest.approx([row["macs"] / 1e9 for row in rows], abs=1e-9)
+    assert read_json(out / "record.json")["provenance"]["procedure"] == "published"
+    printed = capfd.readouterr().out
+    assert "19 training images with training augmentation, the published procedure" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("as published for Dyn-Perceiver: ")]
+    assert line.endswith(
+        "33 quotas, thresholds from 101 augmented training batches (--weights model --quota_sweep dyn_perceiver "
+        "--quota_scales 0.85 1.0 0.5 --calib train_augmented, GFLOPs in dynamic.txt); --procedure ours: "
+        "--weights auto --quota_sweep msdnet --calib held_out, MACs in dynamic.txt"
+    )
 
 
 # Files

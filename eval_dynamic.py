@@ -109,7 +109,8 @@ def calibrate(subject: Subject, test: ExitTables) -> tuple[ExitTables, ExitTable
     elif subject.held_out is None:
         origin += " (of a checkpoint without a stored split: the network was probably trained on them)"
     if len(calib) == 0:
-        raise ValueError("no images were held out for calibration (--num_calib 0); use --calib half_test")
+        other = "use --calib half_test, or train_augmented as L2W and Dyn-Perceiver do"
+        raise ValueError(f"no images were held out for calibration (--num_calib 0); {other}")
     if subject.compute.rank == 0:
         print(f"thresholds are chosen on {origin}")
     return test, tables(subject, calib, "calibrate"), origin

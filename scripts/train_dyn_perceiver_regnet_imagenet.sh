@@ -11,14 +11,16 @@
 # Published (not reproduced here): top-1 of exits 0 to 3 68.62 78.32 79.15 79.86; 21.798 M parameters.
 # Hardware: 8 GPUs. GPUS=4, 2 or 1 keeps the batch of 1,024 by taking more micro-batches of 128 per step,
 # so that batch norm still sees 128 images at a time. Hours: not measured.
-# DATA holds train/ and val/ (https://image-net.org). 50,000 of the training images are held out for thresholds;
-# `--num_calib 0` trains on all of them, as published. Flags after the folder for results are added.
+# DATA holds train/ and val/ (https://image-net.org). As published, all 1,281,167 training images are trained on, the
+# last epoch counts, and thresholds come from augmented training images:
+#   bash scripts/eval_dyn_perceiver_imagenet.sh runs/dyn_regnet/checkpoint-best.pth --data_path "$DATA" --procedure published
+# `--num_calib 50000` holds images out for both. Flags after the folder for results are added.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
 out=${1:?folder for results} gpus=${GPUS:-8}
 [ $((8 % gpus)) = 0 ] || { echo "error: GPUS=$gpus; accepted: 1, 2, 4, 8" >&2 && exit 2; }
 torchrun --nproc_per_node="$gpus" "$root/main_earlyExit.py" --model reg800m_perceiver_t128 \
-    --data_set IMNET --data_path "${DATA:?folder of the data set}" --input_size 224 --output_dir "$out" \
+    --data_set IMNET --data_path "${DATA:?folder of the data set}" --input_size 224 --output_dir "$out" --num_calib 0 \
     --depth_factor 1 1 1 2 --SA_widening_factor 4 --spatial_reduction true --with_last_CA true \
     --with_x2z true --with_dwc true --with_z2x true --with_isc true \
     --with_kd true --T_kd 1 --alpha_kd 0.5 --loss_cnn_factor 1 --loss_att_factor 0.5 --loss_merge_factor 1 \

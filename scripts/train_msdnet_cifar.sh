@@ -10,13 +10,18 @@
 #   --batch-size 64 --lr 0.1 (decayed at 50 % and 75 %) --momentum 0.9 --weight-decay 1e-4 (biases and batch norm too).
 # Hardware: one GPU. Published (read off figures): MSDNet on CIFAR-100 up to about 75.0 % (dynamic); RANet, the eight exits on
 # CIFAR-10 91.3 91.9 93.1 93.1 93.2 93.3 93.6 93.7, on CIFAR-100 66.3 69.4 71.7 71.7 72.3 72.4 73.8 74.4; not reproduced.
-# 5,000 images are held out for thresholds, as published. DATA comes from https://www.cs.toronto.edu/~kriz/cifar.html
-# or is fetched by `--download true`. Flags after the three arguments are added.
+# As published, MSDNet's budgeted network (lin5) has 5,000 of the 50,000 images held out, which choose the best epoch and
+# thresholds; even7 and RANet have none, so that the last epoch counts and thresholds come from half of the test images:
+#   bash scripts/eval_msdnet.sh runs/msdnet_c100/checkpoint-best.pth
+#   bash scripts/eval_msdnet.sh runs/ranet_c100/checkpoint-best.pth --calib half_test
+# DATA comes from https://www.cs.toronto.edu/~kriz/cifar.html or is fetched by `--download true`. Flags after the three
+# arguments are added; `--num_calib N` holds out another number.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
-data_set=${1:?CIFAR10 or CIFAR100} model=${2:?name of a network} out=${3:?folder for results}
+data_set=${1:?CIFAR10 or CIFAR100} model=${2:?name of a network} out=${3:?folder for results} held_out=
+case $model in msdnet_cifar_even7 | ranet*) held_out="--num_calib 0" ;; esac
 python "$root/main_earlyExit.py" --model "$model" --data_set "$data_set" \
-    --data_path "${DATA:?folder of the data set}" --output_dir "$out" \
+    --data_path "${DATA:?folder of the data set}" --output_dir "$out" $held_out --drop_last false \
     --epochs 300 --batch_size 64 --opt sgd --lr 0.1 --momentum 0.9 --weight_decay 1e-4 --filter_bias_and_bn false \
     --schedule multistep --decay_epochs 150 225 --decay_rate 0.1 --warmup_epochs 0 \
     --smoothing 0 --mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 "${@:4}"

@@ -192,6 +192,17 @@ def test_mistakes_in_a_cascade(trained, error_of):
     assert "unknown model 'msdnt'" in error_of(evaluate, *known, weights, "msdnt:" + weights)
 
 
+@pytest.mark.parametrize("calib", ["half_test", "train_augmented"])
+def test_a_run_that_held_nothing_out_is_evaluated(trained, tmp_path, calib, evaluate_into):
+    content = torch.load(trained / "checkpoint-last.pth", weights_only=True)
+    content |= {"args": content["args"] | {"num_calib": 0}, "calib_indices": []}
+    torch.save(content, tmp_path / "x.pth")
+    evaluate_into(tmp_path, tmp_path / "x.pth", "--mode", "dynamic", "--calib", calib)
+    assert len(read_json(tmp_path / "dynamic.json")) == 39
+    origin = {"half_test": "10 random test images", "train_augmented": "40 training images"}[calib]
+    assert origin in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -209,7 +220,7 @@ def test_mistakes_in_a_cascade(trained, error_of):
         ("--quota_scales 1 2", r"2 quota scales .* for 2 exits; give one per exit but the last"),
         (
             "--num_calib 0",
-            r"no images were held out for calibration \(--num_calib 0\); use --calib half_test",
+            r"no images were held out for calibration \(--num_calib 0\); use --calib half_test, or train_augmented",
         ),
         ("--confidence sure", r"unknown confidence 'sure'; accepted: max_prob"),
         ("--router_threshold 1 2", r"2 router thresholds for 2 exits; give one per exit but the last"),

@@ -12,6 +12,7 @@ import torch
 from experiment.checks import check
 from experiment.recipe import GROUPS, Recipe, read_command
 from experiment.subject import EVALUATION
+from loading.split import default_num_calib
 from models import create_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,8 +22,8 @@ def recipe_uses():
     """(script, command line) of every example in the headers of the recipes."""
     uses = []
     for path in sorted([*ROOT.glob("scripts/train_*.sh"), *ROOT.glob("scripts/eval_*.sh")]):
-        lines = re.findall(rf"^#.*\b(bash scripts/{path.name} .*)$", path.read_text(), re.MULTILINE)
-        assert lines, f"{path.name} shows no use of itself"
+        lines = re.findall(r"^#.*\b(bash scripts/(?:train|eval)_\w+\.sh .*)$", path.read_text(), re.MULTILINE)
+        assert any(path.name in line for line in lines), f"{path.name} shows no use of itself"
         uses += [pytest.param(line, id=f"{path.stem}-{i}") for i, line in enumerate(lines)]
     return uses
 
@@ -53,6 +54,60 @@ def test_recipes_parse(command, tmp_path):
         assert Path(script).name == "eval_dynamic.py"
         given = read_command(EVALUATION, words)
         assert given.values.get("checkpoint") or len(given.options["networks"]) > 1
+
+
+def trained_by(script, tmp_path, **environment):
+    """The recipe that a script of scripts/ trains, given with its arguments."""
+    _, _, words = started_by(f"bash scripts/{script} out", tmp_path, **environment)
+    given = read_command(list(GROUPS.values()), words)
+    return Recipe.of(given.values, options=given.options)
+
+
+@pytest.mark.parametrize(
+    ("script", "num_calib", "drop_last", "interpolation"),
+    [
+        ("train_l2w_cifar.sh CIFAR10 msdnet_cifar_lin5", 0, False, "bicubic"),
+        ("train_l2w_imagenet.sh msdnet_imagenet_step4", 0, False, "bilinear"),
+        ("train_msdnet_cifar.sh CIFAR10 msdnet_cifar_lin5", None, False, "bicubic"),
+        ("train_msdnet_cifar.sh CIFAR10 msdnet_cifar_even7", 0, False, "bicubic"),
+        ("train_msdnet_cifar.sh CIFAR100 ranet_cifar", 0, False, "bicubic"),
+        ("train_msdnet_imagenet.sh msdnet_imagenet_step4", None, False, "bilinear"),
+        ("train_msdnet_imagenet.sh ranet_imagenet", None, False, "bilinear"),
+        ("train_dyn_perceiver_regnet_imagenet.sh", 0, True, "bicubic"),
+        ("train_dyn_perceiver_resnet_imagenet.sh", 0, True, "bicubic"),
+        ("train_dyn_perceiver_mobilenet_imagenet.sh", 0, True, "bicubic"),
+    ],
+)
+def test_recipes_train_on_the_images_of_the_published_ones(
+    script, num_calib, drop_last, interpolation, tmp_path
+):
+    """What is held out is said in numbers; where nothing is, how to evaluate."""
+    recipe = trained_by(script, tmp_path)
+    name = recipe.data.data_set
+    assert (recipe.data.num_calib, recipe.data.drop_last) == (num_calib, drop_last)
+    assert recipe.view.interpolation == interpolation
+    if name == "IMNET":
+        assert recipe.transform.train_interpolation == interpolation
+    header = (ROOT / "scripts" / script.split()[0]).read_text().partition("set -euo")[0]
+    if num_calib == 0:
+        assert re.search(r"bash scripts/eval_\w+\.sh \S+ .*--calib (train_augmented|half_test)", header)
+    else:
+        total = 1_281_167 if name == "IMNET" else 50_000
+        assert f" {default_num_calib(name, total):,} of the {total:,} " in header
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "epochs", "batch", "decays"),
+    [
+        ("msdnet_imagenet_step4", 8, 90, 32, (30, 60)),
+        ("ranet_imagenet_script", 8, 300, 8, tuple(range(30, 300, 30))),
+        ("ranet_imagenet", 2, 300, 32, tuple(range(30, 300, 30))),
+    ],
+)
+def test_ranet_trains_on_imagenet_by_its_own_scripts_defaults(model, gpus, epochs, batch, decays, tmp_path):
+    recipe = trained_by(f"train_msdnet_imagenet.sh {model}", tmp_path, GPUS=str(gpus))
+    assert (recipe.optimization.epochs, recipe.runtime.batch_size) == (epochs, batch)
+    assert recipe.optimization.decay_epochs == decays and recipe.optimization.decay_rate == 0.1
 
 
 @pytest.mark.parametrize("gpus", [1, 8])

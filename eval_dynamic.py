@@ -63,7 +63,9 @@ def evaluate_checkpoint(given: Given) -> None:
 def unit_costs(subject: Subject, costs: Costs) -> list[float]:
     """Costs of exits 0..k in the unit of dynamic.txt; a paper's count is of the network run as it does."""
     if subject.unit.counter == "papers":
-        costs = count(as_published(subject.network, subject.opened.arch), subject.shape)
+        with torch.device("meta"):
+            network = as_published(subject.network, subject.opened.arch)
+        costs = count(network, subject.shape)
     return [one / subject.unit.operations for one in getattr(costs, subject.unit.counter)]
 
 

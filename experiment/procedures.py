@@ -46,7 +46,7 @@ QUOTAS = {"weights": "model", "confidence": "max_prob", "quota_sweep": "msdnet",
 RESIZED = {**QUOTAS, "interpolation": "bilinear"}
 PAIR = {"weights": "model", "confidence": "energy_softmax", "calib": "none"}
 OPERATIONS = Unit("FLOPs by the papers' counter", counter="papers")
-DOUBLED = Unit("10^8 FLOPs by the papers' counter, doubled", counter="papers", operations=0.5e8, digits=8)
+DOUBLED = Unit("10^8 FLOPs (twice the papers' counter)", counter="papers", operations=0.5e8, digits=8)
 # The first row that fits holds. Defaults of main_earlyExit.py are those of Dyn-Perceiver's program: only its
 # training has something left to set. The training settings of the other papers are recipes in scripts/.
 TABLE = (
@@ -82,7 +82,7 @@ TABLE = (
         evaluation={**RESIZED, "calib": "held_out"},
         unit=OPERATIONS,
         about="39 quotas, thresholds from held-out images",
-        near="clean images here, augmented there, and without --use-valid test images",
+        near="clean images here, augmented there; with none held out half of the test images here, all there",
     ),
     Procedure(
         family="RANet",
@@ -91,7 +91,7 @@ TABLE = (
         evaluation={**RESIZED, "calib": "held_out"},
         unit=OPERATIONS,
         about="39 quotas, thresholds from held-out images",
-        near="clean images here, augmented there, and without --use-valid test images",
+        near="clean images here, augmented there; with none held out half of the test images here, all there",
     ),
     Procedure(
         family="EBJR on CIFAR-10",
@@ -173,4 +173,4 @@ def evaluation_line(wanted: str, row: Procedure | None, recipe: Recipe, name: st
 
 def _side(flags: Mapping[str, Any], names: list[str], unit: Unit) -> str:
     words = [word for name in names if flags[name] for word in words_of(name, flags[name])]
-    return f"{' '.join(words)}, {unit.name} in dynamic.txt"
+    return f"{' '.join(words)}, dynamic.txt in {unit.name}"

@@ -104,8 +104,12 @@ def open_evaluation(given: Given) -> Subject:
     stored = file.stored if isinstance(file, CascadeFiles) else file
     _check_named(stored, given.values)
     said = _said(stored, values)
-    name, row = _procedure(file, Recipe.of(said, values, options=options))
-    recipe = Recipe.of(said, implied(wanted, row), values, options=options)
+    recipe = Recipe.of(said, values, options=options)
+    name, row = _procedure(file, recipe)
+    flags = implied(wanted, row)
+    if flags.get("calib") == "held_out" and recipe.data.num_calib == 0:
+        flags["calib"] = "half_test"  # where nothing is held out, thresholds are published from test images
+    recipe = Recipe.of(said, flags, values, options=options)
     confidence_function(recipe.exits.confidence)  # a wrong name fails before images are read
     compute = start_compute(recipe.runtime)
     held_out = stored.held_out if _same_split(stored, recipe.data) else None

@@ -9,7 +9,7 @@
 # Hardware: one GPU. Published (read off figures, dynamic): CIFAR-10 94.0 % at 18 M, at most 94.75; CIFAR-100 at most 76.0, 75 % at
 # 49 M; not reproduced here. DATA is what train_msdnet_cifar.sh takes. Flags after the three arguments are added.
 # As published, all 50,000 images are trained on, the last epoch counts, and thresholds come from augmented training images:
-#   bash scripts/eval_msdnet.sh runs/l2w_c10/checkpoint-best.pth --calib train_augmented
+#   bash scripts/eval_msdnet.sh runs/l2w_c10/checkpoint-best.pth --data_path "$DATA" --procedure published
 # `--num_calib 5000` holds images out for both.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..

@@ -12,7 +12,7 @@
 # 67.22 71.03 72.33 73.93, step 6 60.05 69.13 73.33 75.19 76.30, step 7 59.24 69.65 73.94 75.66 76.72; with 300 epochs and
 # smoothing 0.1 step 4 61.64 67.89 71.61 73.82 75.03; not reproduced here. DATA holds train/ and val/.
 # As published, all 1,281,167 images are trained on, the last epoch counts, and thresholds come from augmented training images:
-#   bash scripts/eval_msdnet.sh runs/l2w_step4/checkpoint-best.pth --calib train_augmented
+#   bash scripts/eval_msdnet.sh runs/l2w_step4/checkpoint-best.pth --data_path "$DATA" --procedure published
 # `--num_calib 50000` holds images out for both.
 set -euo pipefail
 root=${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..} # a batch job runs a copy of this file

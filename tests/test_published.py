@@ -202,8 +202,8 @@ def test_published_recipes_in_two_processes(images, tmp_path, capfd, in_processe
     (line,) = [line for line in printed.splitlines() if line.startswith("as published for Dyn-Perceiver: ")]
     assert line.endswith(
         "33 quotas, thresholds from 101 augmented training batches (--weights model --quota_sweep dyn_perceiver "
-        "--quota_scales 0.85 1.0 0.5 --calib train_augmented, GFLOPs in dynamic.txt); --procedure ours: "
-        "--weights auto --quota_sweep msdnet --calib held_out, MACs in dynamic.txt"
+        "--quota_scales 0.85 1.0 0.5 --calib train_augmented, dynamic.txt in GFLOPs); --procedure ours: "
+        "--weights auto --quota_sweep msdnet --calib held_out, dynamic.txt in MACs"
     )
 
 

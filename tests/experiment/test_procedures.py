@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from adaptive.flops import count
 from experiment.options import options_of
 from experiment.procedures import TABLE, implied, published, training_recipe
 from experiment.published import understood
-from experiment.recipe import GROUPS, read_command
+from experiment.recipe import GROUPS, read_command, words_of
 from experiment.resume import as_started
 from experiment.subject import EVALUATION
 from models import create_model, list_models, model_class, tune
@@ -46,6 +47,22 @@ def test_the_table_sets_known_flags_to_values_that_they_accept():
             for name, value in values.items():
                 restored = flags[name].restore(list(value) if isinstance(value, tuple) else value)
                 assert restored == (list(value) if isinstance(value, tuple) else value)
+
+
+def flags_in_words(values):
+    words = [" ".join(words_of(name, value)) for name, value in values.items() if value]
+    return f"`{' '.join(words)}`" if words else "-"
+
+
+def test_the_documents_have_the_table():
+    page = (Path(__file__).parents[2] / "docs/evaluate.md").read_text()
+    for row in TABLE:
+        given = [f"`{' '.join(row.models)}`", flags_in_words(row.evaluation), row.unit.name, row.near or "-"]
+        line = f"| {row.family} | {' | '.join(given)} |\n"
+        assert line in page, line
+    text = (Path(__file__).parents[2] / "docs/train.md").read_text()
+    assert {flags_in_words(row.training) for row in TABLE} == {"-", "`--decay_embeddings true`"}
+    assert "`--decay_embeddings true` for a Dynamic Perceiver" in text
 
 
 QUOTAS = {"weights": "model", "confidence": "max_prob", "quota_sweep": "msdnet", "quota_scales": ()}
@@ -238,8 +255,8 @@ def test_an_msdnet_is_evaluated_as_published_by_the_training_script(
     words = ["--mode", "dynamic", "--output_dir", str(tmp_path), "--data_path", str(images), *RUN]
     main_earlyExit.main(["--eval", "true", "--resume", str(path), *words])
     printed = capsys.readouterr().out
-    line = r"as published for MSDNet: 39 quotas, thresholds from held-out images \(--weights model, FLOPs by .*; "
-    assert re.search(line + r"--procedure ours: --weights auto, MACs in dynamic.txt\n", printed)
+    line = r"as published for MSDNet: 39 quotas, thresholds from held-out images \(--weights model, dynamic.txt in F.*; "
+    assert re.search(line + r"--procedure ours: --weights auto, dynamic.txt in MACs\n", printed)
     exits, rows = read_json(tmp_path / "anytime.json"), read_json(tmp_path / "dynamic.json")
     log = read_log(trained)[-1]
     assert [row["acc1"] for row in exits] == pytest.approx([log[f"test/acc1/exit{k}"] for k in range(2)])
@@ -270,6 +287,21 @@ def test_both_scripts_take_either_procedure(trained, evaluated, tmp_path, evalua
     for name in ("anytime.json", "dynamic.json", "dynamic.txt"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert (tmp_path / "a" / "dynamic.json").read_bytes() != (evaluated / "dynamic.json").read_bytes()
+
+
+def test_where_nothing_is_held_out_half_of_the_test_images_choose(trained, tmp_path, capsys, images):
+    words = [
+        "--checkpoint",
+        str(trained / "checkpoint-last.pth"),
+        "--data_path",
+        str(images),
+        "--num_calib",
+        "0",
+    ]
+    words += ["--procedure", "published", "--mode", "dynamic", "--output_dir", str(tmp_path), *RUN]
+    eval_dynamic.main(words)
+    assert "--weights model --calib half_test, dynamic.txt in" in capsys.readouterr().out
+    assert "10 random test images" in read_json(tmp_path / "record.json")["provenance"]["calib"]
 
 
 def test_a_network_that_nobody_published_is_evaluated_in_our_way(tmp_path, capsys):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from loading.bad_images import with_readable
 from loading.loaders import TrainLoader, ordered_loader
+from loading.pixels import to_rgb
 from loading.relabel import only_popular
 from loading.sources import IMAGENET_STATS, Data, Source, open_source
 from loading.split import Split, default_num_calib, make_split, split_train
@@ -27,6 +28,7 @@ __all__ = [
     "mixup_collate",
     "open_splits",
     "ordered_loader",
+    "to_rgb",
     "with_readable",
 ]
 

@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from datasets import IMAGENET_STATS, Data, Transform, View, eval_transform
+from datasets import IMAGENET_STATS, Data, Transform, View, eval_transform, to_rgb
 from experiment.cascade import CascadeFiles
 from experiment.fit import Weights, classes_of, fit_to, load_weights, renamed_for
 from experiment.members import upgraded
 from experiment.published import Stored, read
 from experiment.recipe import GROUPS, Recipe, Start
 from experiment.verify import check_network, check_weights
-from loading.pixels import to_rgb
 from models import MultiExitModel, create_model, model_class, model_options, spelled_out, tune
 
 IMAGES = (Data, View, Transform)  # the flags that say what a network was trained on

@@ -63,7 +63,7 @@ def with_readable(split: Split | Stream, data: Data, runtime: Runtime, compute: 
             f"{said}; --max_bad_images {data.max_bad_images} allows {allowed}; the first: {first}"
         )
     if compute.rank == 0:
-        print(said)
+        print(f"{said}; each is replaced by the next one")
     return Split(split.base, _stand_ins(split.indices, faults), split.transform)
 
 

@@ -59,8 +59,12 @@ def test_our_checkpoint_says_everything(tmp_path):
     same_answers(opened.network, average)
     same_answers(open_network(tmp_path / "x.pth", weights="model").network, network)
     grey = Image.new("L", (40, 20), 51)  # 0.2 of 255
-    batch = opened.transform([grey, grey.convert("RGB")])
-    assert batch.shape == (2, 3, 16, 16) and opened.transform(grey).shape == (1, 3, 16, 16)
+    batch = opened.transform([grey, grey.convert("RGB"), grey.convert("I").point(lambda level: 257 * level)])
+    assert (
+        batch.shape == (3, 3, 16, 16)
+        and torch.equal(batch[0], batch[2])
+        and opened.transform(grey).shape == (1, 3, 16, 16)
+    )
     torch.testing.assert_close(batch[0, :, 0, 0], torch.tensor([0.25, 0.0, -1 / 6]))
 
 

@@ -326,8 +326,8 @@ def test_distributed_gradients_are_reduced_once_per_optimizer_step(tmp_path):
             return future
 
         wrapped.register_comm_hook(None, count)
-        update = make_update(wrapped, micro_batches=lambda step: 3, ema=ModelEmaV3(model))
-        update_alone = make_update(alone, micro_batches=lambda step: 3)
+        update = make_update(wrapped, micro_batches=lambda step: (4, 2, 3)[step], ema=ModelEmaV3(model))
+        update_alone = make_update(alone, micro_batches=lambda step: (4, 2, 3)[step])
         for chunk in [*inputs, *inputs]:
             update(squared_error(wrapped, chunk))
             update_alone(squared_error(alone, chunk))

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Subset
 
 from adaptive.exit_tables import ExitTables, exit_figures
 from adaptive.flops import Costs, as_published, count, print_costs, single_costs
+from adaptive.headline import headline_of
 from adaptive.policy import Policy, choose, content_hash, model_hash, policies_of, rules_of
 from adaptive.routing import routing
 from adaptive.timing import Comparison, Deployed, compare_orders
@@ -18,7 +19,14 @@ from engine import evaluate
 from experiment.checkpoint import save
 from experiment.options import Given
 from experiment.recipe import read_command
-from experiment.record import Record, anytime_lines, dynamic_lines, routing_lines, runtime_lines
+from experiment.record import (
+    Record,
+    anytime_lines,
+    dynamic_lines,
+    headline_lines,
+    routing_lines,
+    runtime_lines,
+)
 from experiment.subject import EVALUATION, Subject, open_evaluation
 from utils import Compute, run_main
 
@@ -47,13 +55,17 @@ def evaluate_checkpoint(given: Given) -> None:
     points = [policy.simulate(test, costs.macs) for policy in policies]
     record = replace(record, points=points)
     tell(record, dynamic_lines(points), folder)
-    chosen = choose(policies, subject.recipe.exits, calib.means()["acc1"][-1])
-    record = replace(record, policy=signed(policies[chosen[0]], subject, calib, origin))
+    choice = choose(policies, subject.recipe.exits, calib.means()["acc1"][-1])
+    chosen = choice.rows[0]
+    record = replace(record, policy=signed(policies[chosen], subject, calib, origin))
     if len(exits) > 1:
-        record = replace(record, routing=routing(test, points[chosen[0]], costs.macs, costs.papers))
+        record = replace(record, routing=routing(test, points[chosen], costs.macs, costs.papers))
         tell(record, routing_lines(record.routing), folder)
+    headline = headline_of(f"row {chosen}", choice.reason, test, points[chosen], exits)
+    record = replace(record, headline=headline)
+    tell(record, headline_lines(headline), folder)
     if subject.recipe.exits.mode in ("runtime", "all"):
-        runtime = time_policies(subject, {f"row {i}": policies[i] for i in chosen})
+        runtime = time_policies(subject, {f"row {i}": policies[i] for i in choice.rows})
         record = replace(record, runtime=runtime)
         tell(record, runtime_lines(runtime), folder)
     record.report(folder)

@@ -242,18 +242,35 @@ def policies_of(
     return policies
 
 
-def choose(policies: Sequence[Policy], exits: Exits, last_accuracy: float) -> list[int]:
-    """Indices of the policies to use: those given by hand, else the best one on the calibration images.
+@dataclass(frozen=True)
+class Choice:
+    """Indices of the policies to use, of which the first is to be deployed, and in words why."""
+
+    rows: list[int]
+    reason: str
+
+
+def choose(policies: Sequence[Policy], exits: Exits, last_accuracy: float) -> Choice:
+    """The policies given by hand, else the best one on the calibration images.
 
     The best is the most accurate one within the budget, or the cheapest with the accuracy wanted. By default
     this is `last_accuracy`, that of the last exit, or the nearest to it. Raises ValueError for a budget or an
     accuracy that none of them reaches.
     """
-    by_hand = exits.row or range(len(exits.ratios), len(policies))
+    by_hand = list(exits.row or range(len(exits.ratios), len(policies)))
     if by_hand:
-        return list(by_hand)
+        return Choice(by_hand, "given by hand" + (", the first of these" if len(by_hand) > 1 else ""))
     accuracies, costs = zip(*((policy.accuracy, policy.macs) for policy in policies), strict=True)
     if exits.budget is not None:
-        return [within_budget(accuracies, costs, exits.budget)]
-    wanted = min(last_accuracy, max(accuracies)) if exits.accuracy is None else exits.accuracy
-    return [cheapest(accuracies, costs, wanted)]
+        best = within_budget(accuracies, costs, exits.budget)
+        good = sum(cost <= exits.budget for cost in costs)
+        reason = f"the most accurate of {good} settings within {exits.budget / 1e6:.4g} M multiply-adds"
+    else:
+        goal = last_accuracy if exits.accuracy is None else exits.accuracy
+        good = sum(accuracy >= goal for accuracy in accuracies)
+        best = cheapest(accuracies, costs, goal if good or exits.accuracy else max(accuracies))
+        wanted = f"{100 * goal:.2f} %" + (", the last exit's accuracy" if exits.accuracy is None else "")
+        reason = f"the cheapest of {good} settings that reach {wanted}"
+        if not good:
+            reason = f"the most accurate setting, since none reaches {wanted}"
+    return Choice([best], f"{reason}; all {len(policies)} were judged on the calibration images")

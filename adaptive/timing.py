@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,10 +14,13 @@ from torch import Tensor
 from adaptive.exit_tables import first_not_finite
 from adaptive.flops import exit_costs, single_costs
 from adaptive.inference import ORDERS, fold_batch_norm, run_adaptive, run_single
+from adaptive.intervals import Estimate, median_ratio
 from adaptive.policy import Policy
 from models import MultiExitModel
 
 MICRO_BATCHES = (16, 32, 64, 128, 256)
+_ALL_PLAIN = "all exits, plain"
+FILLED = 4  # how often the images at hand fill a micro-batch that is worth a try
 Run = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -25,8 +28,8 @@ Run = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 class Contestant:
     """A way to classify images: `run(images, size)`, `size` per call, gives logits [N, C] and exits [N].
 
-    `costs` [K] are the multiply-adds of an image that leaves at each exit. Contestants of one `kind` share a
-    micro-batch size.
+    `costs` [K] are the multiply-adds of an image that leaves at each exit. Contestants of one `kind` share
+    the micro-batch size that is best for the last of them.
     """
 
     kind: str
@@ -72,7 +75,8 @@ class Deployed:
 class Measurement:
     """Measurements of a contestant; accuracy is a fraction, `exits` [N] where each image left.
 
-    Latencies are for one image alone; None in throughput order, where images wait for others.
+    Latencies are for one image alone; None in throughput order, where images wait for others. `seconds` are
+    those of every round, `images_per_s` is of their median.
     """
 
     contestant: str
@@ -83,6 +87,7 @@ class Measurement:
     macs: float
     accuracy: float
     exits: Tensor
+    seconds: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,9 @@ class TimedPoint:
 
     `mismatches` counts, per order, the images that left at another exit than in the simulation of the network
     as trained; `shares` are the simulated ones. `speedup` and `macs_ratio` are relative to the network that
-    ends at the last exit, `speedup_over_plain` to all exits of the network as trained.
+    ends at the last exit, without earlier heads, whose accuracy on these images is `static_accuracy`;
+    `speedup_over_plain` is relative to all exits of the network as trained. Intervals are of 95 %, over
+    rounds.
     """
 
     point: str
@@ -103,6 +110,19 @@ class TimedPoint:
     speedup: float
     macs_ratio: float
     speedup_over_plain: float
+    static_accuracy: float
+    speedup_interval: tuple[float, float]
+    speedup_over_plain_interval: tuple[float, float]
+
+    @property
+    def over_static(self) -> Estimate:
+        """`speedup` with its interval."""
+        return Estimate(self.speedup, *self.speedup_interval)
+
+    @property
+    def over_plain(self) -> Estimate:
+        """`speedup_over_plain` with its interval."""
+        return Estimate(self.speedup_over_plain, *self.speedup_over_plain_interval)
 
 
 @dataclass(frozen=True)
@@ -118,11 +138,19 @@ def interleaved(
     calls: Mapping[Any, Callable[[], Any]], *, rounds: int, device: torch.device
 ) -> dict[Any, float]:
     """Median seconds per call, in turn (A B C A B C ...) for `rounds` rounds; callers warm up first."""
+    times = round_times(calls, calls, rounds=rounds, device=device)
+    return {name: percentile(values, 0.5) for name, values in times.items()}
+
+
+def round_times(
+    calls: Mapping[Any, Callable[[], Any]], turns: Iterable[Any], *, rounds: int, device: torch.device
+) -> dict[Any, list[float]]:
+    """Seconds of every call; a round calls by the names in `turns`, some of which may come several times."""
     times: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(_seconds(call, device))
-    return {name: percentile(values, 0.5) for name, values in times.items()}
+        for name in turns:
+            times[name].append(_seconds(calls[name], device))
+    return times
 
 
 def percentile(times: Sequence[float], share: float) -> float:
@@ -147,7 +175,7 @@ def static_contestants(deployed: Deployed) -> dict[str, Contestant]:
     as_trained = _static(lambda part: plain(part)[-1], last)
     everything = _static(lambda part: tuned(part)[-1], last)
     contestants = {
-        "all exits, plain": Contestant("plain", as_trained, deployed.images, together),
+        _ALL_PLAIN: Contestant("plain", as_trained, deployed.images, together),
         "all exits": Contestant("static", everything, images, together),
     }
     for k in range(plain.num_exits):
@@ -192,19 +220,19 @@ def measure(
     micro_batch: int | None = None,
     rounds: int = 3,
     singles: int = 200,
+    often: Sequence[str] = (),
 ) -> list[Measurement]:
-    """Times contestants on images with targets [N].
+    """Times contestants on images with targets [N], and those named in `often` three times in every round.
 
-    Without `micro_batch`, every kind of contestant gets the fastest of `MICRO_BATCHES` on a quarter of the
-    images. Latencies are over `singles` images. Raises ValueError for answers that are not finite.
+    Without `micro_batch`, every kind of contestant gets the size that `_fastest_size` finds. Latencies are
+    over `singles` images. Raises ValueError for answers that are not finite.
     """
     device = targets.device
-    sizes: dict[str, int] = {}
-    for one in contestants.values():
-        sizes[one.kind] = micro_batch or sizes.get(one.kind) or _fastest_size(one, device)
+    deciding = {one.kind: one for one in contestants.values()}
+    sizes = {kind: micro_batch or _fastest_size(one, device) for kind, one in deciding.items()}
     calls = {name: partial(one.run, one.images, sizes[one.kind]) for name, one in contestants.items()}
     answers = {name: call() for name, call in calls.items()}
-    times = interleaved(calls, rounds=rounds, device=device)
+    times = round_times(calls, [*calls, *often, *often], rounds=rounds, device=device)
     rows = []
     for name, one in contestants.items():
         logits, exits = answers[name]
@@ -212,11 +240,12 @@ def measure(
             _, row, value = found
             where = f"exit {int(exits[row])} for image {row} of those timed"
             raise ValueError(f"{name} gives the logit {value} at {where}")
-        exits, speed = exits.cpu(), len(targets) / times[name]
+        exits, speed = exits.cpu(), len(targets) / percentile(times[name], 0.5)
         latencies = (None, None) if one.kind == "throughput" else _single_latencies(one, singles, device)
         macs = torch.tensor(one.costs, dtype=torch.float64)[exits].mean().item()
         accuracy = (logits.argmax(1) == targets).double().mean().item()
-        rows.append(Measurement(name, sizes[one.kind], speed, *latencies, macs, accuracy, exits))
+        figures = (speed, *latencies, macs, accuracy, exits, times[name])
+        rows.append(Measurement(name, sizes[one.kind], *figures))
     return rows
 
 
@@ -225,10 +254,11 @@ def compare_orders(
 ) -> Comparison:
     """Times early exit with the named policies beside the static networks; targets [N] of the images."""
     contestants = static_contestants(deployed)
+    often = [_ALL_PLAIN, list(contestants)[-1], *(f"{name}, throughput order" for name in policies)]
     for name, policy in policies.items():
         for order, contestant in early_contestants(deployed, policy).items():
             contestants[f"{name}, {order} order"] = contestant
-    rows = measure(contestants, targets, micro_batch=micro_batch)
+    rows = measure(contestants, targets, micro_batch=micro_batch, often=often)
     with torch.inference_mode():
         parts = [torch.stack(deployed.plain(part)) for part in deployed.images.split(64)]
     logits = torch.cat(parts, dim=1)
@@ -242,6 +272,8 @@ def _timed_point(name: str, policy: Policy, rows: list[Measurement], logits: Ten
     simulated = policy.exit_of(policy.scores(logits)).cpu()
     orders = {order: by_name[f"{name}, {order} order"] for order in ORDERS}
     pooled, last = orders["throughput"], by_name[f"exit {len(logits) - 1} alone"]
+    gain = median_ratio(last.seconds, pooled.seconds)
+    over_plain = median_ratio(by_name[_ALL_PLAIN].seconds, pooled.seconds)
     mismatches = {order: int((row.exits != simulated).sum()) for order, row in orders.items()}
     shares = torch.bincount(simulated, minlength=len(logits)).double() / len(simulated)
     return TimedPoint(
@@ -251,18 +283,27 @@ def _timed_point(name: str, policy: Policy, rows: list[Measurement], logits: Ten
         pooled.accuracy,
         pooled.macs,
         shares.tolist(),
-        speedup=pooled.images_per_s / last.images_per_s,
+        speedup=gain.value,
         macs_ratio=last.macs / pooled.macs,
-        speedup_over_plain=pooled.images_per_s / by_name["all exits, plain"].images_per_s,
+        speedup_over_plain=over_plain.value,
+        static_accuracy=last.accuracy,
+        speedup_interval=(gain.low, gain.high),
+        speedup_over_plain_interval=(over_plain.low, over_plain.high),
     )
 
 
 def _fastest_size(contestant: Contestant, device: torch.device) -> int:
-    part = contestant.images[: max(len(contestant.images) // 4, 1)]
-    calls = {size: partial(contestant.run, part, size) for size in MICRO_BATCHES}
+    """The fastest of the `MICRO_BATCHES` that the images fill `FILLED` times, on the first of them that do.
+
+    So all calls but those for the last survivors are full ones. On fewer images a size would be judged by
+    batches that it does not fill. The least size is always accepted.
+    """
+    sizes = [size for size in MICRO_BATCHES if FILLED * size <= len(contestant.images)] or MICRO_BATCHES[:1]
+    part = contestant.images[: FILLED * sizes[-1]]
+    calls = {size: partial(contestant.run, part, size) for size in sizes}
     for call in calls.values():
         call()
-    times = interleaved(calls, rounds=1, device=device)
+    times = interleaved(calls, rounds=2, device=device)
     return min(times, key=lambda size: times[size])
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adaptive.exit_tables import ExitFigures
+from adaptive.headline import Headline
 from adaptive.policy import OperatingPoint, Policy
 from adaptive.report import Findings, plot_curve, write_report
 from adaptive.routing import Routing
-from adaptive.timing import Comparison, Measurement
+from adaptive.timing import FILLED, Comparison, Measurement
 from utils import to_json, write_text
 
 
@@ -54,7 +55,10 @@ class Provenance:
 
     def facts(self) -> list[tuple[str, str]]:
         """How each number was obtained: pairs of label and text."""
-        speed = f"{self.machine}; medians of rounds in turn, best micro-batch per kind"
+        speed = (
+            f"{self.machine}; medians of rounds in turn, which the intervals are over; per kind the fastest "
+            f"micro-batch of those that the images fill {FILLED} times"
+        )
         macs = (
             f"multiply-adds run for one image, earlier heads included; uncounted: {self.uncounted or 'none'}"
         )
@@ -66,6 +70,7 @@ class Provenance:
             ("Thresholds", chosen),
             ("MACs", macs),
             ("Speed", speed),
+            ("Intervals", "95 %, by the bootstrap: images drawn anew, pairs kept together"),
         ]
 
 
@@ -97,11 +102,11 @@ class Record(Findings):
         if self.points:
             tables["dynamic"] = [self._row(point) for point in self.points]
         if self.routing:
-            tables["routing"] = self._row(self.routing.point) | _renamed(self.routing, left_out="point")
+            tables["routing"] = self._row(self.routing.point) | _renamed(self.routing, "point")
         if self.runtime:
             tables["runtime"] = {
                 "num_images": self.runtime.num_images,
-                "table": [_renamed(row, left_out="exits") for row in self.runtime.table],
+                "table": [_renamed(row, "exits", "seconds") for row in self.runtime.table],
                 "points": [asdict(point) for point in self.runtime.points],
             }
         return tables
@@ -109,7 +114,8 @@ class Record(Findings):
     def report(self, folder: Path) -> None:
         """Writes record.json, the curve and the page."""
         about = self.provenance
-        _write_json(folder / "record.json", {"provenance": asdict(about), **self.plain()})
+        headline = {"headline": asdict(self.headline)} if self.headline else {}
+        _write_json(folder / "record.json", {"provenance": asdict(about), **headline, **self.plain()})
         title = f"{about.network} on {about.data_set}"
         plot_curve(folder / "curve.png", self, title)
         subtitle = f"{len(self.exits)} exits, {about.num_test} test images"
@@ -147,8 +153,8 @@ _KEYS = {
 }
 
 
-def _renamed(row: Measurement | Routing, left_out: str) -> dict[str, Any]:
-    names = [field.name for field in fields(row) if field.name != left_out]
+def _renamed(row: Measurement | Routing, *left_out: str) -> dict[str, Any]:
+    names = [field.name for field in fields(row) if field.name not in left_out]
     return {_KEYS.get(name, name): getattr(row, name) for name in names}
 
 
@@ -170,6 +176,34 @@ def dynamic_lines(points: Sequence[OperatingPoint]) -> list[str]:
         figures = f"{point.macs / 1e6:10.2f}{100 * point.accuracy:10.2f}   {shares}"
         lines.append(f"{i:3}  {point.policy.name:20}{figures}")
     return lines
+
+
+def headline_lines(headline: Headline) -> list[str]:
+    """The chosen policy: why this one, what is expected of it, and what it does beside the static network."""
+    point = headline.point
+    policy = point.policy
+    assert policy.accuracy is not None and policy.macs is not None  # known of all that are found on calib
+    calib = f"{100 * policy.accuracy:.2f}", f"{policy.macs / 1e6:.2f}"
+    test = headline.accuracy.text(100), headline.macs.text(1e-6)
+    static = headline.static_accuracy.text(100), f"{headline.static_macs / 1e6:.2f}"
+    rows = [
+        ("", "top-1, %", "MACs, M", "leave at each exit, %"),
+        ("expected from calib", *calib, _shares(policy)),
+        ("test", *test, _shares(point)),
+        ("static network", *static, ""),
+    ]
+    return [
+        f"{headline.title}: {headline.reason}",
+        f"thresholds {' '.join(f'{value:.4g}' for value in policy.thresholds[:-1])} of {policy.confidence}",
+        *(f"{name:22}{accuracy:23}{macs:23}{shares}".rstrip() for name, accuracy, macs, shares in rows),
+        f"{headline.difference.text(100, ' points', '+')} for {headline.fewer_macs.text(unit='x')} fewer "
+        "MACs than the static network, which ends at the last exit without earlier heads; "
+        f"{headline.fewer_than_all.text(unit='x')} fewer than all exits (95 % intervals over images)",
+    ]
+
+
+def _shares(point: OperatingPoint | Policy) -> str:
+    return " ".join(f"{100 * share:5.1f}" for share in point.shares)
 
 
 def routing_lines(routing: Routing) -> list[str]:
@@ -206,8 +240,8 @@ def runtime_lines(runtime: Comparison) -> list[str]:
     for point in runtime.points:
         differ = ", ".join(f"{count} ({order})" for order, count in point.mismatches.items())
         lines.append(
-            f"{point.point}: {point.speedup:.2f}x the images/s of the last exit alone, for "
-            f"{point.macs_ratio:.2f}x fewer MACs; {point.speedup_over_plain:.2f}x all exits, plain; "
+            f"{point.point}: {point.over_static.text(unit='x')} the images/s of the static network, for "
+            f"{point.macs_ratio:.2f}x fewer MACs; {point.over_plain.text(unit='x')} all exits, plain; "
             f"exits unlike the simulation: {differ}"
         )
     return lines

@@ -75,7 +75,7 @@ def trained_subject(flags: Flags) -> tuple[MultiExitModel, Tensor, Policy]:
     costs = exit_costs(subject.network, subject.shape)
     exits = subject.recipe.exits
     policies = policies_of(rules_of(exits, costs), calib, costs, exits.confidence)
-    policy = policies[choose(policies, exits, calib.means()["acc1"][-1])[0]]
+    policy = policies[choose(policies, exits, calib.means()["acc1"][-1]).rows[0]]
     accuracy = 100 * policy.simulate(test, costs).accuracy
     print(f"{flags.checkpoint}: {policy.name}, simulated accuracy {accuracy:.2f} % on all test images")
     return subject.network, test_images(subject, flags.images)[0], policy

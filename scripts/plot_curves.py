@@ -90,7 +90,8 @@ def draw(path: Path, runs: list[Curves]) -> None:
     axes.set(xlabel="multiply-adds per image (M)", ylabel="top-1 accuracy (%)")
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, title="lines: early exit; dots: one exit for all")
+    title = "lines: early exit; dots: one exit for all"
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, title=title)
     with replacing(path) as temp:
         figure.savefig(temp, format=path.suffix[1:])
 

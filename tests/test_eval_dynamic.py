@@ -88,6 +88,31 @@ def test_real_early_exit_agrees_with_the_simulation(evaluated):
         assert point["macs"] == pytest.approx(row["macs"], rel=0.1 * wrong + 1e-6)
 
 
+def test_a_budget_is_met_by_a_setting_chosen_on_calib(trained, evaluated, tmp_path, evaluate_into, capsys):
+    least, most = (row["macs"] for row in read_json(evaluated / "anytime.json"))
+    budget = (least + most) / 2
+    flags = ["--mode", "dynamic", "--calib", "half_test", "--budget", budget]
+    evaluate_into(tmp_path, trained / "checkpoint-last.pth", *flags)
+    rows, found = read_json(tmp_path / "dynamic.json"), read_json(tmp_path / "record.json")["headline"]
+    good = [row for row in rows if row["calib_macs"] <= budget]
+    row = rows[int(found["name"].removeprefix("row "))]
+    assert row["calib_accuracy"] == max(one["calib_accuracy"] for one in good) and row in good
+    assert found["reason"].startswith(
+        f"the most accurate of {len(good)} settings within {budget / 1e6:.4g} M"
+    )
+    assert found["accuracy"]["value"] == pytest.approx(row["accuracy"])
+    assert found["macs"]["value"] == pytest.approx(row["macs"])
+    exits = read_json(tmp_path / "anytime.json")
+    assert found["static_macs"] == exits[-1]["alone"] < exits[-1]["macs"]
+    assert found["static_accuracy"]["value"] == pytest.approx(exits[-1]["acc1"])
+    printed = capsys.readouterr().out
+    assert f"{found['name']} ({row['policy']}): {found['reason']}\n" in printed
+    assert re.search(
+        rf"expected from calib +{100 * row['calib_accuracy']:.2f} +{row['calib_macs'] / 1e6:.2f} ", printed
+    )
+    assert f"thresholds {row['thresholds'][0]:.4g} of max_prob" in printed
+
+
 def test_the_sweep_and_scales_of_dyn_perceiver(trained, tmp_path, evaluate_into):
     flags = shlex.split("--mode dynamic --quota_sweep dyn_perceiver --quota_scales 0.85")
     rows = read_json(evaluate_into(tmp_path, trained / "checkpoint-last.pth", *flags) / "dynamic.json")

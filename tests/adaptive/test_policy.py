@@ -29,7 +29,11 @@ def sweep(confidence="max_prob", **exits):
 def chosen(**exits):
     """The policies that are chosen on calib."""
     policies = sweep(**{name: value for name, value in exits.items() if name not in ("budget", "accuracy")})
-    return choose(policies, Exits(**exits), CALIB.correct[-1].double().mean().item()), policies
+    return choice_of(policies, **exits).rows, policies
+
+
+def choice_of(policies, **exits):
+    return choose(policies, Exits(**exits), CALIB.correct[-1].double().mean().item())
 
 
 # Sweeps and choices
@@ -52,6 +56,22 @@ def test_a_row_is_chosen_by_budget_or_accuracy():
     (modest,), _ = chosen(accuracy=0.8)
     assert policies[modest].accuracy >= 0.8 and policies[modest].macs < policies[even].macs
     assert chosen(row=(3,), budget=1)[0] == [3]
+
+
+def test_a_choice_says_why():
+    policies = sweep()
+    judged = "; all 39 were judged on the calibration images"
+    within = sum(policy.macs <= 20 for policy in policies)
+    reason = choice_of(policies, budget=20).reason
+    assert reason == f"the most accurate of {within} settings within 2e-05 M multiply-adds{judged}"
+    reaching = sum(policy.accuracy >= 0.8 for policy in policies)
+    reason = choice_of(policies, accuracy=0.8).reason
+    assert reason == f"the cheapest of {reaching} settings that reach 80.00 %{judged}"
+    assert "settings that reach 100.00 %, the last exit's accuracy; all" in choice_of(policies).reason
+    nothing = choose(policies[:2], Exits(), 1.01).reason
+    assert nothing.startswith("the most accurate setting, since none reaches 101.00 %, the last exit's")
+    assert choice_of(policies, row=(3,)).reason == "given by hand"
+    assert choice_of(policies, row=(3, 1)).reason == "given by hand, the first of these"
 
 
 @pytest.mark.parametrize(

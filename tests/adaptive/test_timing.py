@@ -197,13 +197,85 @@ def test_latency_is_over_few_images(clock):
 def test_every_kind_of_contestant_gets_its_fastest_micro_batch(clock):
     sizes = {"a": 32, "b": 256}
     contestants = {
-        name: scripted(clock, lambda images, size, best=best: 1.0 if size == best else 2.0, kind=name)
+        name: scripted(clock, lambda images, size, best=best: 1.0 + (size != best), kind=name, count=1100)
         for name, best in sizes.items()
     }
-    rows = measure(contestants, torch.zeros(40), rounds=1, singles=1)
+    rows = measure(contestants, torch.zeros(1100), rounds=1, singles=1)
     assert {row.contestant: row.micro_batch for row in rows} == sizes
     assert set(sizes.values()) <= set(MICRO_BATCHES)
-    assert [row.images_per_s for row in rows] == [40, 40]
+    assert [row.images_per_s for row in rows] == [1100, 1100]
+
+
+def test_the_last_of_a_kind_decides(clock):
+    """Of the static networks that is the last exit alone, with which early exit is compared."""
+    contestants = {
+        f"exit {best}": scripted(clock, lambda images, size, best=best: 1.0 + (size != best), count=256)
+        for best in (16, 64, 32)
+    }
+    rows = measure(contestants, torch.zeros(256), rounds=1, singles=1)
+    assert {row.micro_batch for row in rows} == {32}
+
+
+@pytest.mark.parametrize(
+    ("count", "largest"), [(20, 16), (255, 32), (256, 64), (360, 64), (1023, 128), (2000, 256)]
+)
+def test_only_sizes_that_the_images_fill_several_times_are_tried(clock, count, largest):
+    tried = []
+
+    def seconds(images, size):
+        tried.append((size, len(images)))
+        return 1 / size  # the larger the better
+
+    (row,) = measure({"a": scripted(clock, seconds, count=count)}, torch.zeros(count), rounds=1, singles=1)
+    assert row.micro_batch == largest
+    choosing = {images for size, images in tried[:-4]}  # then the run, its warm-up, and two single images
+    assert choosing == {min(count, 4 * largest)}  # the same whole micro-batches for every size
+
+
+class Clocked(Tiny):
+    """A network whose stages take a known time: some per call, and more per image beyond a cache's size."""
+
+    def trunk(self, k, state):
+        self.clock.now += self.seconds(len(state))
+        return super().trunk(k, state)
+
+    @staticmethod
+    def seconds(count):
+        return 8 + count + 4 * max(count - 96, 0)
+
+
+def test_early_exit_does_not_lose_by_a_size_chosen_on_few_images(clock):
+    """A quarter of 360 images is less than a micro-batch of 128, which then seems to be the best one."""
+    torch.manual_seed(0)
+    model, images = Clocked().double().eval(), torch.randn(360, 3, 2, 2, dtype=torch.float64)
+    model.clock = clock
+    surety = max_prob(torch.stack(answers_of(model, images)))
+    policy = Policy.of(quota_thresholds(surety, torch.tensor([0.3, 0.7])))
+    found = compare_orders({"row 0": policy}, Deployed(model, model, images, images), torch.zeros(360))
+    rows = {row.contestant: row for row in found.table}
+    for row in rows.values():
+        assert row.micro_batch == 64
+    last, pooled = rows["exit 1 alone"], rows["row 0, throughput order"]
+    assert last.images_per_s == 360 / (2 * (5 * (8 + 64) + 8 + 40))
+    assert pooled.images_per_s == 360 / (5 * (8 + 64) + 8 + 40 + 3 * (8 + 64) + 8 + 60)
+    (point,) = found.points
+    assert point.speedup == pytest.approx(816 / 692) and point.speedup_interval == (point.speedup,) * 2
+
+
+def test_often_compared_contestants_are_timed_in_more_turns(clock):
+    order = []
+
+    def noted(name):
+        order.append(name)
+        return {"a": 1.0, "b": 2.0, "c": 4.0}[name]
+
+    contestants = {
+        name: scripted(clock, lambda images, size, name=name: noted(name), kind="throughput")
+        for name in "abc"
+    }
+    rows = measure(contestants, torch.zeros(40), micro_batch=8, rounds=2, often="ac")
+    assert "".join(order) == "abc" + 2 * "abcacac"  # after a call each to warm up
+    assert [row.seconds for row in rows] == [[1] * 6, [2] * 2, [4] * 6]
 
 
 def test_comparison_of_operating_points(subject):
@@ -223,9 +295,14 @@ def test_comparison_of_operating_points(subject):
     costs, alone = exit_costs(model, (3, 2, 2)), single_costs(model, (3, 2, 2))
     assert half.macs == sum(costs) / 2 and nobody.macs == costs[1]
     assert half.macs_ratio == alone[1] / half.macs
-    assert half.speedup == rate["half, throughput order"] / rate["exit 1 alone"]
-    assert half.speedup_over_plain == rate["half, throughput order"] / rate["all exits, plain"]
-    assert nobody.accuracy == 1
+    assert half.speedup == pytest.approx(rate["half, throughput order"] / rate["exit 1 alone"])
+    assert half.speedup_over_plain == pytest.approx(rate["half, throughput order"] / rate["all exits, plain"])
+    for point in result.points:
+        assert point.speedup_interval[0] <= point.speedup <= point.speedup_interval[1]
+        low, high = point.speedup_over_plain_interval
+        assert low <= point.speedup_over_plain <= high
+    assert nobody.accuracy == nobody.static_accuracy == 1
+    assert len(result.table[0].seconds) == 9 and len(result.table[1].seconds) == 3
 
 
 def test_comparison_counts_what_left_elsewhere(subject):

@@ -4,6 +4,8 @@ from dataclasses import replace
 import torch
 
 from adaptive.exit_tables import ExitFigures
+from adaptive.headline import Headline
+from adaptive.intervals import Estimate
 from adaptive.policy import OperatingPoint, Policy
 from adaptive.routing import Routing
 from adaptive.timing import Comparison, Measurement, TimedPoint
@@ -12,6 +14,7 @@ from experiment.record import (
     Record,
     anytime_lines,
     dynamic_lines,
+    headline_lines,
     routing_lines,
     runtime_lines,
 )
@@ -59,6 +62,9 @@ POINT = TimedPoint(
     speedup=2.346,
     macs_ratio=2.829,
     speedup_over_plain=3.5,
+    static_accuracy=0.72,
+    speedup_interval=(2.25, 2.4),
+    speedup_over_plain_interval=(3.4, 3.75),
 )
 RUNTIME = Comparison(
     num_images=2000,
@@ -78,7 +84,8 @@ def test_runtime_lines_hold_what_was_measured():
     assert lines[2].startswith("exit 4 alone")
     assert lines[3].split()[4:] == ["1906", "64", "-", "-", "20.50", "71.50"]
     assert lines[4].startswith("row 7: ") and lines[4].endswith("1 (latency), 3 (throughput)")
-    assert all(number in lines[4] for number in ("2.35x", "2.83x", "3.50x"))
+    assert "2.35x [2.25, 2.40] the images/s of the static network, for 2.83x fewer MACs" in lines[4]
+    assert "3.50x [3.40, 3.75] all exits, plain" in lines[4]
     assert len(lines) == 5
     assert len({len(line) for line in lines[1:4]}) == 1  # columns line up
 
@@ -105,6 +112,44 @@ def test_routing_is_said_in_counts_and_shares():
         in text
     )
     assert "oracle: 96.60 % at 33.00 M" in text and "0.919" in text
+
+
+HEADLINE = Headline(
+    name="row 7",
+    reason="the most accurate of 9 settings within 20 M multiply-adds; all 39 were judged on calib",
+    num_images=1000,
+    point=replace(
+        ROUTING.point, policy=replace(ROUTING.point.policy, accuracy=0.9, macs=19.5e6, shares=(0.75, 0.25))
+    ),
+    accuracy=Estimate(0.95, 0.94, 0.96),
+    macs=Estimate(20e6, 19e6, 21e6),
+    static_accuracy=Estimate(0.945, 0.93, 0.955),
+    static_macs=60_000_000,
+    difference=Estimate(0.005, -0.002, 0.012),
+    fewer_macs=Estimate(3.0, 2.857, 3.158),
+    fewer_than_all=Estimate(4.0, 3.8, 4.2),
+)
+
+
+def test_headline_says_why_what_was_expected_and_what_was_gained():
+    title, thresholds, _, calib, test, static, gain = headline_lines(HEADLINE)
+    assert title == f"row 7 (threshold 2.46): {HEADLINE.reason}"
+    assert thresholds == "thresholds 2.46 of energy_softmax"
+    assert calib.split() == ["expected", "from", "calib", "90.00", "19.50", "75.0", "25.0"]
+    assert test.split() == [
+        "test",
+        "95.00",
+        "[94.00,",
+        "96.00]",
+        "20.00",
+        "[19.00,",
+        "21.00]",
+        "72.8",
+        "27.2",
+    ]
+    assert static.split() == ["static", "network", "94.50", "[93.00,", "95.50]", "60.00"]
+    assert gain.startswith("+0.50 points [-0.20, +1.20] for 3.00x [2.86, 3.16] fewer MACs than the static")
+    assert "4.00x [3.80, 4.20] fewer than all exits" in gain
 
 
 # Files
@@ -176,6 +221,7 @@ def test_the_whole_record_is_written(tmp_path):
         policy=ROUTING.point.policy,
         routing=ROUTING,
         runtime=RUNTIME,
+        headline=HEADLINE,
         provenance=PROVENANCE,
     )
     record.save(tmp_path)
@@ -188,7 +234,10 @@ def test_the_whole_record_is_written(tmp_path):
     keys = ["policy", "micro_batch", "images_per_s", "p50_ms", "p95_ms", "macs", "accuracy"]
     assert [list(row) for row in runtime["table"]] == [keys] * 2
     assert runtime["table"][0]["p50_ms"] == 3.25 and runtime["points"][0]["mismatches"]["throughput"] == 3
+    assert runtime["points"][0]["speedup_interval"] == [2.25, 2.4] and "seconds" not in runtime["table"][0]
     whole = read(tmp_path, "record")
+    assert whole["headline"]["fewer_macs"] == {"value": 3.0, "low": 2.857, "high": 3.158}
+    assert whole["headline"]["reason"] == HEADLINE.reason and whole["headline"]["name"] == "row 7"
     assert whole["routing"] == routing and whole["runtime"] == runtime
     assert whole["provenance"]["source"] == "some.pth" and len(whole["anytime"]) == 2
     page = (tmp_path / "report.html").read_text()

@@ -3,6 +3,21 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
+
+
+def test_the_legend_is_beside_the_curves(script, tmp_path, monkeypatch):
+    curves = script("plot_curves")
+    rows = [{"macs": 1e6 * i, "accuracy": 0.5 + 0.1 * (i % 2)} for i in range(20)]
+    exits = [{"exit": k, "macs": 1e7 * k, "acc1": 0.5 + 0.1 * k} for k in (0, 1)]
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append(figure) or path.touch())
+    curves.draw(tmp_path / "x.png", [curves.Curves(f"run {i}", exits, rows) for i in range(4)])
+    (figure,) = figures
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    (legend,) = [*figure.legends, *filter(None, [axes.get_legend()])]
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
 def test_curves_of_runs_are_drawn_and_tabled(script, tmp_path, capsys):

@@ -19,6 +19,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from experiment.fit import load_weights
 from experiment.options import fill
+from experiment.verify import check_weights
 from models.registry import create_model, nearest
 from utils import option
 
@@ -109,6 +110,7 @@ def _load_features(classifier: nn.Module, weights: dict[str, Tensor]) -> None:
         raise ValueError(
             f"these are not the backbone's weights: {len(wrong)} of {len(own)} do not fit, say {wrong[0]}"
         )
+    check_weights(weights, own, "the backbone's weights")
     classifier.load_state_dict({key: weights[key] for key in own}, strict=False)
 
 

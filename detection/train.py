@@ -16,6 +16,7 @@ from experiment.checkpoint import LAST, latest, load
 from experiment.options import fill
 from experiment.published import read
 from experiment.run import Run, Saving
+from experiment.verify import check_entries
 from loading.loaders import shuffled_shard
 from models.multi_exit import map_leaves
 from training.optim import Optimization, make_update
@@ -106,6 +107,7 @@ class Job:
     def resume(self, run: Run, path: Path) -> None:
         """Resumes from a checkpoint; ValueError if it is of another detector."""
         content = load(path)
+        check_entries(content, path)
         name = content.get("model_name")
         if name != self.detection.model or not isinstance(content.get("epoch"), int):
             raise ValueError(f"checkpoint {path} holds {name}, not --model {self.detection.model}")

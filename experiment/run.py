@@ -13,7 +13,7 @@ from experiment.checkpoint import save_epoch
 from experiment.fit import load_weights
 from experiment.log import append_json
 from experiment.verify import check_finite, check_numbers
-from training.optim import load_optimizer
+from training.restore import load_optimizer
 
 Figures = dict[str, float]
 

@@ -22,7 +22,7 @@ from models import create_model, model_options
 RATIO = 20  # a file that unpacks to more than so many times its size is refused
 KINDS = {stat.S_IFDIR: "Is a directory", stat.S_IFIFO: "Is a FIFO"}
 NUMBERS = int, float
-LARGE = 4096  # the largest integer among a network's options, unless its weights are larger
+LARGE = 4096  # the largest side of images; also of integers in an arch, unless its weights are larger
 
 
 class Damaged(ValueError):
@@ -127,6 +127,10 @@ def check_entries(content: Mapping[str, Any], source: object) -> None:
     for row in rows or ():
         check("among calib_indices", row, accepted, _counts(row) and row not in seen)
         seen.add(row)
+    args = content.get("args")
+    flags = vars(args) if isinstance(args, Namespace) else args
+    side = flags.get("input_size") if isinstance(flags, dict) else None
+    check("input_size", side, f"at most {LARGE}", type(side) is not int or side <= LARGE)
     names = content.get("class_names")
     words = isinstance(names, (list, tuple)) and all(type(name) is str for name in names)
     check("class_names", names, "a list of words", names is None or words)

@@ -30,7 +30,7 @@ from adaptive.thresholds import EVERYBODY, NOBODY, quota_thresholds
 from adaptive.timing import Deployed, early_contestants, measure, percentile, static_contestants
 from eval_dynamic import calibrate, tables, test_images
 from experiment.options import Given
-from experiment.subject import open_evaluation
+from experiment.subject import NAMED, open_evaluation
 from models import MultiExitModel, create_model, tune
 from models.bases import SingleExit
 from utils import describe_machine, option, run_main
@@ -56,8 +56,9 @@ class Flags:
     """What is timed."""
 
     checkpoint: str = option("", "a trained network")
-    data_path: str | None = option(None, "its images, unless they are DIGITS; folder or .npz file")
-    eval_data_path: str | None = option(None, "its test images, if they are elsewhere")
+    data_set: str = option("", "its data set, where timm fetches that")
+    data_path: str = option("", "its images, unless they are DIGITS; folder or .npz file")
+    eval_data_path: str = option("", "its test images, if they are elsewhere")
     model: str = option("", "default: msdnet_cifar_lin5, with --latency reg800m_perceiver_t128")
     input_size: int | None = option(None, "default: the network's, with --latency 224")
     latency: bool = option(False, "batch 1 instead of throughput")
@@ -69,7 +70,7 @@ class Flags:
 
 def trained_subject(flags: Flags) -> tuple[MultiExitModel, Tensor, Policy]:
     """Network, images and policy of a checkpoint."""
-    data = {"data_path": flags.data_path, "eval_data_path": flags.eval_data_path}
+    data = {name: value for name in NAMED if (value := getattr(flags, name))}
     subject = open_evaluation(Given({"checkpoint": flags.checkpoint, "num_workers": 1, **data}, {}))
     test, calib, _ = calibrate(subject, tables(subject, subject.splits.test, "test"))
     costs = exit_costs(subject.network, subject.shape)

@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from adaptive.confidence import max_prob
 from training.directional import Recording, buffers_of, tangent_of
 from training.losses import Losses
-from training.optim import Update, cosine, load_optimizer
+from training.optim import Update, cosine
+from training.restore import load_optimizer
 from training.weight_net import (
     WeightNet,
     assign_exits,

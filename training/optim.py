@@ -59,9 +59,6 @@ class Optimization:
     model_ema_eval: bool = option(False, "evaluate the average too, and choose the best checkpoint by it")
 
 
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what Adam reads of a parameter's state
-
-
 def cosine(start: float, end: float, step: int, length: int) -> float:
     """Half a cosine from `start` at step 0 to `end` at step `length`, and `end` from there on."""
     progress = min(step / max(length, 1), 1.0)
@@ -180,30 +177,6 @@ def measured_at(step: int, *, every: int, steps: int) -> bool:
     """Whether step `step` ends an epoch of `steps`, or `every` (0: never) more of its steps."""
     done = step % max(steps, 1) + 1
     return every > 0 and (done == steps or done % every == 0)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restores an optimizer from the state of one over the same parameters.
-
-    torch compares no shapes, and a fused step reads past the end of a smaller tensor. Raises ValueError where
-    they are wrong, and what torch raises for other groups.
-    """
-    optimizer.load_state_dict(state)
-    optimizer = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
-    factored = "adafactor" in type(optimizer).__name__.lower()  # it keeps rows and columns
-    for parameter, entries in optimizer.state.items():
-        if not isinstance(parameter, Tensor):
-            raise ValueError(f"there is no parameter {parameter}")
-        if isinstance(optimizer, torch.optim.Adam) and not entries.keys() >= MOMENTS:
-            raise ValueError(f"a parameter has {', '.join(entries)} instead of {', '.join(sorted(MOMENTS))}")
-        for name, value in entries.items():
-            if not isinstance(value, Tensor) or value.numel() == 1 or factored:
-                continue
-            if value.shape != parameter.shape:
-                shapes = f"{list(value.shape)} for a parameter {list(parameter.shape)}"
-                raise ValueError(f"{name} has the shape {shapes}")
-            if value.stride() != parameter.stride():  # as one number that is repeated
-                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def make_update(

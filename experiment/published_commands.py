@@ -8,12 +8,19 @@ own defaults where it is silent.
 import re
 import shlex
 
-from models import model_options
+from models import list_models, model_options
 
 Flags = dict[str, str]  # the words after each flag
 
+
+def _inverted(lines: str) -> Flags:
+    """Of lines "name: word word", the name for each word."""
+    pairs = [line.partition(":") for line in lines.strip().splitlines()]
+    return {word: name for name, _, words in pairs for word in words.split()}
+
+
 # Our flag, and theirs for it. Those of the last lines mean nothing here: devices, launchers, and the like.
-NAMES = """
+RENAMED = _inverted("""
 output_dir: train_url save output
 data_path: data_url data_root data_dir
 checkpoint: evaluate_from
@@ -36,15 +43,17 @@ finetune: initial_checkpoint
 : gpu gpu_id world_size rank dist_url dist_backend multiprocessing_distributed round finetune_from index_path
 : num_sample_valid arch_config optimizer decay_rate e evaluate c tc tcheckpoint test_batch warmup_lr dist_bn
 : bnAfter
-"""
+""")
 SWITCHES = {"use_valid", "use_amp", "model_ema", "channels_last", "pin_mem"}  # only true or false may follow
 DATA_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "imagenet": "IMNET"}
 
-# Flags by which a program is known: no command line of ours has them.
-EBJR = {"tresume", "tarch", "ta", "tdepth", "tgrowthRate", "tblock_name", "tcheckpoint", "test_batch", "th"}
-TIMM = {"rex_width_mult", "sched", "amp", "native_amp", "warmup_lr", "dist_bn", "log_interval"}
-L2W = {"train_url", "data_url", "index_path", "finetune_from", "num_sample_valid", "arch_config"}
-MSDNET = {"data_root", "use_valid", "evalmode", "evaluate_from", "arch", "a", "lr_type"}
+# Programs, and flags by which they are known: no command line of ours has them.
+MARKS = _inverted("""
+EBJR: tresume tarch ta tdepth tgrowthRate tblock_name tcheckpoint test_batch th
+timm: rex_width_mult sched amp native_amp warmup_lr dist_bn log_interval
+L2W: train_url data_url index_path finetune_from num_sample_valid arch_config
+MSDNet: data_root use_valid evalmode evaluate_from arch a lr_type
+""")
 
 # The programs' own defaults, and what they always do.
 OPTIONS = {
@@ -79,38 +88,37 @@ REXNET = (
 def refuse_published(argv: list[str]) -> None:
     """Raises ValueError with the command to give here, if a command line is another program's."""
     given, others = _read(argv)
-    renamed = _renamed()
-    flags = {renamed.get(name, name): value for name, value in given.items()}
-    flags.pop("", None)
-    if EBJR & given.keys():
-        program, words = "EBJR", _pair(flags)
-    elif TIMM & given.keys():
-        program, words = "timm", _timm(flags, others)
-    elif (L2W | MSDNET) & given.keys() or given.get("data", "").lower() in DATA_SETS:
-        program = "RANet" if flags.get("arch", "").lower() == "ranet" else "MSDNet"
-        if (L2W | {"epsilon", "constraint_dimension"}) & given.keys():
-            program = "L2W"
-        words = _dense(flags, program)
-    else:
+    model = given.get("model", "")
+    programs = {MARKS[name] for name in given if name in MARKS}
+    if model in list_models() and not model.startswith("rexnet"):
+        programs.discard("timm")  # a slip in a command of ours
+    if not model and given.get("data", "").lower() in DATA_SETS:
+        programs.add("MSDNet")
+    if not programs:
         return
+    flags = {RENAMED.get(name, name): value for name, value in given.items()}
+    flags.pop("", None)
+    if "EBJR" in programs:
+        program, words = "EBJR", _pair(flags)
+    elif "timm" in programs:
+        program, words = "timm", _timm(flags, others)
+    else:
+        program = "RANet" if flags.get("arch", "").lower() == "ranet" else "MSDNet"
+        program = "L2W" if "L2W" in programs or "epsilon" in given else program
+        words = _dense(flags, program)
     raise ValueError(f"this is {program}'s command line; here: {words}")
-
-
-def _renamed() -> dict[str, str]:
-    lines = [line.partition(":") for line in NAMES.strip().splitlines()]
-    return {theirs: ours for ours, _, words in lines for theirs in words.split()}
 
 
 def _read(argv: list[str]) -> tuple[Flags, list[str]]:
     """The flags of a command line, "_" for "-" in their names, and the words that belong to none."""
     flags: Flags = {}
     others: list[str] = []
-    name, renamed = "", _renamed()
+    name = ""
     for word in argv:
         if re.match(r"--?[A-Za-z]", word):
             name, equals, value = word.lstrip("-").replace("-", "_").partition("=")
             flags[name] = shlex.quote(word.partition("=")[2]) if equals else ""
-        elif name and (renamed.get(name, name) not in SWITCHES or word.lower() in ("true", "false")):
+        elif name and (RENAMED.get(name, name) not in SWITCHES or word.lower() in ("true", "false")):
             flags[name] = f"{flags[name]} {shlex.quote(word)}".strip()
         else:
             others.append(shlex.quote(word))

@@ -52,11 +52,10 @@ def named_of(recipe, preset):
 
 
 def test_no_flag_of_ours_is_taken_for_another_program_s():
-    marks = programs.EBJR | programs.TIMM | programs.L2W | programs.MSDNET
     ours = {option.name for group in [*ALL, *EVALUATION] for option in options_of(group)}
     for name in [*list_models(), "timm/resnet18", "boosted/msdnet"]:
         ours |= model_options(name).keys()
-    assert not marks & ours and "data" not in ours
+    assert not programs.MARKS.keys() & ours and "data" not in ours
     for words in (
         "--model msdnet --data_set CIFAR10 -h",
         "--model ebjr --router_threshold 2",
@@ -244,9 +243,14 @@ def test_rexnet_s_command(words, launcher, preset, error_of):
 
 
 def test_other_networks_of_timm_are_timm_s(error_of):
-    _, answer = answer_of("/d --model resnet18 --sched cosine --drop 0.1", error_of)
+    _, answer = answer_of("/d --model mobilenetv3_small_050 --sched cosine --drop 0.1", error_of)
     _, recipe = recipe_of(answer)
-    assert recipe.network.model == "timm/resnet18" and recipe.options == {"drop_rate": 0.1}
+    assert recipe.network.model == "timm/mobilenetv3_small_050" and recipe.options == {"drop_rate": 0.1}
+
+
+def test_a_slip_in_a_command_of_ours_is_no_other_program_s(error_of):
+    for words in ("--model msdnet --data CIFAR10", "--model reg400m_perceiver_t32 --amp true"):
+        assert error_of(main_earlyExit.main, *words.split()).startswith("unknown flag --")
 
 
 def test_the_published_commands_of_dyn_perceiver_run_as_they_are():

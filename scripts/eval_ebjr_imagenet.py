@@ -22,9 +22,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from adaptive.confidence import CONFIDENCES
 from adaptive.exit_tables import ExitTables
 from adaptive.flops import fvcore_counts
-from adaptive.policy import Policy
 from adaptive.routing import auroc, oracle
-from adaptive.thresholds import EVERYBODY, NOBODY, quota_thresholds, share_quotas
+from adaptive.thresholds import EVERYBODY, NOBODY, exit_of, quota_thresholds, share_quotas
 from experiment.checkpoint import load
 from experiment.published import named_in_order
 from models import MultiExitModel, tune
@@ -90,10 +89,10 @@ def crossed(scores: Tensor, share: float, folds: Sequence[Tensor]) -> Tensor:
     """The exit of every image [N]; the threshold of each fold defers `share` of the other fold's images."""
     exits = torch.empty(scores.shape[1], dtype=torch.int64)
     for here, there in (folds, folds[::-1]):
-        limit = NOBODY
+        thresholds = scores.new_tensor([NOBODY, EVERYBODY])
         if share < 1:
-            limit = quota_thresholds(scores[:, there], share_quotas([1 - share], 2))[0].item()
-        exits[here] = Policy.of([limit, EVERYBODY]).exit_of(scores[:, here])
+            thresholds = quota_thresholds(scores[:, there], share_quotas([1 - share], 2))
+        exits[here] = exit_of(scores[:, here], thresholds)
     return exits
 
 

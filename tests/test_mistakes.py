@@ -213,7 +213,10 @@ def test_unreadable_training_images_are_skipped_up_to_a_share(spoilt, tmp_path, 
     assert f"{said}; each is replaced by the next one" in capsys.readouterr().out.splitlines()
     assert (out / "bad_images.txt").read_text().startswith(f"{bad}: ")
     assert (out / "checkpoint-last.pth").is_file()
-    assert error_of(train, *on("--max_bad_images", 2)) == "--max_bad_images 2.0: at most 1"
+    assert (
+        error_of(train, *on("--max_bad_images", 2))
+        == "--max_bad_images: 2 is above the greatest value accepted, 1"
+    )
 
 
 @pytest.mark.parametrize("part", ["calib", "test"])

@@ -42,7 +42,8 @@ SMALLER = [
     (r"--data_set CIFAR10 ", NPZ.format(10)),
     # Evaluated is a run on the stand-in of CIFAR-10.
     (r"^(eval_dynamic|scripts/bench_runtime).py .*\bruns/.*--data_path \S*/cifar", NPZ.format(10)),
-    (r"^eval_dynamic.py --checkpoint runs/(quickstart|resnet10t)", NPZ.format(10)),
+    (r"^eval_dynamic.py --checkpoint (runs/(quickstart|resnet10t)|.*/dyn_regnet)", NPZ.format(10)),
+    (r"--accuracy", "--accuracy 0"),
     (r"--data_set CIFAR100 ", NPZ.format(100)),
     (r"--data_set IMNET", "--input_size 64"),
     (r"--data_set DIGITS", f"--data_set CIFAR10 --num_calib 4 {NPZ.format(10)}"),

@@ -66,6 +66,7 @@ def test_the_documents_have_the_table():
 
 
 QUOTAS = {"weights": "model", "confidence": "max_prob", "quota_sweep": "msdnet", "quota_scales": ()}
+RESIZED = {**QUOTAS, "interpolation": "bilinear"}
 
 
 @pytest.mark.parametrize(
@@ -80,9 +81,9 @@ QUOTAS = {"weights": "model", "confidence": "max_prob", "quota_sweep": "msdnet",
             | {"quota_sweep": "dyn_perceiver", "quota_scales": (0.85, 1.0, 0.5), "calib": "train_augmented"},
             "GFLOPs",
         ),
-        ("msdnet_imagenet_step4", "IMNET", False, "MSDNet", QUOTAS | {"calib": "held_out"}, "counter"),
-        ("ranet", "CIFAR10", False, "RANet", QUOTAS | {"calib": "held_out"}, "counter"),
-        ("msdnet_cifar_lin5", "CIFAR10", True, "L2W", QUOTAS | {"calib": "train_augmented"}, "counter"),
+        ("msdnet_imagenet_step4", "IMNET", False, "MSDNet", RESIZED | {"calib": "held_out"}, "counter"),
+        ("ranet", "CIFAR10", False, "RANet", RESIZED | {"calib": "held_out"}, "counter"),
+        ("msdnet_cifar_lin5", "CIFAR10", True, "L2W", RESIZED | {"calib": "train_augmented"}, "counter"),
         (
             "ebjr",
             "CIFAR10",
@@ -255,8 +256,10 @@ def test_an_msdnet_is_evaluated_as_published_by_the_training_script(
     words = ["--mode", "dynamic", "--output_dir", str(tmp_path), "--data_path", str(images), *RUN]
     main_earlyExit.main(["--eval", "true", "--resume", str(path), *words])
     printed = capsys.readouterr().out
-    line = r"as published for MSDNet: 39 quotas, thresholds from held-out images \(--weights model, dynamic.txt in F.*; "
-    assert re.search(line + r"--procedure ours: --weights auto, dynamic.txt in MACs\n", printed)
+    line = r"as published for MSDNet: 39 quotas, thresholds from held-out images \(--weights model --interpolation bilinear, dynamic.txt in F.*; "
+    assert re.search(
+        line + r"--procedure ours: --weights auto --interpolation bicubic, dynamic.txt in MACs\n", printed
+    )
     exits, rows = read_json(tmp_path / "anytime.json"), read_json(tmp_path / "dynamic.json")
     log = read_log(trained)[-1]
     assert [row["acc1"] for row in exits] == pytest.approx([log[f"test/acc1/exit{k}"] for k in range(2)])
@@ -300,7 +303,10 @@ def test_where_nothing_is_held_out_half_of_the_test_images_choose(trained, tmp_p
     ]
     words += ["--procedure", "published", "--mode", "dynamic", "--output_dir", str(tmp_path), *RUN]
     eval_dynamic.main(words)
-    assert "--weights model --calib half_test, dynamic.txt in" in capsys.readouterr().out
+    assert (
+        "--weights model --interpolation bilinear --calib half_test, dynamic.txt in"
+        in capsys.readouterr().out
+    )
     assert "10 random test images" in read_json(tmp_path / "record.json")["provenance"]["calib"]
 
 

@@ -21,17 +21,18 @@ def content(trained):
     return torch.load(trained / "checkpoint-last.pth", weights_only=True)
 
 
-def test_images_are_resized_as_a_checkpoint_says(content, tmp_path):
+def test_images_are_resized_as_a_checkpoint_says(content, images, tmp_path):
     assert content["args"]["interpolation"] == "bicubic"
     path = tmp_path / "x.pth"
     torch.save(content | {"args": content["args"] | {"interpolation": "bilinear"}}, path)
-    subject = subject_of(path)
+    data = ("--data_path", str(images))
+    subject = subject_of(path, *data)
     assert subject.opened.view.interpolation == subject.splits.view.interpolation == "bilinear"
     assert subject.checkpoint()["args"]["interpolation"] == "bilinear"
-    assert subject_of(path, "--interpolation", "bicubic").opened.view.interpolation == "bicubic"
+    assert subject_of(path, *data, "--interpolation", "bicubic").opened.view.interpolation == "bicubic"
     del content["args"]["interpolation"]
     torch.save(content, path)
-    assert subject_of(path).opened.view.interpolation == "bicubic"
+    assert subject_of(path, *data).opened.view.interpolation == "bicubic"
 
 
 def test_images_of_a_published_msdnet_are_resized_as_there(content, tmp_path, on):

@@ -90,7 +90,7 @@ def test_recipes_train_on_the_images_of_the_published_ones(
         assert recipe.transform.train_interpolation == interpolation
     header = (ROOT / "scripts" / script.split()[0]).read_text().partition("set -euo")[0]
     if num_calib == 0:
-        assert re.search(r"bash scripts/eval_\w+\.sh \S+ .*--calib (train_augmented|half_test)", header)
+        assert re.search(r"bash scripts/eval_\w+\.sh \S+ .*(--procedure published|--calib half_test)", header)
     else:
         total = 1_281_167 if name == "IMNET" else 50_000
         assert f" {default_num_calib(name, total):,} of the {total:,} " in header

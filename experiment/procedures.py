@@ -124,12 +124,18 @@ TABLE = (
 )
 
 
-def published(name: str, data_set: str, l2w: bool, options: Mapping[str, Any]) -> Procedure | None:
-    """The row of registered network `name` with these options, on a data set, with sample weights or not."""
+def published(
+    name: str, data_set: str, l2w: bool, options: Mapping[str, Any] | None = None
+) -> Procedure | None:
+    """The row of registered network `name` on a data set, trained with sample weights or not.
+
+    With its options given, only a row for its number of exits.
+    """
     for row in TABLE:
         named = any(fnmatchcase(name, pattern) for pattern in row.models)
         if named and fnmatchcase(data_set, row.data_set) and l2w >= row.l2w:
-            return row if row.num_exits in (None, _num_exits(name, options)) else None
+            counted = options is not None and row.num_exits is not None
+            return None if counted and _num_exits(name, options or {}) != row.num_exits else row
     return None
 
 
@@ -147,8 +153,7 @@ def implied(wanted: str, row: Procedure | None, *, training: bool = False) -> di
 
 def row_of(recipe: Recipe) -> Procedure | None:
     """The row of a recipe to train."""
-    name, l2w = recipe.network.model, recipe.weighting.l2w
-    return published(name, recipe.data.data_set, l2w, recipe.options)
+    return published(recipe.network.model, recipe.data.data_set, recipe.weighting.l2w)
 
 
 def training_recipe(given: Given) -> Recipe:

@@ -105,7 +105,7 @@ def open_evaluation(given: Given) -> Subject:
     _check_named(stored, given.values)
     said = _said(stored, values)
     recipe = Recipe.of(said, values, options=options)
-    name, row = _procedure(file, recipe)
+    name, row = _procedure(file, recipe, wanted)
     flags = implied(wanted, row)
     if flags.get("calib") == "held_out" and recipe.data.num_calib == 0:
         flags["calib"] = "half_test"  # where nothing is held out, thresholds are published from test images
@@ -133,20 +133,20 @@ def open_evaluation(given: Given) -> Subject:
         compute,
         held_out,
         assembled=isinstance(file, CascadeFiles),
-        unit=row.unit if row and wanted != OURS else MACS,
+        unit=row.unit if row else MACS,
         procedure_line=evaluation_line(wanted, row, recipe, name),
     )
 
 
-def _procedure(file: Stored | CascadeFiles, recipe: Recipe) -> tuple[str, Procedure | None]:
-    """The name of the network in a file, and how networks like it were published."""
+def _procedure(file: Stored | CascadeFiles, recipe: Recipe, wanted: str) -> tuple[str, Procedure | None]:
+    """The name of the network in a file, and how networks like it were published, if that is wanted."""
     name, options, stored = recipe.network.model, recipe.options, file
     if isinstance(file, CascadeFiles):
         name, options, stored = "ebjr", {"networks": [part.member for part in file.parts]}, file.stored
     elif file.arch:
         name, options = file.arch["name"], file.arch["options"]
     l2w = bool(stored.flags.get("l2w")) or "l2w" in stored.state
-    return name, published(name, recipe.data.data_set, l2w, options)
+    return name, None if wanted == OURS else published(name, recipe.data.data_set, l2w, options)
 
 
 def _file(path: str | None, options: dict[str, Any]) -> Stored | CascadeFiles:

@@ -169,7 +169,7 @@ def _draw(axes: Any, findings: Findings, unit: float) -> dict[str, np.ndarray]:
         low, chosen, high = place(
             *((one.macs.value, end) for end in (one.accuracy.low, one.accuracy.value, one.accuracy.high))
         )
-        filled(*chosen, s=110, marker="*", color=CHOSEN, label="chosen on calib")
+        filled(*chosen, s=110, marker="*", color=CHOSEN, label="chosen")
         axes.plot(*np.stack([low, high]).T, color=CHOSEN, linewidth=1, label="its 95 % interval")
         named[one.name] = chosen
     return named

@@ -147,7 +147,7 @@ def test_headline_is_the_policy_chosen_on_calib_against_the_static_network(tmp_p
         "than all exits (1.20 G)",
     )
     assert "picked by test accuracy" not in page
-    assert "<h2>row 2 (close)</h2>" in page and "Chosen as the cheapest of 3 settings." in page
+    assert "<h2>row 2 (close)</h2>" in page and "It is the cheapest of 3 settings." in page
     assert "Thresholds of energy_softmax: 0.9 0.8 at exits 0 to 1." in page
     assert "calibration images: 68.90 % for 201.00 M; on 5,000 test images: 69.90 % for 200.00 M" in page
 
@@ -275,7 +275,7 @@ def test_plot_writes_png_and_svg(tmp_path):
         "exit 1",
         "exit 2",
         "row 2",
-        "chosen on calib",
+        "chosen",
         "per image (G)",
         "a $b$ &lt;c&gt;",
     ):

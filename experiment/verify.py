@@ -22,6 +22,7 @@ from models import create_model, model_options
 RATIO = 20  # a file that unpacks to more than so many times its size is refused
 KINDS = {stat.S_IFDIR: "Is a directory", stat.S_IFIFO: "Is a FIFO"}
 NUMBERS = int, float
+PARAMETER = 10**6  # the numbers that one parameter counts for, besides its own
 LARGE = 4096  # the largest side of images; also of integers in an arch, unless its weights are larger
 
 
@@ -106,10 +107,6 @@ def _unpacked(value: object, known: dict[int, float]) -> float:
     return known[id(value)]
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
 def check_entries(content: Mapping[str, Any], source: object) -> None:
     """Raises ValueError, naming entry and value, for one about the run that no run writes."""
 
@@ -177,8 +174,11 @@ def check_network(arch: Mapping[str, Any], weights: Mapping[str, Tensor], source
         if abs(number) > largest:
             raise ValueError(f"{where} with {number} in it, more than its weights make plausible: {largest}")
     try:
-        with torch.device("meta"), _at_most(10 * (elements + 10_000 * len(weights)) + 10**8):
-            create_model(arch["name"], arch["num_classes"], **arch["options"])
+        with torch.device("meta"), _at_most(10 * (elements + PARAMETER * len(weights)) + 10**10):
+            network = create_model(arch["name"], arch["num_classes"], **arch["options"])
+        own = sum(value.numel() for value in network.state_dict().values())
+        if own > 2 * elements + PARAMETER:
+            raise ValueError(f"it has {own} numbers, and the file's weights {elements}")
     except Exception as error:  # strange options can fail anywhere in a network
         if "meta tensor" not in str(error):  # some of timm's networks look at numbers, which are not there
             line = (str(error) or repr(error)).splitlines()[0]
@@ -207,14 +207,14 @@ def _integers(value: Any) -> Iterator[int]:
 
 @contextmanager
 def _at_most(elements: int) -> Iterator[None]:
-    """Stops building a network whose parameters have more elements; each counts as 10,000 at least."""
+    """Stops building a network that makes more parameters, some of which it may drop in the end."""
     left = elements
 
     def count(_: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal left
-        left -= 10_000 + (0 if parameter is None else parameter.numel())
+        left -= PARAMETER + (0 if parameter is None else parameter.numel())
         if left < 0:
-            raise ValueError(f"it is larger than the file's weights at its {name}")
+            raise ValueError(f"it is far larger than the file's weights, already at a {name}")
 
     handle = register_module_parameter_registration_hook(count)
     try:

@@ -34,7 +34,7 @@ def train_one_epoch(
     model.train()
     tune(model, compute.device)
     meters, watch = Meters(), FiniteWatch(loader, epoch, compute)
-    progress = Progress(loader, f"epoch {epoch}", len(loader), shown=compute.rank == 0)
+    progress = Progress(loader, f"epoch {epoch + 1}", len(loader), shown=compute.rank == 0)
     start = time.monotonic()
 
     def report(means: dict[str, float]) -> None:
@@ -161,5 +161,5 @@ class FiniteWatch:
         names = gather(self.loader.names(step), self.compute)[rank]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise ValueError(
-            f"the loss is not finite at epoch {self.epoch}, batch {step}, process {rank}: {shown}"
+            f"the loss is not finite at epoch {self.epoch + 1}, batch {step}, process {rank}: {shown}"
         )

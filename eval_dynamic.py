@@ -1,5 +1,8 @@
 """Evaluates a checkpoint: exits (anytime), thresholds by budget (dynamic), real early exit (runtime)."""
 
+import installed  # noqa: F401
+
+# isort: split
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -28,6 +31,7 @@ from experiment.record import (
     runtime_lines,
 )
 from experiment.subject import EVALUATION, Subject, open_evaluation
+from files import writing
 from utils import Compute, run_main
 
 
@@ -165,7 +169,8 @@ def results_folder(subject: Subject) -> Path:
     """The folder for results; a cascade leaves a self-contained checkpoint there."""
     beside = "runs/ebjr" if subject.assembled else Path(subject.opened.source).parent
     folder = Path(subject.recipe.runtime.output_dir or beside)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if subject.assembled:
         save(folder / "cascade.pth", subject.checkpoint())
     return folder

@@ -1,9 +1,13 @@
 """Trains a multi-exit network; with `--eval true` evaluates it (as `eval_dynamic.py` does)."""
 
+import installed  # noqa: F401
+
+# isort: split
 from eval_dynamic import evaluate_checkpoint
 from experiment.checkpoint import latest
 from experiment.checks import check
 from experiment.classifier import Classifier
+from experiment.folder import run_folder
 from experiment.procedures import PUBLISHED, training_recipe
 from experiment.recipe import GROUPS, read_command
 from utils import run_main, start_compute
@@ -24,7 +28,9 @@ def main(argv: list[str]) -> None:
         evaluate_checkpoint(given._replace(values=values))
         return
     check(recipe)
-    Classifier(recipe, start_compute(recipe.runtime)).fit()
+    compute = start_compute(recipe.runtime)
+    with run_folder(recipe, compute) as recipe:
+        Classifier(recipe, compute).fit()
 
 
 if __name__ == "__main__":

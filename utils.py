@@ -1,16 +1,16 @@
 """What every entry script needs: processes and devices, seeds, meters, progress and logs."""
 
 import io
-import json
-import math
 import os
 import platform
 import random
 import re
+import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from models.errors import UserError
 
 
 def option(
@@ -38,22 +40,57 @@ def option(
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """Runs an entry script; a user's mistake becomes one line and exit code 2, not a traceback."""
+    """Runs an entry script: a user's mistake ends it with one line and exit code 2, Ctrl-C with one and 130.
+
+    Anything else is a bug and keeps its traceback. Of several processes, the first that fails speaks for all:
+    the others fail by the same mistake, or because it is gone.
+    """
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the place of `installed`'s
         main(sys.argv[1:])
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("DYNEXIT_TRACEBACK"):
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = _ending(error)
+        first = _first_failure(code)
+        if first is None and not line:
             raise
-        # An error from a data loader's worker carries the worker's traceback before its own last line.
-        line = (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("ValueError: ")
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        if first is None:
+            print(line, file=sys.stderr)
+        sys.exit(first or code)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def _ending(error: BaseException) -> tuple[int, str]:
+    """The exit code for an error, and the line that says it; none for a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would break into the ending
+        return 130, "interrupted"
+    if not isinstance(error, (UserError, BrokenPipeError)) or os.environ.get("DYNEXIT_TRACEBACK"):
+        return 1, ""
+    # An error from a data loader's worker carries the worker's traceback before its own last line.
+    return 2, "error: " + str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
+
+
+def _first_failure(code: int) -> int | None:
+    """None if this process is the first to fail among those of torchrun, else the exit code of that one."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    if code == 130:
+        return code  # Ctrl-C reaches torchrun too, which says it
+    try:  # the store belongs to torchrun: it outlives the processes, and is there before they join each other
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*where, is_master=False, timeout=timedelta(seconds=10))
+        mine = f"{code} {os.environ['RANK']}"
+        first = store.compare_set(f"failed/{os.environ['TORCHELASTIC_RESTART_COUNT']}", "", mine).decode()
+    except RuntimeError:  # torchrun is gone too
+        return None
+    return None if first == mine else int(first.split()[0])
+
+
 Network = TypeVar("Network", bound=nn.Module)
+# By default a data loading process per core that this process may use, up to 8.
+WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 
 
 @dataclass(frozen=True)
@@ -91,12 +128,14 @@ class Compute:
 class Runtime:
     """Where and how things run."""
 
-    output_dir: str = option("", "where results go; default when evaluating: beside the checkpoint")
+    output_dir: str = option(
+        "", "where results go; default: runs/MODEL-DATA_SET-TIME, when evaluating: beside the checkpoint"
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     batch_size: int = option(
         64, "images per process and micro-batch; evaluation takes 1.5 times as many", low=1
     )
-    num_workers: int = option(10, "data loading processes", low=1)
+    num_workers: int = option(WORKERS, "data loading processes; 0: the process itself loads", low=0)
     pin_mem: bool = option(True, "load into pinned memory (GPU only)")
     use_amp: bool = option(False, "mixed precision")
     amp_dtype: Literal["auto", "bf16", "fp16"] = option("auto", "its type; auto: fp16 on GPU, bf16 on CPU")
@@ -262,44 +301,3 @@ class _Lines(io.StringIO):
         if line:
             print(line, flush=True)
         return len(text)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to: it replaces `path` on success and is deleted on failure."""
-    temp = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temp
-        _sync(temp)
-        os.replace(temp, path)
-        _sync(path.parent)  # a rename is safe from a power cut only once its folder is written
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Flushes the file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def to_json(content: Any, indent: int | None = None) -> str:
-    """JSON text. A number that is NaN or infinite, for which JSON has no word, becomes null."""
-    return json.dumps(_finite(content), indent=indent, allow_nan=False)
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file in one piece: a reader sees the old one or the new one."""
-    with replacing(path) as temp:
-        temp.write_text(text, encoding="utf-8")

@@ -23,7 +23,8 @@ from adaptive.thresholds import (
     simulate,
     within_budget,
 )
-from utils import option, to_json, write_text
+from files import to_json, write_text
+from utils import option
 
 SCHEMA = 1
 
@@ -149,7 +150,7 @@ class Policy:
                 raise ValueError(f"its schema is {schema!r}, accepted: {SCHEMA}")
             lists = {name: tuple(content[name]) for name in ("thresholds", "shares")}
             return cls(**content | lists)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no policy that can be read: {error}") from error
 
     def check(self, opened: Any) -> "Policy":

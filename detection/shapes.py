@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from files import writing
+
 SIDE = 128  # pixels of a drawing
 CORNERS = {"circle": 24, "square": 4, "triangle": 3}
 
@@ -18,8 +20,9 @@ def draw_shapes(folder: Path, split: str, count: int, seed: int) -> None:
     """
     rng = np.random.default_rng(seed)
     objects: list[dict] = []
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    (folder / "annotations").mkdir(exist_ok=True)
+    with writing(folder):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        (folder / "annotations").mkdir(exist_ok=True)
     numbers = range(1, count + 1)
     for number in numbers:
         picture = Image.fromarray(rng.integers(60, 110, (SIDE, SIDE, 3), dtype=np.uint8))

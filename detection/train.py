@@ -13,6 +13,7 @@ from detection.data import CocoImages, collate
 from detection.detectors import DetectorOptions, create_detector
 from detection.measure import detect, precision
 from experiment.checkpoint import LAST, latest, load
+from experiment.folder import hold, release
 from experiment.options import fill
 from experiment.published import read
 from experiment.run import Run, Saving
@@ -136,13 +137,13 @@ class Job:
         """The means of the losses of a pass through the data; ValueError if one is not finite."""
         self.detector.train()
         meters = Meters()
-        progress = Progress(self.train, f"epoch {epoch}", len(self.train), shown=True)
+        progress = Progress(self.train, f"epoch {epoch + 1}", len(self.train), shown=True)
         for batch in progress:
             losses = self.detector(*map_leaves(lambda leaf: leaf.to(self.device), batch))
             loss = sum(losses.values())
             if not loss.isfinite():
                 raise ValueError(
-                    f"the loss is not finite in epoch {epoch}; lower --lr or give --clip_grad 10"
+                    f"the loss is not finite in epoch {epoch + 1}; lower --lr or give --clip_grad 10"
                 )
             self.update(loss)
             for name, value in {"loss": loss, **losses}.items():
@@ -178,9 +179,13 @@ def evaluate(detection: Detection) -> dict[str, float]:
 
 def fit(detection: Detection) -> Job:
     """Trains the epochs that are left; the log and the last and best checkpoints go to `output_dir`."""
-    job, last = Job(detection), latest(detection.output_dir)
-    run = job.run()
-    if last:
-        job.resume(run, last)
-    run.fit(detection.epochs, job.one_epoch)
+    folder = hold(Path(detection.output_dir))
+    try:
+        job, last = Job(detection), latest(folder)
+        run = job.run()
+        if last:
+            job.resume(run, last)
+        run.fit(detection.epochs, job.one_epoch)
+    finally:
+        release(folder)
     return job

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 
 from experiment.verify import Damaged, check_file, check_unpacked
-from utils import replacing
+from files import replacing
 
 LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
     """Writes `state` (plain types and tensors); `path` always holds the old or the new file, whole."""
-    with replacing(Path(path)) as temp:
-        torch.save(state, temp)
+    # By a file of ours, since torch's own does not say why it cannot write.
+    with replacing(Path(path)) as temp, open(temp, "wb") as file:
+        torch.save(state, file)
 
 
 def load(source: str | Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
@@ -77,13 +78,13 @@ def _read(path: Path) -> object:
 
 
 def save_epoch(folder: Path, state: dict[str, Any], *, epoch: int, best: bool, freq: int, keep: int) -> None:
-    """Saves the state after `epoch` (from 0) as checkpoint-last.pth, if `best` as checkpoint-best.pth too.
+    """Saves the state after `epoch` (from 1) as checkpoint-last.pth, if `best` as checkpoint-best.pth too.
 
     After every `freq` epochs it is also kept as checkpoint-{epoch}.pth, of which the newest `keep` stay. The
     last checkpoint, from which a run resumes, is written last: a run that is killed before repeats the epoch
     and loses nothing.
     """
-    due = keep and (epoch + 1) % freq == 0
+    due = keep and epoch % freq == 0
     names = [LAST]
     if best:
         names.insert(0, BEST)

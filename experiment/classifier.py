@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from datasets import Split, TrainLoader, mixup_collate, open_splits, ordered_loa
 from engine import evaluate_all, train_one_epoch
 from experiment.checkpoint import latest
 from experiment.fit import fit_to
+from experiment.folder import farewell
 from experiment.log import Logger, epoch_line
 from experiment.open import architecture, open_teacher, read_weights
 from experiment.published import Stored, read
@@ -201,12 +203,14 @@ class Classifier:
         self.update.attach(core)
 
     def fit(self) -> None:
-        """All epochs that are left: train, evaluate on calib, log, save."""
-        self.run.fit(self.recipe.optimization.epochs, self.one_epoch)
+        """All epochs that are left: train, evaluate on calib, save, log; after the last one on test too."""
+        self.run.fit(self.recipe.optimization.epochs, self.one_epoch, partial(self.evaluate, "test"))
         self.logger.close(self.judged)
+        if self.folder and self.compute.rank == 0:
+            print("\n".join(farewell(self.recipe)))
 
     def one_epoch(self, epoch: int) -> Figures:
-        """Trains through the data once and evaluates; returns the metrics to log."""
+        """Trains through the data once and evaluates on calib; returns the metrics to log."""
         seed_everything(self.recipe.data.seed, epoch, self.compute.rank)
         self.loader.set_epoch(epoch)
         if self.phase_at(epoch) != self.phase:
@@ -222,8 +226,7 @@ class Classifier:
             on_print=self.report,
         )
         figures = {f"train/{name}": value for name, value in means.items()}
-        if not self.recipe.session.disable_eval:
-            figures |= self.evaluate(last=epoch == self.recipe.optimization.epochs - 1)
+        figures |= self.evaluate("calib")
         return figures | self.update.figures() | self.weighting_figures(epoch)
 
     def report(self, means: Figures) -> None:
@@ -250,18 +253,16 @@ class Classifier:
         """Whether the moving average is evaluated too."""
         return self.recipe.optimization.model_ema and self.recipe.optimization.model_ema_eval
 
-    def evaluate(self, last: bool) -> Figures:
-        """`calib/...`, after the last epoch `test/...`; of the moving average `calib_ema/...` if wanted."""
+    def evaluate(self, part: str) -> Figures:
+        """`calib/...` or `test/...`; of the moving average `calib_ema/...` if wanted."""
+        images = getattr(self.splits, part)
+        if self.recipe.session.disable_eval or not len(images):
+            return {}
         networks = {"": self.network}
         if self.judges_average and self.update.ema:
             networks["_ema"] = self.update.ema.module
-        figures = {}
-        for part in ("calib", "test") if last else ("calib",):
-            images = getattr(self.splits, part)
-            if len(images):
-                loader = ordered_loader(images, self.recipe.runtime, self.compute)
-                figures |= evaluate_all(networks, loader, self.compute, title=part)
-        return figures
+        loader = ordered_loader(images, self.recipe.runtime, self.compute)
+        return evaluate_all(networks, loader, self.compute, title=part)
 
     def weighting_figures(self, epoch: int) -> Figures:
         """Metrics of the weight net in this epoch, `l2w/...`; adds histograms, and a file if one is due."""
@@ -276,7 +277,7 @@ class Classifier:
                 rows = [train.indices[i] for i in self.loader.order]
             shards = gather({"index": torch.tensor(rows), **tables}, self.compute)
             if self.compute.rank == 0:
-                write_tables(self.folder / f"l2w-{epoch}.npz", shards)
+                write_tables(self.folder / f"l2w-{epoch + 1}.npz", shards)
         return {f"l2w/{name}": value for name, value in figures.items()}
 
     def say(self, line: str) -> None:

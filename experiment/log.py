@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from utils import to_json
+from files import to_json, write_text, writing
+from utils import UserError
 
 
 class Logger:
@@ -18,13 +19,16 @@ class Logger:
         self.writer, self.config = None, config
         if not folder:
             return
-        if wandb_project:
-            import wandb
+        try:
+            if wandb_project:
+                import wandb
 
-            wandb.init(project=wandb_project, config=config, sync_tensorboard=True, dir=folder)
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(folder)
+                wandb.init(project=wandb_project, config=config, sync_tensorboard=True, dir=folder)
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(f"--log_dir needs a package: pip install {error.name}") from None
+        with writing(Path(folder)):
+            self.writer = SummaryWriter(folder)
 
     def add(self, values: dict[str, float], step: int, prefix: str = "") -> None:
         """Adds scalars at an optimizer step."""
@@ -48,13 +52,41 @@ class Logger:
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
-    """Adds one JSON object as a line to a log; a figure that is not finite is null."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(to_json(record) + "\n")
+    """Adds one JSON object as a line to a log, or nothing of it; UserError where the system cannot write.
+
+    A line that a killed process left unfinished is removed. A figure that is not finite is null.
+    """
+    line = (to_json(record) + "\n").encode()
+    with writing(path), open(path, "ab+", buffering=0) as file:
+        file.seek(0)
+        end = file.read().rfind(b"\n") + 1
+        try:
+            file.truncate(end)
+            while line:  # a disk that is filling up takes a part
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def last_record(path: Path) -> dict[str, Any]:
+    """The last whole line of a log; {} without one."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return json.loads(whole[-1]) if whole else {}
+
+
+def count_from_one(path: Path) -> None:
+    """Numbers the epochs of a log from 1, where they are numbered from 0, as they were once."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    if records and records[0]["epoch"] == 0:
+        renumbered = [{**record, "epoch": record["epoch"] + 1} for record in records]
+        write_text(path, "".join(to_json(record) + "\n" for record in renumbered))
 
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:
     """One line that sums up an epoch."""
     accuracies = [f"{100 * value:.2f}" for key, value in record.items() if key.startswith("calib/acc1/")]
-    text = f"epoch {record['epoch'] + 1}/{epochs}: loss {record['train/loss']:.4f}"
+    text = f"epoch {record['epoch']}/{epochs}: loss {record['train/loss']:.4f}"
     return f"{text}, calib top-1 by exit {' '.join(accuracies) or '-'} %, {record['seconds']:.0f} s"

@@ -126,9 +126,8 @@ def _arch(content: dict[str, Any], source: object) -> dict[str, Any] | None:
 
 def _state(content: dict[str, Any]) -> dict[str, Any]:
     """What a run resumes from, under our names."""
-    state = {
-        name: content[name] for name in ("epoch", "best", "optimizer", "scaler", "l2w") if name in content
-    }
+    names = ("epoch", "record", "best", "optimizer", "scaler", "l2w")
+    state = {name: content[name] for name in names if name in content}
     if "meta_state_dict" in content:  # L2W's program stores the number of epochs done, not the last one
         theirs = {"weight_net": "meta_state_dict", "optimizer": "meta_optimizer"}
         state["l2w"] = {ours: content[name] for ours, name in theirs.items() if name in content}

@@ -42,7 +42,7 @@ class Start:
     model_prefix: str = option("", "put before the weights' names by --finetune")
     resume: str = option("", "checkpoint to go on from, a file or an https URL")
     auto_resume: bool = option(True, "go on from the last checkpoint in --output_dir")
-    start_epoch: int = option(0, low=0)
+    start_epoch: int = option(0, "epochs taken as done", low=0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from adaptive.policy import OperatingPoint, Policy
 from adaptive.report import Findings, plot_curve, write_report
 from adaptive.routing import Routing
 from adaptive.timing import FILLED, Comparison, Measurement
-from utils import to_json, write_text
+from files import to_json, write_text
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 from experiment.checkpoint import save_epoch
 from experiment.fit import load_weights
-from experiment.log import append_json
+from experiment.log import append_json, count_from_one, last_record
 from experiment.verify import check_finite, check_numbers
 from training.restore import load_optimizer
 
@@ -43,9 +43,10 @@ class Saving:
 class Run:
     """A training run.
 
-    A checkpoint is {part: state} with the current `facts` (plain types), the last epoch done and the best
-    score so far. `score` rates an epoch by its metrics; the best checkpoint has the highest score, or is the
-    last one as long as there is no score. `tell` gets every epoch's record. Only the main process saves.
+    A checkpoint is {part: state} with the current `facts` (plain types), the last epoch done (`epoch`, from
+    0), the line of the log for it (`record`, where epochs count from 1) and the best score so far. `score`
+    rates an epoch by its metrics; the best checkpoint has the highest score, or is the last one as long as
+    there is no score. `tell` gets every epoch's record. Only the main process saves.
     """
 
     def __init__(
@@ -61,8 +62,7 @@ class Run:
         self.parts, self.facts, self.saving = dict(parts), facts, saving
         self.score, self.tell, self.main_process = score, tell, main_process
         self.first, self.best = 0, -1.0
-        if saving.folder and main_process:
-            saving.folder.mkdir(parents=True, exist_ok=True)
+        self.record: dict[str, Any] = {}  # of an epoch that is saved and not yet logged
 
     def resume(self, state: Mapping[str, Any], source: object) -> list[str]:
         """Restores every part from its state in file `source`; returns the names of parts it lacks.
@@ -78,19 +78,33 @@ class Run:
             else:
                 _restore(name, part, state[name], source)
         self.first, self.best = state["epoch"] + 1, state.get("best", self.best)
+        folder = self.saving.folder
+        if folder and Path(str(source)).absolute().parent == folder.absolute():
+            logged = last_record(folder / "log.txt").get("epoch", 0)
+            self.record = state.get("record", {}) if logged < self.first else {}
         return missing
 
     def state(self, epoch: int) -> dict[str, Any]:
-        """What a checkpoint stores after `epoch`.
+        """What a checkpoint stores after `epoch` (from 0).
 
         Every epoch seeds its own generators, so their states are not needed.
         """
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        return {**parts, **self.facts(), "epoch": epoch, "best": self.best}
+        return {**parts, **self.facts(), "epoch": epoch, "record": self.record, "best": self.best}
 
-    def fit(self, epochs: int, one_epoch: Callable[[int], Figures]) -> None:
-        """All remaining epochs: `one_epoch(epoch)` trains and evaluates; then it is logged and saved."""
-        if self.first >= epochs and self.main_process:
+    def fit(
+        self, epochs: int, one_epoch: Callable[[int], Figures], test: Callable[[], Figures] = dict
+    ) -> None:
+        """All epochs left: `one_epoch(epoch)`, from 0, trains and evaluates; it is saved, then logged.
+
+        After the last one `test()` measures the rest. The epoch is saved by then: what goes wrong in it costs
+        no training, and the same run, resumed, tests again.
+        """
+        if self.saving.folder and self.main_process:
+            count_from_one(self.saving.folder / "log.txt")
+        if self.record:
+            self._log(epochs, test)
+        elif self.first >= epochs and self.main_process:
             print(f"all {epochs} epochs are done")
         for epoch in range(self.first, epochs):
             start = time.monotonic()
@@ -99,20 +113,27 @@ class Run:
             best = score is None or score > self.best
             self.best = self.best if score is None else max(score, self.best)
             seconds = time.monotonic() - start
-            record = {"epoch": epoch, **figures, "best": self.best, "seconds": seconds}
+            self.record = {"epoch": epoch + 1, **figures, "best": self.best, "seconds": seconds}
             if self.main_process:
-                self.tell(record)
-                self._save(record, best)
+                self._save(epoch, best)
+            self._log(epochs, test)
 
-    def _save(self, record: dict[str, Any], best: bool) -> None:
-        folder = self.saving.folder
-        if folder is None:
-            return
-        # First: a run that is killed in between repeats the epoch, and this line.
-        append_json(folder / "log.txt", record)
-        if self.saving.checkpoints:
-            epoch, freq, keep = record["epoch"], self.saving.freq, self.saving.keep
-            save_epoch(folder, self.state(epoch), epoch=epoch, best=best, freq=freq, keep=keep)
+    def _save(self, epoch: int, best: bool) -> None:
+        saving = self.saving
+        if saving.folder and saving.checkpoints:
+            state, kept = self.state(epoch), {"freq": saving.freq, "keep": saving.keep}
+            save_epoch(saving.folder, state, epoch=epoch + 1, best=best, **kept)
+
+    def _log(self, epochs: int, test: Callable[[], Figures]) -> None:
+        """Writes the line of the last epoch; a run killed before it finds the record in its checkpoint."""
+        start, record, self.record = time.monotonic(), self.record, {}
+        if record["epoch"] == epochs:
+            record |= test()
+            record["seconds"] += time.monotonic() - start
+        if self.main_process:
+            if self.saving.folder:
+                append_json(self.saving.folder / "log.txt", record)
+            self.tell(record)
 
 
 def _restore(name: str, part: Part, state: Any, source: object) -> None:

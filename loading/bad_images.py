@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from files import write_text
 from loading.loaders import ordered_loader
 from loading.sources import Data
 from loading.split import Split
 from loading.streams import Stream
-from utils import Compute, Progress, Runtime, gather, write_text
+from utils import Compute, Progress, Runtime, gather
 
 
 class _Faults(Split):

@@ -88,7 +88,8 @@ class TrainLoader(DataLoader):
             split,
             runtime.batch_size,
             sampler=self.order or None,
-            num_workers=runtime.num_workers,
+            # timm's readers shuffle a pass anew only in a new process
+            num_workers=max(runtime.num_workers, int(isinstance(split, Stream))),
             collate_fn=collate,
             pin_memory=runtime.pin_mem and compute.device.type == "cuda",
             generator=self.draws,

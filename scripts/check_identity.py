@@ -9,7 +9,6 @@ the metrics in log.txt without the seconds, and one over each of `model`, `model
 checkpoint-last.pth. The last run resumes the one before it after its first epoch, and must end in the
 same weights. Exit code 1 where a run fails or differs. About 100 s on one core."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -17,10 +16,15 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import read_flags
+
+from utils import UserError, option, run_main
 
 HERE = Path(__file__).resolve().parents[1]
 PARTS = ("model", "model_ema", "optimizer")
@@ -58,10 +62,20 @@ RUNS = {
     "ranet": "--model ranet --nBlocks 1 --nChannels 8 --growthRate 4 --stepmode even --step 2 " + CLEAN,
     "heads": f"{MSDNET} {CLEAN} --finetune {{plain}}/checkpoint-last.pth --freeze_backbone true",
     "unbroken": LONG,
-    "resumed": f"{LONG} --resume {{unbroken}}/checkpoint-0.pth",
+    "resumed": f"{LONG} --resume {{first}}",
 }
 SAME_WEIGHTS = {"resumed": "unbroken"}
 NEEDS = SAME_WEIGHTS | {"teacher": "plain", "heads": "plain"}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What is run and compared."""
+
+    root: Path = option(HERE, "checkout to run")
+    save: Path | None = option(None, "JSON file to write")
+    against: Path | None = option(None, "JSON file to compare with")
+    only: tuple[str, ...] = option((), "these runs, and those they need", choices=tuple(RUNS))
 
 
 def add_bytes(digest: Any, value: Any) -> None:
@@ -98,7 +112,8 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def train(root: Path, name: str, folders: Path) -> dict[str, Any]:
     """Runs one training of a checkout; raises RuntimeError with its last line where it fails."""
-    words = f"{COMMON} {RUNS[name]}".format(plain=folders / "plain", unbroken=folders / "unbroken")
+    first = min(folders.glob("unbroken/checkpoint-?.pth"), default="")  # older commits count epochs from 0
+    words = f"{COMMON} {RUNS[name]}".format(plain=folders / "plain", first=first)
     command = [sys.executable, "main_earlyExit.py", *shlex.split(words), "--output_dir", folders / name]
     one_thread = {"cwd": root, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
     end = subprocess.run(map(str, command), capture_output=True, text=True, **one_thread)
@@ -107,7 +122,7 @@ def train(root: Path, name: str, folders: Path) -> dict[str, Any]:
     return outcome(folders / name)
 
 
-def chosen(only: list[str]) -> list[str]:
+def chosen(only: Collection[str]) -> list[str]:
     """The runs to do in order, with those that they need."""
     needed = {NEEDS.get(name) for name in only}
     return [name for name in RUNS if not only or name in needed.union(only)]
@@ -124,14 +139,11 @@ def verdict(name: str, found: dict[str, Any], before: dict[str, Any] | None) -> 
     return f"NO: {', '.join(differs)}" if differs else same
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Runs, prints the table, saves and compares."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default=HERE, help="checkout to run")
-    parser.add_argument("--save", type=Path, help="JSON file to write")
-    parser.add_argument("--against", type=Path, help="JSON file to compare with")
-    parser.add_argument("--only", nargs="+", default=[], choices=RUNS, help="these runs, and those they need")
-    args = parser.parse_args(argv)
+    args = read_flags(Flags, argv, __doc__)
+    if args.against and not args.against.is_file():
+        raise UserError(f"--against {args.against}: no such file")
     before = json.loads(args.against.read_text(encoding="utf-8")) if args.against else None
     found, wrong = {}, 0
     print(f"{'objective':20} {'loss':>12} weights identical?")
@@ -150,4 +162,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(lambda argv: sys.exit(main(argv)))

@@ -15,5 +15,7 @@
 #   resnet50_0375_perceiver_t128 72.93 77.52 74.32 77.70, mobilenetV3_0x75_perceiver_t128 53.13 71.65 71.89 74.59.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
-python "$root/eval_dynamic.py" --checkpoint "${1:?checkpoint}" --mode all --quota_sweep dyn_perceiver --quota_scales 0.85 1 0.5 \
+source "$root/scripts/recipe.sh"
+needs 1 "checkpoint" "$@"
+python "$root/eval_dynamic.py" --checkpoint "$1" --mode all --quota_sweep dyn_perceiver --quota_scales 0.85 1 0.5 \
     --confidence max_prob --flops true "${@:2}"

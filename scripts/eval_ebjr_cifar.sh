@@ -12,5 +12,7 @@
 set -euo pipefail
 read -r student teacher <<<"${NETWORKS:-52_6 64_12}"
 root=$(dirname "${BASH_SOURCE[0]}")/..
+source "$root/scripts/recipe.sh"
+needs 2 "the student's file, the teacher's file" "$@"
 python "$root/eval_dynamic.py" --model ebjr --data_set CIFAR10 --confidence energy_softmax --router_threshold 2.46 \
     --quota_sweep wide --networks "cifar_densenet_$student:weights=$1" "cifar_densenet_$teacher:weights=$2" "${@:3}"

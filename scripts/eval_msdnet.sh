@@ -10,4 +10,6 @@
 # L2W, RANet (CIFAR) and msdnet_cifar_even7, add `--calib train_augmented`, L2W's way, or `--calib half_test`. One CPU or GPU.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
-python "$root/eval_dynamic.py" --checkpoint "${1:?checkpoint}" --mode all --quota_sweep msdnet --confidence max_prob --flops true "${@:2}"
+source "$root/scripts/recipe.sh"
+needs 1 "checkpoint" "$@"
+python "$root/eval_dynamic.py" --checkpoint "$1" --mode all --quota_sweep msdnet --confidence max_prob --flops true "${@:2}"

@@ -12,7 +12,8 @@ from typing import Any
 
 from common import read_flags, word
 
-from utils import replacing, run_main
+from files import replacing
+from utils import run_main
 
 Rows = list[dict[str, Any]]
 

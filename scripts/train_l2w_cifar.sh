@@ -13,9 +13,12 @@
 # `--num_calib 5000` holds images out for both.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
-data_set=${1:?CIFAR10 or CIFAR100} model=${2:?name of a network} out=${3:?folder for results}
+source "$root/scripts/recipe.sh"
+needs 3 "CIFAR10 or CIFAR100, name of a network, folder for results" "$@"
+needs_data
+data_set=$1 model=$2 out=$3
 python "$root/main_earlyExit.py" --model "$model" --data_set "$data_set" \
-    --data_path "${DATA:?folder of the data set}" --output_dir "$out" --num_calib 0 --drop_last false \
+    --data_path "$DATA" --output_dir "$out" --num_calib 0 --drop_last false \
     --epochs 300 --batch_size 1024 --opt sgd --lr 0.8 --min_lr 0 --momentum 0.9 --weight_decay 1e-4 \
     --filter_bias_and_bn false --warmup_epochs 0 --seed 1 \
     --l2w true --meta_net_hidden_size 500 --meta_net_num_layers 1 --meta_interval 1 --meta_lr 1e-4 \

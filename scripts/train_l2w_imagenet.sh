@@ -16,16 +16,18 @@
 # `--num_calib 50000` holds images out for both.
 set -euo pipefail
 root=${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..} # a batch job runs a copy of this file
-model=${1:?name of a network} out=${2:?folder for results}
+source "$root/scripts/recipe.sh"
+needs 2 "name of a network, folder for results" "$@"
+needs_data
+model=$1 out=$2
 nodes=${SLURM_JOB_NUM_NODES:-${NODES:-1}} gpus=${SLURM_GPUS_ON_NODE:-${GPUS:-8}}
-launch=(torchrun --nnodes="$nodes" --nproc_per_node="$gpus")
+launch=(python "$root/scripts/launch.py" --nnodes="$nodes" --nproc_per_node="$gpus")
 if [ -n "${SLURM_JOB_ID:-}" ]; then # one torchrun per machine; all connect to the first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    launch=(srun torchrun --nnodes="$nodes" --nproc_per_node="$gpus" --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID"
-        --rdzv_endpoint "$first:29500")
+    launch=(srun "${launch[@]}" --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$first:29500")
 fi
 "${launch[@]}" "$root/main_earlyExit.py" --model "$model" --data_set IMNET \
-    --data_path "${DATA:?folder of the data set}" --output_dir "$out" --num_calib 0 --drop_last false \
+    --data_path "$DATA" --output_dir "$out" --num_calib 0 --drop_last false \
     --epochs 100 --batch_size $((4096 / (nodes * gpus))) --opt sgd --lr 0.8 --min_lr 0 --momentum 0.9 \
     --weight_decay 1e-4 --filter_bias_and_bn false --warmup_epochs 0 --seed 0 \
     --train_interpolation bilinear --interpolation bilinear \

@@ -16,11 +16,14 @@
 # for the released MSDNet, to choose the best epoch and thresholds; `--num_calib 0` trains on all.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
-model=${1:?name of a network} out=${2:?folder for results} gpus=${GPUS:-8} epochs=90 batch=256
+source "$root/scripts/recipe.sh"
+needs 2 "name of a network, folder for results" "$@"
+needs_data
+model=$1 out=$2 gpus=${GPUS:-8} epochs=90 batch=256
 case $model in ranet*) epochs=300 batch=64 ;; esac
-[ $((batch % gpus)) = 0 ] || { echo "error: GPUS=$gpus does not divide $batch" >&2 && exit 2; }
-torchrun --nproc_per_node="$gpus" "$root/main_earlyExit.py" --model "$model" \
-    --data_set IMNET --data_path "${DATA:?folder of the data set}" --output_dir "$out" \
+[ $((batch % gpus)) = 0 ] || fail "GPUS=$gpus does not divide $batch"
+python "$root/scripts/launch.py" --nproc_per_node="$gpus" "$root/main_earlyExit.py" --model "$model" \
+    --data_set IMNET --data_path "$DATA" --output_dir "$out" \
     --epochs "$epochs" --batch_size $((batch / gpus)) --drop_last false \
     --opt sgd --lr 0.1 --momentum 0.9 --weight_decay 1e-4 --filter_bias_and_bn false \
     --schedule multistep --decay_epochs $(seq 30 30 $((epochs - 1))) --decay_rate 0.1 --warmup_epochs 0 \

@@ -14,10 +14,13 @@
 # (https://image-net.org); `--num_calib 0` trains on all images, as published.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
-model=${1:?name of a network} out=${2:?folder for results} gpus=${GPUS:-4}
-[ $((4 % gpus)) = 0 ] || { echo "error: GPUS=$gpus; accepted: 1, 2, 4" >&2 && exit 2; }
-torchrun --nproc_per_node="$gpus" "$root/main_earlyExit.py" --model "$model" \
-    --data_set IMNET --data_path "${DATA:?folder of the data set}" --input_size 224 --output_dir "$out" \
+source "$root/scripts/recipe.sh"
+needs 2 "name of a network, folder for results" "$@"
+needs_data
+model=$1 out=$2 gpus=${GPUS:-4}
+[ $((4 % gpus)) = 0 ] || fail "GPUS=$gpus; accepted: 1, 2, 4"
+python "$root/scripts/launch.py" --nproc_per_node="$gpus" "$root/main_earlyExit.py" --model "$model" \
+    --data_set IMNET --data_path "$DATA" --input_size 224 --output_dir "$out" \
     --epochs 400 --warmup_epochs 3 --batch_size 128 --update_freq $((4 / gpus)) \
     --opt nesterov --lr 0.5 --min_lr 1e-5 --momentum 0.9 --weight_decay 1e-5 --use_amp true \
     --aa rand-m9-mstd0.5 --reprob 0.2 --remode pixel --smoothing 0.1 --mixup 0 --cutmix 0 "${@:3}"

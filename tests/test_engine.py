@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_next_report_and_names_its_images
             print_freq=print_freq,
         )
     shown = f"{', '.join(names[:8])} and 2 more"
-    assert str(error.value) == f"the loss is not finite at epoch 3, batch 2, process 0: {shown}"
+    assert str(error.value) == f"the loss is not finite at epoch 4, batch 2, process 0: {shown}"
     assert len(updates) == batches_run
 
 
@@ -418,7 +418,7 @@ def test_two_processes_make_the_table_of_one(both, size):
 def test_a_bad_loss_on_one_process_stops_both_with_the_same_message(both):
     loader = loader_of(dark_and_bright(48), 4, Compute(torch.device("cpu"), rank=1, world_size=2))
     names = ", ".join(loader.names(1))
-    assert both[0].stopped["message"] == f"the loss is not finite at epoch 0, batch 1, process 1: {names}"
+    assert both[0].stopped["message"] == f"the loss is not finite at epoch 1, batch 1, process 1: {names}"
     assert both[1].stopped["message"] == both[0].stopped["message"]
     assert [process.stopped["finite"][:2] for process in both] == [[True, True], [True, False]]
     assert [len(process.stopped["finite"]) for process in both] == [3, 3]

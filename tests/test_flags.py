@@ -6,6 +6,7 @@ import main_earlyExit
 from experiment.options import options_of
 from experiment.recipe import GROUPS
 from experiment.subject import EVALUATION
+from utils import WORKERS
 
 # Defaults of Dyn-Perceiver's script, unless said otherwise.
 SHARED_DEFAULTS = {
@@ -21,7 +22,7 @@ SHARED_DEFAULTS = {
     "output_dir": "",
     "device": "auto",  # there cuda
     "batch_size": 64,
-    "num_workers": 10,
+    "num_workers": WORKERS,  # there 10
     "pin_mem": True,
     "use_amp": False,
     # not there

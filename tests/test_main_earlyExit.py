@@ -1,5 +1,6 @@
 """Training by the command line: logs, checkpoints, resuming, processes."""
 
+import fcntl
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+import eval_dynamic
 import main_earlyExit
 from experiment import classifier
 from models import create_model
@@ -28,7 +30,7 @@ AVERAGED = shlex.split(
 
 def test_log_has_a_line_per_epoch(trained, read_log):
     first, last = read_log(trained)
-    assert (first["epoch"], last["epoch"]) == (0, 1)
+    assert (first["epoch"], last["epoch"]) == (1, 2)
     exits = [f"acc1/exit{k}" for k in range(2)]
     wanted = {
         "train/loss",
@@ -45,7 +47,7 @@ def test_log_has_a_line_per_epoch(trained, read_log):
 
 def test_checkpoint_is_plain_and_complete(trained, images):
     assert {path.name for path in trained.glob("*.pth")} == {
-        f"checkpoint-{name}.pth" for name in ("last", "best", "0", "1")
+        f"checkpoint-{name}.pth" for name in ("last", "best", "1", "2")
     }
     content = torch.load(trained / "checkpoint-last.pth", weights_only=True)
     assert {
@@ -86,6 +88,7 @@ def test_other_flags_of_training_run(trained, tmp_path, capsys, on, read_log):
     ("words", "steps", "epochs"),
     [
         ("--epochs 3 --update_freq 2", 4, 3),  # of 8 batches
+        ("--epochs 3 --update_freq 2 --num_workers 0", 4, 3),
         # Of 6 batches, the last one of 2 images.
         ("--epochs 2 --update_freq 4 --drop_last false --batch_size 6 --disable_eval true", 2, 2),
     ],
@@ -103,7 +106,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, on, read_lo
     monkeypatch.setattr(classifier, "train_one_epoch", stopped)
     with pytest.raises(KeyboardInterrupt):
         train(on(*flags, "--output_dir", tmp_path / "parts"))
-    assert [line["epoch"] for line in read_log(tmp_path / "parts")] == [0]
+    assert [line["epoch"] for line in read_log(tmp_path / "parts")] == [1]
     monkeypatch.undo()
     torch.rand(7)  # generators elsewhere than the first run left them
     train(on(*flags, "--output_dir", tmp_path / "parts"))
@@ -183,6 +186,55 @@ def test_an_optimizer_state_of_other_shapes_ends_a_run_with_one_line(trained, tm
     )
 
 
+def test_a_bad_test_image_costs_no_training(images, tmp_path, error_of, on, read_log):
+    shutil.copytree(images, tmp_path / "data")
+    bad = tmp_path / "data" / "val" / "lit" / "3.png"
+    good = bad.read_bytes()
+    bad.write_bytes(good[:100])
+    words = on("--epochs", 2, "--warmup_epochs", 0, "--output_dir", tmp_path / "out", data=tmp_path / "data")
+    assert error_of(train, *words).startswith(f"cannot read image {bad}: ")
+    assert [line["epoch"] for line in read_log(tmp_path / "out")] == [1]
+    before = torch.load(tmp_path / "out" / "checkpoint-last.pth", weights_only=True)
+    assert before["epoch"] == 1
+    bad.write_bytes(good)
+    train(words)  # tests, and does not train
+    train([*words, "--output_dir", str(tmp_path / "whole")])
+    lines = [[{**line, "seconds": 0} for line in read_log(tmp_path / name)] for name in ("out", "whole")]
+    assert lines[0] == lines[1] and "test/acc1/exit1" in lines[0][1]
+
+
+def test_a_run_ends_with_its_figures_and_a_command_that_runs(
+    tmp_path, monkeypatch, capsys, on, no_pictures, costs_once
+):
+    monkeypatch.chdir(tmp_path)
+    train(on("--epochs", 1, "--warmup_epochs", 0))
+    first, *_, figures, folder, command = capsys.readouterr().out.splitlines()
+    out = re.fullmatch(
+        r"no --output_dir is given: log and checkpoints go to (runs/msdnet-image_folder-\S+)", first
+    )[1]
+    assert re.fullmatch(r"test top-1 by exit: \d+\.\d\d \d+\.\d\d %", figures)
+    assert folder == f"log and checkpoints are in {out}"
+    assert {"log.txt", "checkpoint-1.pth", "checkpoint-best.pth"} < {
+        path.name for path in Path(out).iterdir()
+    }
+    _, python, script, *words = shlex.split(command)
+    assert shutil.which(python) and Path(script).resolve() == ROOT / "eval_dynamic.py"
+    eval_dynamic.main([*words, "--mode", "anytime", "--num_workers", "0", "--device", "cpu"])
+    assert Path(out, "anytime.json").exists()
+
+
+def test_two_runs_do_not_share_a_folder(trained, error_of, on, monkeypatch):
+    def taken(*_):
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "lockf", taken)
+    before = {path: path.read_bytes() for path in trained.iterdir()}
+    assert error_of(train, *on("--epochs", 3, "--output_dir", trained)).startswith(
+        f"--output_dir {trained}: "
+    )
+    assert {path: path.read_bytes() for path in trained.iterdir() if path.name != ".lock"} == before
+
+
 def test_a_checkpoint_of_another_network_is_not_resumed(trained, error_of, on):
     line = error_of(train, *on("--resume", trained / "checkpoint-last.pth", "--nBlocks", 3))
     assert line.endswith("checkpoint-last.pth holds another architecture: nBlocks is 2, wanted 3")
@@ -214,6 +266,13 @@ def test_a_script_ends_with_one_line_for_its_user():
     end = script("main_earlyExit.py", "--model", "msdnet", "--epoch", 3)
     assert (end.returncode, end.stdout) == (2, "")
     assert re.fullmatch(r"error: unknown flag --epoch; did you mean --epochs, .*\?\n", end.stderr)
+
+
+def test_a_mistake_under_torchrun_is_one_line_of_one_process(on):
+    launch = shlex.split("scripts/launch.py --standalone --nproc_per_node 2 main_earlyExit.py")
+    end = script(*launch, *on("--smoothing", 1), env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (end.returncode, end.stdout) == (2, "")
+    assert end.stderr == "error: --smoothing 1.0: it must be below 1\n"
 
 
 def test_torchrun_trains_in_two_processes(trained, tmp_path, on, read_log):

@@ -28,7 +28,7 @@ RUN = shlex.split("--num_workers 1 --device cpu")
         ("--nBlock 3", r"unknown flag --nBlock; did you mean --nBlocks"),
         ("--bath-size 3", r"unknown flag --bath_size; did you mean --batch_size"),
         ("--nBlocks 0", r"nBlocks is 0; it must be at least 1"),
-        ("--num_workers 0", r"--num_workers: 0 is below the least value accepted, 1"),
+        ("--num_workers -1", r"--num_workers: -1 is below the least value accepted, 0"),
         ("--epochs 0", r"--epochs: 0 is below the least value accepted, 1"),
         ("--lr -1", r"--lr: -1 is below the least value accepted, 0"),
         ("--layer_decay 0.9", r"--layer_decay 0.9 is not supported: defined for ConvNeXt only"),

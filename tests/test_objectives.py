@@ -117,9 +117,9 @@ def test_warm_up_with_sample_weights_is_counted_in_optimizer_steps(words, update
 
 def test_tables_of_sample_weights_are_of_every_training_image_once(weighted, last_of):
     out, seen = weighted
-    assert {path.name for path in out.glob("*.npz")} == {"l2w-0.npz", "l2w-1.npz"}
+    assert {path.name for path in out.glob("*.npz")} == {"l2w-1.npz", "l2w-2.npz"}
     held_out = set(last_of(out)["calib_indices"])
-    for epoch, (rows, _) in enumerate(seen):
+    for epoch, (rows, _) in enumerate(seen, 1):
         tables = np.load(out / f"l2w-{epoch}.npz")
         assert tables["index"].tolist() == sorted(set(range(40)) - held_out)
         assert {name: tables[name].shape for name in ("weights", "losses", "confidence")} == dict.fromkeys(
@@ -159,7 +159,7 @@ def test_a_resumed_run_with_sample_weights_equals_an_unbroken_one(
 ):
     stopped_before(1, monkeypatch, on(*SHORT, *WEIGHTED, "--output_dir", tmp_path))
     check_same(tmp_path, weighted[0], "l2w")
-    for name in ("l2w-0.npz", "l2w-1.npz"):
+    for name in ("l2w-1.npz", "l2w-2.npz"):
         assert (tmp_path / name).read_bytes() == (weighted[0] / name).read_bytes()
 
 
@@ -179,7 +179,7 @@ def test_disjoint_training_freezes_the_trunk_and_can_be_resumed(tmp_path, monkey
     train([*words, str(tmp_path / "whole")])
     first, last = (
         torch.load(tmp_path / "whole" / f"checkpoint-{name}.pth", weights_only=True)["model"]
-        for name in (0, "last")
+        for name in (1, "last")
     )
     for name, value in first.items():
         assert torch.equal(value, last[name]) == (not name.startswith("classifier")), name
@@ -223,7 +223,7 @@ def test_mixed_training_goes_from_the_last_exit_to_all(tmp_path, on, read_log):
     words = shlex.split("--regime mixed --first_share 0.67 --epochs 3 --weight_decay 0 --save_ckpt_num 9")
     train(on(*SHORT, *words, "--output_dir", tmp_path))
     contents = [
-        torch.load(tmp_path / f"checkpoint-{epoch}.pth", weights_only=True)["model"] for epoch in range(3)
+        torch.load(tmp_path / f"checkpoint-{epoch}.pth", weights_only=True)["model"] for epoch in (1, 2, 3)
     ]
     for name, moves in (("classifier.0.linear.weight", False), ("classifier.1.linear.weight", True)):
         assert torch.equal(contents[0][name], contents[1][name]) != moves
@@ -266,7 +266,7 @@ def test_a_boosted_network_is_trained_and_evaluated(tmp_path, on, read_log, eval
 
 
 def test_a_weight_net_of_another_size_is_not_resumed(weighted, error_of, on):
-    words = [*SHORT, *WEIGHTED, "--meta_net_input_type", "both", "--resume", weighted[0] / "checkpoint-0.pth"]
+    words = [*SHORT, *WEIGHTED, "--meta_net_input_type", "both", "--resume", weighted[0] / "checkpoint-1.pth"]
     line = error_of(train, *on(*words))
     assert re.match(
         r"l2w of checkpoint \S+ does not fit this run's: size mismatch for first_hidden_lay", line

@@ -172,7 +172,7 @@ def test_published_recipes_in_two_processes(images, tmp_path, capfd, in_processe
     printed = capfd.readouterr().out
     assert printed.count(f"going on from {out / 'checkpoint-last.pth'}") == printed.count("epoch 2/2") == 1
     lines, steps = read_log(out), 19 // (2 * 4)  # 2 images are held out
-    assert [line["epoch"] for line in lines] == [0, 1]
+    assert [line["epoch"] for line in lines] == [1, 2]
     assert all(np.isfinite(value) for line in lines for value in line.values())
     assert {
         f"{part}/acc1/exit{k}" for part in ("calib", "calib_ema", "test", "test_ema") for k in range(4)
@@ -256,7 +256,7 @@ def going_on(checkpoint, folder, out, epochs):
 def test_a_published_run_goes_on(checkpoint, thousand, tmp_path, capsys, read_log):
     main_earlyExit.main(going_on(checkpoint, thousand, tmp_path, 5))
     assert f"going on from {checkpoint}" in capsys.readouterr().out
-    assert [line["epoch"] for line in read_log(tmp_path)] == [4]
+    assert [line["epoch"] for line in read_log(tmp_path)] == [5]
     content = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
     assert (content["epoch"], content["step"]) == (4, 5 * 2)
     assert {float(state["step"]) for state in content["optimizer"]["state"].values()} == {1.0 + 2}
@@ -317,4 +317,4 @@ def test_a_published_network_is_fine_tuned_to_other_classes(checkpoint, images, 
     assert re.search(
         rf"fine-tuning \S+: \d+ entries kept; initialised anew: {renewed}\n", capsys.readouterr().out
     )
-    assert read_log(tmp_path)[0]["epoch"] == 0
+    assert read_log(tmp_path)[0]["epoch"] == 1

@@ -258,7 +258,8 @@ def started_by(words: list[str], environment: dict[str, str], folder: Path) -> l
 
 def script_of(words: list[str]) -> tuple[str, list[str]]:
     """Script and arguments of `python [...] script.py ...` or `torchrun [...] script.py ...`."""
-    at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    launcher = "scripts/launch.py"  # torchrun
+    at = next((i for i, word in enumerate(words) if word.endswith(".py") and launcher not in word), None)
     assert words[0] in ("python", "torchrun") and at, f"nobody knows how to run {words}: extend `Runner`"
     path = Path(words[at])
     return (f"scripts/{path.name}" if path.parent.name == "scripts" else path.name), words[at + 1 :]

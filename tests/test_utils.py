@@ -1,5 +1,6 @@
 import os
 import random
+import signal
 import sys
 import time
 
@@ -9,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from models.errors import UnknownOption, UserError
 from utils import (
+    WORKERS,
     Compute,
     Meters,
     Progress,
@@ -19,8 +22,6 @@ from utils import (
     run_main,
     seed_everything,
     start_compute,
-    to_json,
-    write_text,
 )
 
 CPU = Compute(torch.device("cpu"))
@@ -120,30 +121,7 @@ def test_seeds_repeat_and_differ_by_seed_epoch_and_process():
         assert len(set(generator)) == 4
 
 
-# Files
-
-
-def test_write_text_replaces_the_file_in_one_piece(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-    write_text(path, "old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(os, "fsync", fail)
-        write_text(path, "new")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    write_text(path, "new")
-    assert path.read_text() == "new"
-
-
-def test_json_has_null_where_a_number_is_not_finite():
-    text = to_json(
-        {"a": float("nan"), "b": [float("inf"), (1.5, -float("inf"))], "c": {"d": np.float64("nan")}}
-    )
-    assert text == '{"a": null, "b": [null, [1.5, null]], "c": {"d": null}}'
-    assert to_json([1, True, None, "NaN"], indent=0) == '[\n1,\ntrue,\nnull,\n"NaN"\n]'
+# Devices
 
 
 def test_one_process_picks_a_device(alone):
@@ -209,25 +187,41 @@ def test_the_machine_is_described():
     )
 
 
-# Errors of a user
+def test_a_loading_process_per_core_up_to_eight():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert Runtime().num_workers == WORKERS == min(cores, 8)
 
 
-def run_with(monkeypatch, capsys, main):
+# How a script ends
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """`ended(main)`: the exit code and the lines on stderr of a script that does not end by a traceback."""
     monkeypatch.delenv("DYNEXIT_TRACEBACK", raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["script.py", "--lr", "x"])
-    with pytest.raises(SystemExit) as end:
-        run_main(main)
-    captured = capsys.readouterr()
-    assert end.value.code == 2 and captured.out == ""
-    return captured.err
+
+    def run(main):
+        with pytest.raises(SystemExit) as end:
+            run_main(main)
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return end.value.code, captured.err.splitlines()
+
+    return run
 
 
-@pytest.mark.parametrize("kind", [ValueError, TypeError, FileNotFoundError])
-def test_an_error_of_the_user_is_one_line(monkeypatch, capsys, kind):
+def fails(error):
     def main(argv):
-        raise kind(f"bad words: {argv}")
+        raise error
 
-    assert run_with(monkeypatch, capsys, main) == "error: bad words: ['--lr', 'x']\n"
+    return main
+
+
+@pytest.mark.parametrize("kind", [UserError, UnknownOption])
+def test_an_error_of_the_user_is_one_line(ended, kind):
+    assert ended(fails(kind("bad words: --lr x"))) == (2, ["error: bad words: --lr x"])
 
 
 class Broken(torch.utils.data.Dataset):
@@ -235,22 +229,45 @@ class Broken(torch.utils.data.Dataset):
         return 2
 
     def __getitem__(self, index):
-        raise ValueError(f"cannot read image cat/{index}.png: truncated")
+        raise UserError(f"cannot read image cat/{index}.png: truncated")
 
 
-def test_an_error_from_a_loader_worker_is_its_last_line(monkeypatch, capsys):
-    line = run_with(monkeypatch, capsys, lambda argv: list(DataLoader(Broken(), num_workers=1)))
-    assert line == "error: cannot read image cat/0.png: truncated\n"
+def test_an_error_from_a_loader_worker_is_its_last_line(ended):
+    found = ended(lambda argv: list(DataLoader(Broken(), num_workers=1)))
+    assert found == (2, ["error: cannot read image cat/0.png: truncated"])
 
 
-def test_other_errors_and_wanted_tracebacks_pass(monkeypatch):
-    def fail(kind):
-        raise kind("ours")
+def test_an_interrupt_is_one_line(ended):
+    assert ended(fails(KeyboardInterrupt())) == (130, ["interrupted"])
 
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, FileNotFoundError, ImportError, KeyError])
+def test_a_bug_keeps_its_traceback(monkeypatch, kind):
     monkeypatch.setattr(sys, "argv", ["script.py"])
-    monkeypatch.delenv("DYNEXIT_TRACEBACK", raising=False)
-    with pytest.raises(KeyError):
-        run_main(lambda argv: fail(KeyError))
+    with pytest.raises(kind, match="ours") as error:
+        run_main(fails(kind("ours")))
+    assert error.traceback[-1].name == "main"
+
+
+def test_tracebacks_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
     monkeypatch.setenv("DYNEXIT_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="ours"):
-        run_main(lambda argv: fail(ValueError))
+    with pytest.raises(UserError, match="ours"):
+        run_main(fails(UserError("ours")))
+
+
+def test_the_first_of_several_processes_to_fail_speaks_for_all(ended, monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's
+    names = {"USE_AGENT_STORE": "True", "RESTART_COUNT": "0"}
+    words = {f"TORCHELASTIC_{name}": value for name, value in names.items()}
+    for name, value in {**words, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "1")
+    assert ended(fails(UserError("cannot read image 7"))) == (2, ["error: cannot read image 7"])
+    monkeypatch.setenv("RANK", "0")
+    for error in (UserError("cannot read image 7"), RuntimeError("connection closed by peer")):
+        assert ended(fails(error)) == (2, [])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_main(fails(RuntimeError("a bug")))
+    assert ended(fails(KeyboardInterrupt())) == (130, [])  # the launcher says it

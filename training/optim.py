@@ -169,7 +169,7 @@ def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.
     groups = param_groups(model, o.weight_decay, o.filter_bias_and_bn, o.decay_embeddings, o.lr_scales)
     try:
         return create_optimizer_v2(groups, prefix + name, o.lr, o.weight_decay, o.momentum, **given)
-    except AssertionError as error:  # timm's, where a fused optimizer needs CUDA
+    except (AssertionError, TypeError, ValueError) as error:  # a fused one needs CUDA; numbers out of range
         raise ValueError(f"optimizer {o.opt!r} cannot be used here: {error}") from error
 
 

@@ -23,7 +23,7 @@ def test_a_resumed_run_equals_an_unbroken_one(detection, whole, tmp_path, capsys
     assert unbroken["epoch"] == parts["epoch"] == 1 and parts["step"] == 6
     assert all(torch.equal(value, parts["model"][key]) for key, value in unbroken["model"].items())
     log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
-    assert [line["epoch"] for line in log] == [0, 1] and np.isfinite(log[1]["train/loss_mask"])
+    assert [line["epoch"] for line in log] == [1, 2] and np.isfinite(log[1]["train/loss_mask"])
     with pytest.raises(ValueError, match="holds mask_rcnn_rexnet_090, not --model faster_rcnn_rexnet_090"):
         fit(replace(parted, model="faster_rcnn_rexnet_090"))
     with pytest.raises(ValueError, match="was trained with --min_size 64, not 65"):
@@ -61,7 +61,7 @@ def test_a_run_is_parts_facts_and_an_epoch_of_figures(detection, whole, tmp_path
     assert job.run().parts == {"model": job.detector, **job.update.parts}
     content = load(whole / LAST)
     states = {"model", "optimizer", "scaler"}
-    assert content.keys() == states | job.facts().keys() | {"epoch", "best"}
+    assert content.keys() == states | job.facts().keys() | {"epoch", "record", "best"}
     assert job.facts().keys() == {"model_name", "args", "categories", "step"}
     assert content["args"] == job.facts()["args"] | {"output_dir": str(whole)}
     assert content["args"]["sampled"] == 8 and content["categories"][2] == [3, "triangle"]

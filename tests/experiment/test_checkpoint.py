@@ -1,5 +1,6 @@
 import argparse
 import os
+import resource
 from urllib.error import URLError
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from experiment import checkpoint
 from experiment.checkpoint import latest, load, save, save_epoch
+from models.errors import UserError
 
 
 class TouchesFile:
@@ -138,22 +140,22 @@ def test_unreachable_url_is_one_line(tmp_path, monkeypatch):
 
 
 def run_epochs(folder, count, **options):
-    for epoch in range(count):
+    for epoch in range(1, count + 1):
         save_epoch(
-            folder, {"epoch": epoch}, epoch=epoch, **({"best": epoch == 1, "freq": 2, "keep": 2} | options)
+            folder, {"epoch": epoch}, epoch=epoch, **({"best": epoch == 2, "freq": 2, "keep": 2} | options)
         )
 
 
 def test_epochs_keep_last_best_and_the_newest_numbered(tmp_path):
     run_epochs(tmp_path, 12)
     assert names(tmp_path) == [
-        "checkpoint-11.pth",
-        "checkpoint-9.pth",
+        "checkpoint-10.pth",
+        "checkpoint-12.pth",
         "checkpoint-best.pth",
         "checkpoint-last.pth",
     ]
-    epochs = [load(tmp_path / f"checkpoint-{name}.pth")["epoch"] for name in ("9", "11", "best", "last")]
-    assert epochs == [9, 11, 1, 11]
+    epochs = [load(tmp_path / f"checkpoint-{name}.pth")["epoch"] for name in ("10", "12", "best", "last")]
+    assert epochs == [10, 12, 2, 12]
 
 
 def test_keep_zero_writes_no_numbered_files(tmp_path):
@@ -168,8 +170,8 @@ def test_epochs_are_copied_where_hard_links_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.os, "link", fail)
     (tmp_path / ".checkpoint-best.pth.tmp").write_text("left by a killed process")
     run_epochs(tmp_path, 2)
-    assert names(tmp_path) == ["checkpoint-1.pth", "checkpoint-best.pth", "checkpoint-last.pth"]
-    assert load(tmp_path / "checkpoint-best.pth") == {"epoch": 1}
+    assert names(tmp_path) == ["checkpoint-2.pth", "checkpoint-best.pth", "checkpoint-last.pth"]
+    assert load(tmp_path / "checkpoint-best.pth") == {"epoch": 2}
 
 
 def test_latest_prefers_last_then_the_highest_number(tmp_path):
@@ -182,13 +184,25 @@ def test_latest_prefers_last_then_the_highest_number(tmp_path):
 
 
 def test_the_last_checkpoint_is_written_last(tmp_path, monkeypatch):
-    save_epoch(tmp_path, {"epoch": 0}, epoch=0, best=True, freq=1, keep=3)
+    save_epoch(tmp_path, {"epoch": 1}, epoch=1, best=True, freq=1, keep=3)
     replaced = []
     monkeypatch.setattr(
         os, "replace", lambda a, b, replace=os.replace: (replaced.append(os.path.basename(b)), replace(a, b))
     )
-    save_epoch(tmp_path, {"epoch": 1}, epoch=1, best=True, freq=1, keep=3)
-    assert replaced == ["checkpoint-1.pth", "checkpoint-best.pth", "checkpoint-last.pth"]
+    save_epoch(tmp_path, {"epoch": 2}, epoch=2, best=True, freq=1, keep=3)
+    assert replaced == ["checkpoint-2.pth", "checkpoint-best.pth", "checkpoint-last.pth"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    save(tmp_path / "x.pth", {"epoch": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        with pytest.raises(UserError, match=r"^cannot write \S+x.pth: .*; [\d,.]+ MB are free there$"):
+            save(tmp_path / "x.pth", {"w": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == ["x.pth"] and load(tmp_path / "x.pth") == {"epoch": 1}
 
 
 def flip(path):

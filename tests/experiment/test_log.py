@@ -1,11 +1,13 @@
 import json
+import resource
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from experiment.log import Logger, append_json, epoch_line
+from experiment.log import Logger, append_json, count_from_one, epoch_line, last_record
+from models.errors import UserError
 
 
 def test_append_json_adds_lines(tmp_path):
@@ -61,12 +63,47 @@ def test_a_log_ends_with_flags_and_final_metrics(tmp_path):
 
 def test_an_epoch_is_one_line():
     record = {
-        "epoch": 1,
+        "epoch": 2,
         "train/loss": 0.25,
         "calib/acc1/exit0": 0.5,
         "calib/acc1/exit1": 0.75,
         "seconds": 3.2,
     }
     assert epoch_line(record, 4) == "epoch 2/4: loss 0.2500, calib top-1 by exit 50.00 75.00 %, 3 s"
-    without = {"epoch": 0, "train/loss": 1.0, "seconds": 0.0}
+    without = {"epoch": 1, "train/loss": 1.0, "seconds": 0.0}
     assert epoch_line(without, 1) == "epoch 1/1: loss 1.0000, calib top-1 by exit - %, 0 s"
+
+
+def test_a_line_left_unfinished_is_removed_before_the_next(tmp_path):
+    path = tmp_path / "log.txt"
+    append_json(path, {"epoch": 1})
+    with open(path, "a") as file:
+        file.write('{"epoch": 2, "train/lo')
+    assert last_record(path) == {"epoch": 1}
+    append_json(path, {"epoch": 2})
+    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_full_disk_adds_nothing_to_the_log(tmp_path):
+    path = tmp_path / "log.txt"
+    append_json(path, {"epoch": 1})
+    before, (soft, hard) = path.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, hard))  # a part of the line fits
+        with pytest.raises(UserError, match=rf"^cannot write {path}: .* MB are free there$"):
+            append_json(path, {"epoch": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == before
+
+
+def test_the_epochs_of_an_old_log_are_counted_from_one(tmp_path):
+    path = tmp_path / "log.txt"
+    count_from_one(path)
+    assert not path.exists() and last_record(path) == {}
+    for epoch in (0, 1):
+        append_json(path, {"epoch": epoch, "train/loss": 0.5})
+    for _ in range(2):
+        count_from_one(path)
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        assert records == [{"epoch": 1, "train/loss": 0.5}, {"epoch": 2, "train/loss": 0.5}]

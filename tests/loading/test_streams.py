@@ -47,18 +47,21 @@ def stream(tmp_path, encoded):
     return open_data("wds/toy", str(tmp_path), calib_split="calib", nb_classes=2)
 
 
-def test_a_stream_is_read_once_in_evaluation(stream, as_tensor):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_stream_is_read_once_in_evaluation(stream, as_tensor, num_workers):
     for data, count in ((stream.test, 6), (stream.calib, 4)):
         split = make_split(data, None, as_tensor)
-        loader = ordered_loader(split, Runtime(batch_size=3, num_workers=1), CPU)
+        loader = ordered_loader(split, Runtime(batch_size=3, num_workers=num_workers), CPU)
         images = torch.cat([images for images, _ in loader])
         assert sorted(images[:, 0, 0, 0].tolist()) == list(range(count))
 
 
-def test_a_training_stream_gives_full_groups_shuffled_and_repeatable(stream, as_tensor):
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_training_stream_gives_full_groups_shuffled_and_repeatable(stream, as_tensor, num_workers):
     def values(epoch):
         split = make_split(stream.train, None, as_tensor)
-        loader = TrainLoader(split, Runtime(batch_size=3, num_workers=1), CPU, update_freq=2)
+        runtime = Runtime(batch_size=3, num_workers=num_workers)
+        loader = TrainLoader(split, runtime, CPU, update_freq=2)
         loader.set_epoch(epoch)
         batches = [images[:, 0, 0, 0].tolist() for images, _ in loader]
         assert len(batches) == len(loader)

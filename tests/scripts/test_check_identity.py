@@ -42,6 +42,11 @@ def test_a_run_is_compared_with_an_earlier_one(check, tmp_path, capsys, monkeypa
     assert capsys.readouterr().out.splitlines()[-1].endswith("NO: model")
 
 
+def test_mistakes_are_one_line(check, error_of):
+    assert error_of(check.main, "--only", "plane").startswith("--only: 'plane' is not one of plain, kd, ")
+    assert error_of(check.main, "--against", "nowhere.json") == "--against nowhere.json: no such file"
+
+
 def test_a_run_that_fails_is_a_difference(check, tmp_path, capsys):
     (tmp_path / "main_earlyExit.py").write_text("raise SystemExit('no')")
     assert check.main(["--only", "plain", "--root", str(tmp_path)]) == 1

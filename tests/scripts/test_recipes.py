@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def started_by(command, folder, **environment):
     environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "DATA": "some data"}
     subprocess.run(["bash", "-c", command], cwd=ROOT, env=os.environ | environment, check=True)
     words = (folder / "argv").read_text().split("\0")[:-1]
+    if words[0].endswith("scripts/launch.py"):
+        del words[0]
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     return words[:script], words[script], words[script + 1 :]
 
@@ -123,3 +126,48 @@ def test_dyn_perceiver_recipes_train_the_published_networks_on_1024_images_a_ste
     with torch.device("meta"):
         network = create_model(given["model"], **options)
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 3) == millions
+
+
+def ending_of(command, folder=ROOT, **environment):
+    """The exit code of a command and its lines on stderr; no packages are active."""
+    end = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+    )
+    return end.returncode, end.stderr.splitlines()
+
+
+def recipes():
+    """All of them, by name."""
+    paths = [*ROOT.glob("scripts/train_*.sh"), *ROOT.glob("scripts/eval_*.sh")]
+    return [pytest.param(path.name, id=path.stem) for path in sorted(paths)]
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_without_its_arguments_packages_or_data_says_so_in_one_line(name, tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("*.py"))
+    (tmp_path / "scripts" / name).chmod(0o755)
+    code, (line,) = ending_of(f"bash scripts/{name} a b c d", tmp_path, DATA="x")
+    assert (
+        code == 2 and line == "error: no packages here: bash scripts/install.sh makes .venv with all it needs"
+    )
+    torchrun = tmp_path / ".venv" / "bin" / "torchrun"
+    torchrun.parent.mkdir(parents=True)
+    torchrun.touch(0o755)
+    code, (line,) = ending_of(f"bash scripts/{name}", tmp_path)
+    assert code == 2 and re.match(rf"error: {name} takes \d arguments: ", line)
+    if name.startswith("train_"):
+        code, (line,) = ending_of(f"bash scripts/{name} a b c d", tmp_path)
+        assert code == 2 and line.startswith("error: DATA names the folder of the data set: ")
+
+
+def test_numbers_of_gpus_that_do_not_fit_are_refused(tmp_path):
+    for name in ("torchrun", "python"):
+        (tmp_path / name).touch(0o755)
+    words = {"GPUS": "3", "DATA": "x", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    for name in ("train_dyn_perceiver_regnet_imagenet", "train_msdnet_imagenet", "train_rexnet_imagenet"):
+        code, (line,) = ending_of(f"bash scripts/{name}.sh a b", **words)
+        assert code == 2 and line.startswith("error: GPUS=3")

@@ -1,0 +1,23 @@
+"""Imported first by the entry scripts, for what can happen while they import all else: each is one line."""
+
+import os
+import signal
+import sys
+from importlib.util import find_spec
+
+missing = [name for name in ("torch", "torchvision", "timm") if find_spec(name) is None]
+if missing:
+    advice = "bash scripts/install.sh makes .venv with all it needs, then source .venv/bin/activate"
+    print(f"error: {sys.executable} has no {', '.join(missing)}: {advice}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C before `utils.run_main` takes over; torchrun says it for its processes."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+if os.path.basename(sys.argv[0]) in ("main_earlyExit.py", "eval_dynamic.py"):
+    signal.signal(signal.SIGINT, _interrupt)

@@ -10,7 +10,7 @@ from loading.sources import IMAGENET_STATS, Data, Source, open_source
 from loading.split import Split, default_num_calib, make_split, split_train
 from loading.streams import PREFIXES, Stream
 from loading.transforms import Mixing, Transform, View, eval_transform, mixup_collate, train_transform
-from utils import one_process_first
+from utils import UserError, one_process_first
 
 __all__ = [
     "IMAGENET_STATS",
@@ -71,7 +71,7 @@ def open_splits(
         _, calib_indices = split_train(total, wanted, data.seed)
     if max(calib_indices, default=0) >= total:
         held = f"image {max(calib_indices)} of its training set"
-        raise ValueError(f"the checkpoint held out {held}, but {data.data_path} has {total} images")
+        raise UserError(f"the checkpoint held out {held}, but {data.data_path} has {total} images")
     train = make_split(source.train, sorted({*range(total)}.difference(calib_indices)), augmented)
     calib = make_split(source.train, calib_indices, clean)
     return Splits(source, view, train, calib, test, calib_indices)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adaptive.exit_tables import ExitTables, GrowingTables, first_not_finite
 from models import MultiExitModel, tune
 from training.losses import ObjectiveFunction, full_precision
-from utils import Compute, Meters, Progress, gather, share_buffers
+from utils import Compute, Meters, Progress, UserError, gather, share_buffers
 
 
 def train_one_epoch(
@@ -107,7 +107,7 @@ def evaluate(
     # Process r holds samples r, r + world size, ...; the last processes hold none if there are fewer samples.
     shards, faults = zip(*gather((tables.table(), fault), compute), strict=True)
     if any(faults):
-        raise ValueError(next(filter(None, faults)))
+        raise UserError(next(filter(None, faults)))
     return ExitTables.interleave([shard for shard in shards if shard])
 
 
@@ -160,6 +160,6 @@ class FiniteWatch:
         rank, step = first.index(min(first)), int(min(first))
         names = gather(self.loader.names(step), self.compute)[rank]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        raise ValueError(
+        raise UserError(
             f"the loss is not finite at epoch {self.epoch + 1}, batch {step}, process {rank}: {shown}"
         )

@@ -32,7 +32,7 @@ from experiment.record import (
 )
 from experiment.subject import EVALUATION, Subject, open_evaluation
 from files import writing
-from utils import Compute, run_main
+from utils import Compute, UserError, run_main
 
 
 def evaluate_checkpoint(given: Given) -> None:
@@ -120,7 +120,7 @@ def calibrate(subject: Subject, test: ExitTables) -> tuple[ExitTables, ExitTable
     origin = f"{len(calib)} images held out of the training set, evaluation transform"
     if kind == "train_augmented":
         if not isinstance(train, Split):
-            raise ValueError("--calib train_augmented needs training images by index; a stream has none")
+            raise UserError("--calib train_augmented needs training images by index; a stream has none")
         first = torch.randperm(len(train), generator=generator)[: 101 * subject.recipe.runtime.batch_size]
         calib = Subset(train, first.tolist())
         origin = f"{len(calib)} training images with training augmentation, the published procedure"
@@ -128,7 +128,7 @@ def calibrate(subject: Subject, test: ExitTables) -> tuple[ExitTables, ExitTable
         origin += " (of a checkpoint without a stored split: the network was probably trained on them)"
     if len(calib) == 0:
         other = "use --calib half_test, or train_augmented as L2W and Dyn-Perceiver do"
-        raise ValueError(f"no images were held out for calibration (--num_calib 0); {other}")
+        raise UserError(f"no images were held out for calibration (--num_calib 0); {other}")
     if subject.compute.rank == 0:
         print(f"thresholds are chosen on {origin}")
     return test, tables(subject, calib, "calibrate"), origin

@@ -10,7 +10,7 @@ from experiment.classifier import Classifier
 from experiment.folder import run_folder
 from experiment.procedures import PUBLISHED, training_recipe
 from experiment.recipe import GROUPS, read_command
-from utils import run_main, start_compute
+from utils import UserError, run_main, start_compute
 
 
 def main(argv: list[str]) -> None:
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
         folder = recipe.runtime.output_dir
         path = recipe.start.resume or (folder and latest(folder))
         if not path:
-            raise ValueError(
+            raise UserError(
                 "nothing to evaluate: give --resume FILE, or an --output_dir that holds a checkpoint"
             )
         values = {"procedure": PUBLISHED, **given.values, "checkpoint": str(path)}

@@ -151,15 +151,15 @@ def start_compute(runtime: Runtime) -> Compute:
     device, folder = runtime.device, Path(runtime.output_dir)
     taken = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
     if taken:
-        raise ValueError(f"--output_dir {folder}: {taken} is a file; give a folder, it may be a new one")
+        raise UserError(f"--output_dir {folder}: {taken} is a file; give a folder, it may be a new one")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise ValueError(f"--device {device}: accepted: auto, cpu, cuda, cuda:N")
+        raise UserError(f"--device {device}: accepted: auto, cpu, cuda, cuda:N")
     rank, world_size, local_rank = _ranks()
     kind = device
     if device == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no CUDA device here; accepted: auto, cpu")
+        raise UserError(f"--device {device}: no CUDA device here; accepted: auto, cpu")
     if kind == "cuda":
         kind = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models import nearest
+from utils import UserError
 
 # The published tools write these thresholds for "nobody leaves here" and "everybody leaves here".
 NOBODY, EVERYBODY = 1e8, -1e8
@@ -22,7 +23,7 @@ def max_prob(logits: Tensor) -> Tensor:
 def margin(logits: Tensor) -> Tensor:
     """Largest softmax probability less the second largest: [..., C] to [...]; ValueError for one class."""
     if logits.shape[-1] < 2:
-        raise ValueError(
+        raise UserError(
             f"margin compares the two likeliest classes: 2 or more are needed, there is {logits.shape[-1]}"
         )
     first, second = _probabilities(logits).topk(2, dim=-1).values.unbind(-1)
@@ -79,7 +80,7 @@ def confidence_function(kind: str) -> Callable[[Tensor], Tensor]:
     """
     name, colon, temperature = kind.partition(":")
     if name not in CONFIDENCES:
-        raise ValueError(f"unknown confidence {kind!r}; {nearest(name, CONFIDENCES)}")
+        raise UserError(f"unknown confidence {kind!r}; {nearest(name, CONFIDENCES)}")
     if not colon:
         return CONFIDENCES[name]
     with suppress(ValueError):
@@ -87,7 +88,7 @@ def confidence_function(kind: str) -> Callable[[Tensor], Tensor]:
         if name.startswith("energy") and 0 < value < math.inf:
             return partial(CONFIDENCES[name], temperature=value)
     wanted = "a temperature is a number above 0, behind energy_logits or energy_softmax"
-    raise ValueError(f"confidence {kind!r}: {wanted}")
+    raise UserError(f"confidence {kind!r}: {wanted}")
 
 
 def check_threshold(value: float, kind: str) -> None:
@@ -97,4 +98,4 @@ def check_threshold(value: float, kind: str) -> None:
         ends = {"from": low, "to": high}.items()
         limits = " ".join(f"{word} {end:g}" for word, end in ends if math.isfinite(end))
         accepted = f"{limits or 'finite numbers'}; 1e8: nobody leaves, -1e8: everybody"
-        raise ValueError(f"threshold {value:g} of {kind}: accepted: {accepted}")
+        raise UserError(f"threshold {value:g} of {kind}: accepted: {accepted}")

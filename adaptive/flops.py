@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from adaptive.inference import run_single
 from models import MultiExitModel, create_model, model_options, tune
+from utils import UserError
 
 # Operators that do multiply-adds by their name; one of them without a counting formula is reported.
 _LOOKS_COSTLY = re.compile(r"conv|mm$|matmul|bmm|dot|einsum|attention|bilinear$|lstm|gru|linear$|cdist|fft")
@@ -50,7 +51,7 @@ def check_side(model: MultiExitModel, side: int) -> None:
         middle = (low + high) // 2
         low, high = (middle, high) if _failure(model, middle) else (low, middle)
     accepted = "" if _failure(model, high) else f"; the least side accepted is {high}"
-    raise ValueError(f"--input_size {side}: the network cannot read such images ({reason}){accepted}")
+    raise UserError(f"--input_size {side}: the network cannot read such images ({reason}){accepted}")
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from adaptive.pipeline import Answers, Pipeline, stages_of
 from adaptive.policy import Policy
 from models import MultiExitModel
+from utils import UserError
 
 ORDERS = ("latency", "throughput")
 
@@ -33,9 +34,9 @@ def run_adaptive(
     stage full micro-batches of `micro_batch` images, pooling the remaining samples of several batches.
     """
     if order not in ORDERS:
-        raise ValueError(f"unknown order {order!r}; accepted: {', '.join(ORDERS)}")
+        raise UserError(f"unknown order {order!r}; accepted: {', '.join(ORDERS)}")
     if len(images) == 0:
-        raise ValueError("no images to run")
+        raise UserError("no images to run")
     size = micro_batch if order == "throughput" else None
     batches = images.split(max(1, size or len(images)))
     answers = stream_adaptive(model, batches, thresholds, confidence, micro_batch=size)

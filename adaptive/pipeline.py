@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adaptive.policy import Policy
 from models import MultiExitModel, State, join, take
+from utils import UserError
 
 # From a state to the logits [B, C] of an exit and the next state; the first stage reads images.
 Stage = Callable[[State], tuple[Tensor, State]]
@@ -28,7 +29,7 @@ def stages_of(model: MultiExitModel) -> list[Stage]:
     Raises ValueError for a network in training mode, whose answers depend on the other images of a batch.
     """
     if model.training:
-        raise ValueError("the network is in training mode; early exit needs evaluation mode: network.eval()")
+        raise UserError("the network is in training mode; early exit needs evaluation mode: network.eval()")
     later = [partial(model.step, k) for k in range(1, model.num_exits)]
     return [lambda images: model.step(0, model.begin(images)), *later]
 
@@ -44,9 +45,9 @@ class Pipeline:
 
     def __init__(self, stages: Sequence[Stage], policy: Policy, micro_batch: int | None = None) -> None:
         if len(policy.thresholds) != len(stages):
-            raise ValueError(f"{len(policy.thresholds)} thresholds for a network with {len(stages)} exits")
+            raise UserError(f"{len(policy.thresholds)} thresholds for a network with {len(stages)} exits")
         if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch is {micro_batch}; accepted: 1 and more, or None")
+            raise UserError(f"micro_batch is {micro_batch}; accepted: 1 and more, or None")
         self.stages = stages
         self.policy = policy
         self.micro_batch = micro_batch

@@ -24,7 +24,7 @@ from adaptive.thresholds import (
     within_budget,
 )
 from files import to_json, write_text
-from utils import option
+from utils import UserError, option
 
 SCHEMA = 1
 
@@ -69,7 +69,7 @@ class Exits:
     def __post_init__(self) -> None:
         if self.budget is not None and self.accuracy is not None:
             given = f"--budget {self.budget:g} and --accuracy {self.accuracy:g}"
-            raise ValueError(f"{given}: give one of them; the other one follows")
+            raise UserError(f"{given}: give one of them; the other one follows")
 
     @property
     def ratios(self) -> list[float]:
@@ -99,7 +99,7 @@ class Policy:
     def __post_init__(self) -> None:
         confidence_function(self.confidence)
         if not self.thresholds:
-            raise ValueError("thresholds []: give a number per exit")
+            raise UserError("thresholds []: give a number per exit")
         for value in self.thresholds:
             check_threshold(value, self.confidence)
 
@@ -147,19 +147,19 @@ class Policy:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             schema = content.pop("schema")
             if schema != SCHEMA:
-                raise ValueError(f"its schema is {schema!r}, accepted: {SCHEMA}")
+                raise UserError(f"its schema is {schema!r}, accepted: {SCHEMA}")
             lists = {name: tuple(content[name]) for name in ("thresholds", "shares")}
             return cls(**content | lists)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is no policy that can be read: {error}") from error
+            raise UserError(f"{path} is no policy that can be read: {error}") from error
 
     def check(self, opened: Any) -> "Policy":
         """The policy itself, if it was made for `opened.network`; ValueError for another network."""
         expected, found = len(self.thresholds), opened.network.num_exits
         if expected != found:
-            raise ValueError(f"policy {self.name!r} is for {expected} exits, the network has {found}")
+            raise UserError(f"policy {self.name!r} is for {expected} exits, the network has {found}")
         if self.model_hash and self.model_hash != (found := model_hash(opened.network)):
-            raise ValueError(
+            raise UserError(
                 f"policy {self.name!r} is for weights {self.model_hash[:12]}, the network has {found[:12]}"
             )
         return self
@@ -208,10 +208,10 @@ def rules_of(exits: Exits, costs: Sequence[float]) -> list[Rule]:
         within_budget(costs, costs, exits.budget)  # at least the first exit must be affordable
     ratios = exits.ratios
     if exits.calib == "none" and (exits.shares or exits.row or not exits.router_threshold):
-        raise ValueError("--calib none: give thresholds (--router_threshold), no --shares and no --row")
+        raise UserError("--calib none: give thresholds (--router_threshold), no --shares and no --row")
     row = max(exits.row, default=-1)
     if row >= len(ratios):
-        raise ValueError(f"--row {row}, but {exits.quota_sweep} has rows 0 to {len(ratios) - 1}")
+        raise UserError(f"--row {row}, but {exits.quota_sweep} has rows 0 to {len(ratios) - 1}")
     sweep = exits.quota_sweep
     quotas = [(f"{sweep} p={p:.4g}", geometric_quotas(p, num_exits, exits.quota_scales)) for p in ratios]
     if exits.shares:
@@ -221,7 +221,7 @@ def rules_of(exits: Exits, costs: Sequence[float]) -> list[Rule]:
     if exits.router_threshold:
         if len(exits.router_threshold) != num_exits - 1:
             given = f"{len(exits.router_threshold)} router thresholds for {num_exits} exits"
-            raise ValueError(f"{given}; give one per exit but the last")
+            raise UserError(f"{given}; give one per exit but the last")
         for value in exits.router_threshold:
             check_threshold(value, exits.confidence)
         limits = torch.tensor([*exits.router_threshold, EVERYBODY], dtype=torch.float64)

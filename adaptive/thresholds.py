@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptive.confidence import EVERYBODY, NOBODY
+from utils import UserError
 
 # Ratios p of the published sweeps; quota k is proportional to p^k.
 MSDNET_RATIOS = [p / 20 for p in range(1, 40)]
@@ -43,7 +44,7 @@ def geometric_quotas(ratio: float, num_exits: int, scales: Sequence[float] = ())
     1, 0.5). Computed in float32 as exp(k log p), as published (MSDNet, "budgeted batch classification").
     """
     if scales and len(scales) != num_exits - 1:
-        raise ValueError(
+        raise UserError(
             f"{len(scales)} quota scales {list(scales)} for {num_exits} exits; give one per exit but the last"
         )
     powers = torch.exp(torch.arange(1, num_exits + 1) * torch.tensor(ratio).log())
@@ -51,7 +52,7 @@ def geometric_quotas(ratio: float, num_exits: int, scales: Sequence[float] = ())
     for k, scale in enumerate(scales):
         quotas[k] *= scale
         if not 0 <= quotas[: k + 1].sum() <= 1:
-            raise ValueError(f"quota scales {list(scales)} let more than everybody leave at exit {k}")
+            raise UserError(f"quota scales {list(scales)} let more than everybody leave at exit {k}")
         quotas[k + 1 :] *= (1 - quotas[: k + 1].sum()) / quotas[k + 1 :].sum()
     return quotas
 
@@ -65,7 +66,7 @@ def quota_thresholds(confidence: Tensor, quotas: Tensor) -> Tensor:
     """
     num_exits, num_samples = confidence.shape
     if len(quotas) != num_exits:
-        raise ValueError(f"{len(quotas)} quotas for {num_exits} exits; give one per exit")
+        raise UserError(f"{len(quotas)} quotas for {num_exits} exits; give one per exit")
     wanted = (torch.tensor(num_samples, dtype=torch.float32) * quotas.float()).long().tolist()
     thresholds = confidence.new_full((num_exits,), NOBODY)
     thresholds[-1] = EVERYBODY
@@ -97,7 +98,7 @@ def simulate(confidence: Tensor, correct: Tensor, thresholds: Tensor, costs: Seq
 def share_quotas(shares: Sequence[float], num_exits: int) -> Tensor:
     """Quotas [K] from the shares meant to leave at every exit but the last; it takes the rest. ValueError."""
     if len(shares) != num_exits - 1 or sum(shares) > 1:
-        raise ValueError(
+        raise UserError(
             f"shares {list(shares)} for {num_exits} exits; give one per exit but the last, at most 1 in all"
         )
     return torch.tensor([*shares, 1 - sum(shares)])
@@ -110,7 +111,7 @@ def within_budget(accuracies: Sequence[float], costs: Sequence[float], budget: f
     """
     affordable = [i for i, cost in enumerate(costs) if cost <= budget]
     if not affordable:
-        raise ValueError(
+        raise UserError(
             f"a budget of {budget:.4g} multiply-adds is below the cheapest setting's {min(costs):.4g}"
         )
     return max(affordable, key=lambda i: (accuracies[i], -costs[i]))
@@ -120,5 +121,5 @@ def cheapest(accuracies: Sequence[float], costs: Sequence[float], accuracy: floa
     """Index of the cheapest setting with this accuracy (a fraction) or more; ValueError if none has it."""
     good = [i for i, a in enumerate(accuracies) if a >= accuracy]
     if not good:
-        raise ValueError(f"an accuracy of {accuracy:.4g} is above the best setting's {max(accuracies):.4g}")
+        raise UserError(f"an accuracy of {accuracy:.4g} is above the best setting's {max(accuracies):.4g}")
     return min(good, key=lambda i: costs[i])

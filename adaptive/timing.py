@@ -17,6 +17,7 @@ from adaptive.inference import ORDERS, fold_batch_norm, run_adaptive, run_single
 from adaptive.intervals import Estimate, median_ratio
 from adaptive.policy import Policy
 from models import MultiExitModel
+from utils import UserError
 
 MICRO_BATCHES = (16, 32, 64, 128, 256)
 _ALL_PLAIN = "all exits, plain"
@@ -239,7 +240,7 @@ def measure(
         if found := first_not_finite([logits]):
             _, row, value = found
             where = f"exit {int(exits[row])} for image {row} of those timed"
-            raise ValueError(f"{name} gives the logit {value} at {where}")
+            raise UserError(f"{name} gives the logit {value} at {where}")
         exits, speed = exits.cpu(), len(targets) / percentile(times[name], 0.5)
         latencies = (None, None) if one.kind == "throughput" else _single_latencies(one, singles, device)
         macs = torch.tensor(one.costs, dtype=torch.float64)[exits].mean().item()

@@ -17,6 +17,8 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import batched_nms, clip_boxes_to_image
 from torchvision.transforms.functional import normalize
 
+from utils import UserError
+
 Found = dict[str, Tensor]
 softmax = partial(torch.softmax, dim=-1)
 # The part of each kind of detector that outputs class vectors, and what turns these into scores. In other
@@ -53,7 +55,7 @@ class WithLogits(ImageByImage):
         super().__init__()
         head = next((head for kind, head in CLASS_HEADS.items() if isinstance(detector, kind)), None)
         if head is None:
-            raise ValueError(f"{type(detector).__name__} does not show the class vectors of its detections")
+            raise UserError(f"{type(detector).__name__} does not show the class vectors of its detections")
         place, self.probability = head
         self.detector = detector
         self._seen: list[Tensor] = []
@@ -85,9 +87,9 @@ class EffDet(ImageByImage):
             import effdet
             from effdet.anchors import Anchors
         except ImportError as error:
-            raise ValueError(f"{name} needs a package: pip install effdet") from error
+            raise UserError(f"{name} needs a package: pip install effdet") from error
         if name not in effdet.config.model_config.efficientdet_model_param_dict:
-            raise ValueError(
+            raise UserError(
                 f"effdet has no model {name!r}; accepted: tf_efficientdet_d0 to _d7, efficientdet_d0 ..."
             )
         self.net = effdet.create_model(

@@ -16,6 +16,8 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.transforms.functional import to_tensor
 
+from utils import UserError
+
 Target = dict[str, Tensor]
 
 
@@ -40,11 +42,11 @@ class CocoImages(CocoDetection):
             self.labels = {number: label for label, (number, _) in enumerate(self.categories, 1)}
             self._check(content)
         except ImportError as error:
-            raise ValueError("data in COCO's format needs a package: pip install pycocotools") from error
+            raise UserError("data in COCO's format needs a package: pip install pycocotools") from error
         except OSError as error:
-            raise ValueError(f"cannot read {self.path}: {error.strerror}") from error
+            raise UserError(f"cannot read {self.path}: {error.strerror}") from error
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise ValueError(f"{self.path} is not in COCO's format: {error!r}") from error
+            raise UserError(f"{self.path} is not in COCO's format: {error!r}") from error
         self.mirror = v2.Compose([v2.RandomHorizontalFlip(0.5 * flip), v2.ToPureTensor()])
 
     def _check(self, content: dict[str, Any]) -> None:
@@ -53,18 +55,18 @@ class CocoImages(CocoDetection):
         for entry in objects:
             whole = entry["category_id"] in self.labels and len(entry["bbox"]) == 4
             if not whole or (self.masks and not entry["segmentation"]):
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: object {entry['id']} has no known category, box or segmentation"
                 )
         if not images or not any(map(_learned, objects)):
-            raise ValueError(f"{self.path} has {len(images)} images and {len(objects)} objects")
+            raise UserError(f"{self.path} has {len(images)} images and {len(objects)} objects")
 
     def _load_image(self, id: int) -> Image.Image:
         try:
             return super()._load_image(id)
         except (OSError, SyntaxError) as error:
             path = Path(self.root) / self.coco.imgs[id]["file_name"]
-            raise ValueError(f"cannot read image {path}: {error}") from error
+            raise UserError(f"cannot read image {path}: {error}") from error
 
     def _load_target(self, id: int) -> list[dict[str, Any]]:
         return list(filter(_learned, super()._load_target(id)))

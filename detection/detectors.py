@@ -21,7 +21,7 @@ from experiment.fit import load_weights
 from experiment.options import fill
 from experiment.verify import check_weights
 from models.registry import create_model, nearest
-from utils import option
+from utils import UserError, option
 
 # Number in ReXNetV1.features of each map that the pyramid reads, finest first.
 LEVELS = (5, 7, 13, 18)
@@ -66,7 +66,7 @@ def create_detector(
     for an unknown name, or weights that do not fit.
     """
     if name not in list_detectors():
-        raise ValueError(f"unknown detector {name!r}; {nearest(name, list_detectors())}")
+        raise UserError(f"unknown detector {name!r}; {nearest(name, list_detectors())}")
     kind, _, width = name.rpartition("_rexnet_")
     classifier = create_model(f"rexnetv1_{width}")
     if backbone_weights is not None:
@@ -95,7 +95,7 @@ def create_detector(
 def detector_of(content: dict[str, Any], source: str | Path) -> FasterRCNN:
     """The detector in the `content` of a checkpoint of scripts/main_detection.py; ValueError for others."""
     if not {"model_name", "args", "categories", "model"} <= content.keys():
-        raise ValueError(f"checkpoint {source} holds no detector of scripts/main_detection.py")
+        raise UserError(f"checkpoint {source} holds no detector of scripts/main_detection.py")
     options = fill(DetectorOptions, content["args"])
     detector = create_detector(content["model_name"], len(content["categories"]) + 1, options)
     load_weights(detector, content["model"], f"checkpoint {source}")
@@ -107,7 +107,7 @@ def _load_features(classifier: nn.Module, weights: dict[str, Tensor]) -> None:
     own = {key: value for key, value in classifier.state_dict().items() if key.startswith("features.")}
     wrong = [key for key, value in own.items() if key not in weights or weights[key].shape != value.shape]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"these are not the backbone's weights: {len(wrong)} of {len(own)} do not fit, say {wrong[0]}"
         )
     check_weights(weights, own, "the backbone's weights")

@@ -21,7 +21,7 @@ from experiment.verify import check_entries
 from loading.loaders import shuffled_shard
 from models.multi_exit import map_leaves
 from training.optim import Optimization, make_update
-from utils import Compute, Meters, Progress, Runtime, option, seed_everything, start_compute
+from utils import Compute, Meters, Progress, Runtime, UserError, option, seed_everything, start_compute
 
 # What torchvision trains detectors with: plain SGD, whose rate falls to a tenth at each milestone.
 SGD = {"opt": "sgd", "schedule": "multistep", "warmup_epochs": 0, "filter_bias_and_bn": False}
@@ -54,11 +54,11 @@ class Detection(DetectorOptions):
     def check(self) -> None:
         """Raises ValueError for what no single flag's limits catch."""
         if self.batch_size == 1 and not (self.freeze_norm or self.eval):
-            raise ValueError(
+            raise UserError(
                 "--batch_size 1: ReXNet's batch norms need 2 images or more, or --freeze_norm true"
             )
         if not self.data_path:
-            raise ValueError("name a folder in COCO's layout: --data_path FOLDER")
+            raise UserError("name a folder in COCO's layout: --data_path FOLDER")
 
 
 class Job:
@@ -81,7 +81,7 @@ class Job:
         self.draw = partial(shuffled_shard, len(data), Compute(self.device), size, seed, None)
         self.order = self.draw(0)  # of the samples of an epoch, which `train` takes
         if not self.order:
-            raise ValueError(f"{len(data)} training images are fewer than --batch_size {size}")
+            raise UserError(f"{len(data)} training images are fewer than --batch_size {size}")
         workers = detection.num_workers
         loader = partial(DataLoader, batch_size=size, num_workers=workers, collate_fn=collate)
         self.draws = torch.Generator()
@@ -111,11 +111,11 @@ class Job:
         check_entries(content, path)
         name = content.get("model_name")
         if name != self.detection.model or not isinstance(content.get("epoch"), int):
-            raise ValueError(f"checkpoint {path} holds {name}, not --model {self.detection.model}")
+            raise UserError(f"checkpoint {path} holds {name}, not --model {self.detection.model}")
         for flag, there in vars(fill(DetectorOptions, content["args"])).items():
             here = getattr(self.detection, flag)
             if here != there:
-                raise ValueError(f"checkpoint {path} was trained with --{flag} {there}, not {here}")
+                raise UserError(f"checkpoint {path} was trained with --{flag} {there}, not {here}")
         run.resume(content, path)
         self.update.start(content["step"])
 
@@ -142,7 +142,7 @@ class Job:
             losses = self.detector(*map_leaves(lambda leaf: leaf.to(self.device), batch))
             loss = sum(losses.values())
             if not loss.isfinite():
-                raise ValueError(
+                raise UserError(
                     f"the loss is not finite in epoch {epoch + 1}; lower --lr or give --clip_grad 10"
                 )
             self.update(loss)
@@ -164,7 +164,7 @@ def _open_data(detection: Detection) -> tuple[CocoImages, CocoImages]:
         return val, val
     train = CocoImages(detection.data_path, detection.train_split, masks=masks, flip=True)
     if train.categories != val.categories:
-        raise ValueError(f"{train.path} and {val.path} have different categories")
+        raise UserError(f"{train.path} and {val.path} have different categories")
     return train, val
 
 
@@ -172,7 +172,7 @@ def evaluate(detection: Detection) -> dict[str, float]:
     """COCO's metrics of the last checkpoint in `output_dir`; ValueError if there is none."""
     job, last = Job(detection), latest(detection.output_dir)
     if last is None:
-        raise ValueError(f"nothing to evaluate: {detection.output_dir} holds no {LAST}")
+        raise UserError(f"nothing to evaluate: {detection.output_dir} holds no {LAST}")
     job.resume(job.run(), last)
     return job.evaluate()
 

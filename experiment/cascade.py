@@ -8,6 +8,7 @@ from datasets import Data
 from experiment.members import parse_member, split_weights
 from experiment.published import Stored, read, understood
 from models.ebjr import Member
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def read_cascade(texts: Sequence[str]) -> CascadeFiles:
     are normalised as their family was, unless the text says otherwise. Raises ValueError in one line.
     """
     if len(texts) < 2:
-        raise ValueError(f"--networks {' '.join(texts)}: a cascade has two or more")
+        raise UserError(f"--networks {' '.join(texts)}: a cascade has two or more")
     parts = tuple(_read(text) for text in texts)
     return CascadeFiles(parts, _common(parts))
 
@@ -42,7 +43,7 @@ def _read(text: str) -> Part:
     name, words, file = split_weights(text)
     stored = read(file)
     if not name and stored.arch is None:
-        raise ValueError(f"checkpoint {file} does not name a network known here: write NAME:weights={file}")
+        raise UserError(f"checkpoint {file} does not name a network known here: write NAME:weights={file}")
     member = parse_member(f"{name or stored.arch['name']}:{words}")
     said = _said_by(stored, member.name).items()
     return Part(

@@ -14,6 +14,7 @@ import torch
 
 from experiment.verify import Damaged, check_file, check_unpacked
 from files import replacing
+from utils import UserError
 
 LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
 
@@ -37,7 +38,7 @@ def load(source: str | Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
         path = _local(str(source))
         check_file(path)
     except OSError as error:
-        raise ValueError(f"cannot read checkpoint {source}: {error.strerror or error}") from error
+        raise UserError(f"cannot read checkpoint {source}: {error.strerror or error}") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
             state = _read(path)
@@ -48,11 +49,11 @@ def load(source: str | Path, allowed: Sequence[Any] = ()) -> dict[str, Any]:
         if refused:
             held = f"it holds {refused[1]}; only tensors and plain types are loaded"
             way_out = "scripts/convert_checkpoint.py rewrites a file that holds no worse than NumPy's numbers"
-            raise ValueError(f"checkpoint {source} is refused: {held}; {way_out}") from error
+            raise UserError(f"checkpoint {source} is refused: {held}; {way_out}") from error
         raise Damaged(f"{source} is truncated or not a checkpoint") from error
     if not isinstance(state, dict):
         kind = type(state).__name__
-        raise ValueError(f"{source} is not a checkpoint: it holds a {kind} instead of a dict")
+        raise UserError(f"{source} is not a checkpoint: it holds a {kind} instead of a dict")
     check_unpacked(state, path.stat().st_size, source)
     return state
 
@@ -135,7 +136,7 @@ def latest(folder: str | Path, say: Callable[[str], None] = print) -> Path | Non
         damage = str(error)
     epochs = {path: epoch for path in (*files[1:], best) if (epoch := _epoch(path)) is not None}
     if not epochs:
-        raise ValueError(f"{damage}; no intact checkpoint is beside it")
+        raise UserError(f"{damage}; no intact checkpoint is beside it")
     newest = max(epochs, key=lambda path: epochs[path])
     say(f"{damage}; going on from the newest intact one beside it, {newest.name}")
     return newest

@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from experiment.recipe import Recipe
+from utils import UserError
 
 
 def check(recipe: Recipe) -> None:
@@ -10,13 +11,13 @@ def check(recipe: Recipe) -> None:
     for entry in fields(recipe.unsupported):
         value = getattr(recipe.unsupported, entry.name)
         if value != entry.default:
-            raise ValueError(f"--{entry.name} {value} is not supported: {entry.metadata['about']}")
+            raise UserError(f"--{entry.name} {value} is not supported: {entry.metadata['about']}")
     if not recipe.network.model:
-        raise ValueError("name a network: --model NAME")
+        raise UserError("name a network: --model NAME")
     _check_numbers(recipe)
     _check_objective(recipe)
     if recipe.session.enable_wandb and not recipe.session.log_dir:
-        raise ValueError("--enable_wandb mirrors TensorBoard: give --log_dir")
+        raise UserError("--enable_wandb mirrors TensorBoard: give --log_dir")
     if recipe.weighting.l2w:
         _check_l2w(recipe)
 
@@ -24,37 +25,37 @@ def check(recipe: Recipe) -> None:
 def _check_numbers(recipe: Recipe) -> None:
     o, batch_size = recipe.optimization, recipe.runtime.batch_size
     if o.opt_betas and len(o.opt_betas) != 2:
-        raise ValueError(f"--opt_betas {list(o.opt_betas)}: give two numbers")
+        raise UserError(f"--opt_betas {list(o.opt_betas)}: give two numbers")
     if batch_size < 2:
-        raise ValueError("--batch_size 1: batch norm needs 2 images or more to train on")
+        raise UserError("--batch_size 1: batch norm needs 2 images or more to train on")
     if o.schedule == "multistep" and not o.decay_epochs:
-        raise ValueError("--schedule multistep needs --decay_epochs")
+        raise UserError("--schedule multistep needs --decay_epochs")
     if list(o.decay_epochs) != sorted(set(o.decay_epochs)):
-        raise ValueError(f"--decay_epochs {list(o.decay_epochs)}: give them in ascending order, each once")
+        raise UserError(f"--decay_epochs {list(o.decay_epochs)}: give them in ascending order, each once")
     if recipe.mixing.on and batch_size % 2:
-        raise ValueError(f"--batch_size {batch_size}: mixup and cutmix need an even number")
+        raise UserError(f"--batch_size {batch_size}: mixup and cutmix need an even number")
 
 
 def _check_objective(recipe: Recipe) -> None:
     objective, l2w = recipe.objective, recipe.weighting.l2w
     plain = objective.regime == "joint" and not l2w
     if objective.freeze_backbone and not plain:
-        raise ValueError(
+        raise UserError(
             "--freeze_backbone true trains heads, jointly: not for --l2w true or another --regime"
         )
     if recipe.session.compile and not (plain and not objective.freeze_backbone):
-        raise ValueError(
+        raise UserError(
             "--compile true compiles the plain forward pass: "
             "not for --l2w true, --freeze_backbone or another --regime"
         )
     if objective.with_kd and objective.kd_teacher:
-        raise ValueError(
+        raise UserError(
             f"--with_kd true, and --kd_teacher {objective.kd_teacher}: either the last exit teaches "
             "or the teacher; give one of them"
         )
     hinge = objective.energy_hinge
     if hinge and (len(hinge) != 3 or not recipe.data.popular_classes or recipe.mixing.on or l2w):
-        raise ValueError(
+        raise UserError(
             "--energy_hinge takes three numbers, with --popular_classes, without mixup, cutmix and L2W"
         )
 
@@ -62,12 +63,12 @@ def _check_objective(recipe: Recipe) -> None:
 def _check_l2w(recipe: Recipe) -> None:
     batch_size, opt, regime = recipe.runtime.batch_size, recipe.optimization.opt, recipe.objective.regime
     if recipe.mixing.on:
-        raise ValueError("--l2w true weighs samples of one class each: give --mixup 0 --cutmix 0")
+        raise UserError("--l2w true weighs samples of one class each: give --mixup 0 --cutmix 0")
     if batch_size < 4:
-        raise ValueError(f"--batch_size {batch_size}: L2W trains on halves of a batch and needs at least 4")
+        raise UserError(f"--batch_size {batch_size}: L2W trains on halves of a batch and needs at least 4")
     if regime in ("disjoint", "mixed"):
-        raise ValueError(f"--regime {regime}: L2W weighs all exits at once; accepted: joint, equilibrium")
+        raise UserError(f"--regime {regime}: L2W weighs all exits at once; accepted: joint, equilibrium")
     if opt.lower().startswith("lookahead_"):
-        raise ValueError(
+        raise UserError(
             f"--opt {opt}: L2W looks one step of SGD ahead and cannot read this optimizer's state"
         )

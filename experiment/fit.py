@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from experiment.verify import check_weights
 from models import MultiExitModel, create_model
+from utils import UserError
 
 Weights = dict[str, Tensor]
 PROBE = 911  # a number of classes that equals no layer's width
@@ -23,7 +24,7 @@ def load_weights(model: nn.Module, weights: Weights, where: str) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(_misfit(model.state_dict(), weights, where)) from error
+        raise UserError(_misfit(model.state_dict(), weights, where)) from error
 
 
 def _misfit(own: Weights, given: Weights, where: str) -> str:
@@ -73,7 +74,7 @@ def classes_of(weights: Weights, name: str, options: Mapping[str, Any], where: s
     found = _class_counts([pair for pair in pairs if pair[0] != pair[1]])
     missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
     if found is None or found[1] != PROBE or missing:
-        raise ValueError(_misfit(own, given, where))
+        raise UserError(_misfit(own, given, where))
     return found[0]
 
 
@@ -89,7 +90,7 @@ def check_arch(stored: dict[str, Any], wanted: dict[str, Any], source: object) -
     if stored["name"] == wanted["name"]:  # options of another network cannot be compared
         differences += _differences(stored["options"], wanted["options"])
     if differences:
-        raise ValueError(f"checkpoint {source} holds another architecture: {'; '.join(differences)}")
+        raise UserError(f"checkpoint {source} holds another architecture: {'; '.join(differences)}")
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -123,7 +124,7 @@ def to_timm(network: MultiExitModel) -> Weights:
     theirs = network.timm_modules()
     if not theirs or network.num_exits > 1:
         kind = type(network).__name__
-        raise ValueError(f"timm has no counterpart of this {kind} with {network.num_exits} exits")
+        raise UserError(f"timm has no counterpart of this {kind} with {network.num_exits} exits")
     weights = renamed(network.state_dict(), theirs, {})
     return {key: value.flatten(1) if key == "head.fc.weight" else value for key, value in weights.items()}
 
@@ -171,7 +172,7 @@ def fit_to(model: nn.Module, weights: Weights) -> Fit:
     lost = [key for key in own if any(path in roots for path in _paths(key))]
     kept = [key for key in own if key in weights and key not in lost]
     if not kept:
-        raise ValueError(f"none of the {len(weights)} given weights fits any of the model's {len(own)}")
+        raise UserError(f"none of the {len(weights)} given weights fits any of the model's {len(own)}")
     alive = {path for key in own if key not in lost for path in _paths(key)}
     renewed_modules = [next(path for path in _paths(key) if path not in alive) for key in lost]
     return Fit(

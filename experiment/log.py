@@ -1,5 +1,6 @@
 """The log of a run: TensorBoard, and a line of JSON and a line of text per epoch."""
 
+import json
 from pathlib import Path
 from typing import Any
 

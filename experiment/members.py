@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 
 from models import kind_of, model_options, nearest
 from models.ebjr import Member
+from utils import UserError
 
 VIEW = Member._fields[2:]  # how a member sees images, after its name and options
 
@@ -24,19 +25,19 @@ def parse_member(text: str) -> Member:
     for part in filter(None, rest.split(",")):
         key, equals, word = part.partition("=")
         if key == "weights":
-            raise ValueError(
+            raise UserError(
                 f"network {text!r}: weights are for eval_dynamic.py --model ebjr, which loads them"
             )
         if not equals or key not in known:
             hint = nearest(key, [*VIEW, "weights", *own])[:300]
-            raise ValueError(f"network {text!r}: unknown option {part!r}; {hint}")
+            raise UserError(f"network {text!r}: unknown option {part!r}; {hint}")
         found[key] = _values(text, key, word, known[key])
     view = {key: found.pop(key) for key in VIEW if key in found}
     member = Member(name, found, **view)
     try:
         member.check()
     except ValueError as error:
-        raise ValueError(str(error).replace(repr(name), repr(text), 1)) from None
+        raise UserError(str(error).replace(repr(name), repr(text), 1)) from None
     return member
 
 
@@ -47,7 +48,7 @@ def _values(text: str, key: str, word: str, annotation: Any) -> Any:
     try:
         values = tuple(_value(one, kind) for one in words)
     except ValueError:
-        raise ValueError(f"network {text!r}: {key}={word} is not of type {kind.__name__}") from None
+        raise UserError(f"network {text!r}: {key}={word} is not of type {kind.__name__}") from None
     return values if many else values[0]
 
 
@@ -68,7 +69,7 @@ def split_weights(text: str) -> tuple[str, str, str]:
     words = [word for word in rest.split(",") if word]
     files = [word.removeprefix("weights=") for word in words if word.startswith("weights=")]
     if len(files) != 1:
-        raise ValueError(f"network {text!r}: name its file of weights, as in NAME:weights=FILE")
+        raise UserError(f"network {text!r}: name its file of weights, as in NAME:weights=FILE")
     return name, ",".join(word for word in words if not word.startswith("weights=")), files[0]
 
 

@@ -17,6 +17,7 @@ from experiment.published import Stored, read
 from experiment.recipe import GROUPS, Recipe, Start
 from experiment.verify import check_network, check_weights
 from models import MultiExitModel, create_model, model_class, model_options, spelled_out, tune
+from utils import UserError
 
 IMAGES = (Data, View, Transform)  # the flags that say what a network was trained on
 # Options that matter in training only: a resumed run may change them, like the learning rate.
@@ -70,7 +71,7 @@ def open_network(
         return _ready(_untrained(source, num_classes, view), device)
     if isinstance(source, CascadeFiles):
         if name not in ("", "ebjr") or given:
-            raise ValueError(f"--networks makes a cascade, ebjr, without other options, not {name} {given}")
+            raise UserError(f"--networks makes a cascade, ebjr, without other options, not {name} {given}")
         return _ready(_cascade(source, weights, num_classes, view), device)
     stored = source if isinstance(source, Stored) else read(source)
     values = stored.weights(weights)
@@ -124,16 +125,16 @@ def _arch_of(
     where, arch = f"checkpoint {stored.source}", stored.arch
     if arch is None:
         if not name:
-            raise ValueError(f"{where} does not name a network known here: give --model and its options")
+            raise UserError(f"{where} does not name a network known here: give --model and its options")
         num_classes = num_classes or classes_of(weights, name, options, where)
         return {"name": name, "options": options, "num_classes": num_classes}
     if (
         name not in ("", arch["name"])
         or not compared(options).items() <= spelled_out(arch)["options"].items()
     ):
-        raise ValueError(f"{where} holds another network than --model and its options say: {arch}")
+        raise UserError(f"{where} holds another network than --model and its options say: {arch}")
     if num_classes not in (None, arch["num_classes"]):
-        raise ValueError(f"{where} has {arch['num_classes']} classes, the data set {num_classes}")
+        raise UserError(f"{where} has {arch['num_classes']} classes, the data set {num_classes}")
     return arch
 
 
@@ -236,7 +237,7 @@ def open_teacher(source: str, num_classes: int, view: View, device: torch.device
     said = stored.values(View)
     for name, ours in (("mean", view.mean), ("std", view.std)):
         if list(said.get(name) or ours or ()) != list(ours or ()):
-            raise ValueError(
+            raise UserError(
                 f"teacher {source} reads images of --{name} {said[name]}, this run has {list(ours or ())}"
             )
     opened = open_network(stored, num_classes=num_classes, view=view, device=device)

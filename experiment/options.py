@@ -13,6 +13,7 @@ from inspect import Parameter
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from models import kind_of, model_options, nearest
+from utils import UserError
 
 TRUE, FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 Group = TypeVar("Group")
@@ -135,7 +136,7 @@ def parse(groups: Iterable[type], argv: list[str]) -> Given:
     if unknown:
         names = [f"--{name}" for name in [*table, *(option.name for option in network)]]
         hint = "" if model else "; a network's options need --model NAME"
-        raise ValueError(f"unknown flag {unknown[0]}; {nearest(unknown[0], names)[:300]}{hint}")
+        raise UserError(f"unknown flag {unknown[0]}; {nearest(unknown[0], names)[:300]}{hint}")
     values = vars(given)
     options = {option.name: values.pop(option.name) for option in network if option.name in values}
     return Given(values, options)
@@ -166,9 +167,7 @@ def restored(option: Option, value: Any, source: object) -> Any:
     try:
         return option.restore(value)
     except (argparse.ArgumentTypeError, TypeError) as error:
-        raise ValueError(
-            f"checkpoint {source} was trained with a strange --{option.name}: {error}"
-        ) from error
+        raise UserError(f"checkpoint {source} was trained with a strange --{option.name}: {error}") from error
 
 
 def plain(*groups: Any) -> dict[str, Any]:
@@ -179,7 +178,7 @@ def plain(*groups: Any) -> dict[str, Any]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        raise ValueError(message.removeprefix("argument "))
+        raise UserError(message.removeprefix("argument "))
 
 
 class _Flatten(argparse.Action):

@@ -16,6 +16,7 @@ from experiment.options import options_of_signature, restore, restored
 from experiment.verify import check_entries, checked_arch
 from models import create_model, list_models, model_class, model_options
 from training.optim import param_groups
+from utils import UserError
 
 MODEL_KEY = "model|module|state_dict_ema"
 # Flags of published files that mean nothing here: folders are another machine's, and nb_classes was unused.
@@ -49,12 +50,12 @@ class Stored:
         names = ["model_ema"] if ema else [*model_key.split("|"), "state_dict"]
         found = next((self.content[name] for name in names if isinstance(self.content.get(name), dict)), None)
         if found is None and ema:
-            raise ValueError(f"checkpoint {self.source} has no EMA weights (model_ema)")
+            raise UserError(f"checkpoint {self.source} has no EMA weights (model_ema)")
         if found is None:
             found = self.content
         if not found or not all(isinstance(value, Tensor) for value in found.values()):
             held = ", ".join(str(key) for key in list(self.content)[:6]) or "nothing"
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {self.source} has no weights under {', '.join(names)}; it holds {held}"
             )
         if all(key.startswith("module.") for key in found):
@@ -165,7 +166,7 @@ def named_in_order(weights: Weights, name: str, source: str | Path) -> Weights:
     wrong = [f"{b} {list(weights[b].shape)} for {a}" for a, b in pairs if weights[b].shape != own[a].shape]
     if wrong or len(given) != len(wanted):
         counts = f"{len(given)} entries for {len(wanted)}"
-        raise ValueError(f"{source} is not {name}: {counts}; {'; '.join(wrong[:2])}")
+        raise UserError(f"{source} is not {name}: {counts}; {'; '.join(wrong[:2])}")
     return own | {a: weights[b] for a, b in pairs}
 
 

@@ -9,6 +9,7 @@ import re
 import shlex
 
 from models import list_models, model_options
+from utils import UserError
 
 Flags = dict[str, str]  # the words after each flag
 
@@ -106,7 +107,7 @@ def refuse_published(argv: list[str]) -> None:
         program = "RANet" if flags.get("arch", "").lower() == "ranet" else "MSDNet"
         program = "L2W" if "L2W" in programs or "epsilon" in given else program
         words = _dense(flags, program)
-    raise ValueError(f"this is {program}'s command line; here: {words}")
+    raise UserError(f"this is {program}'s command line; here: {words}")
 
 
 def _read(argv: list[str]) -> tuple[Flags, list[str]]:

@@ -16,7 +16,7 @@ from experiment.published_commands import refuse_published
 from training.l2w import Weighting
 from training.losses import Objective
 from training.optim import Optimization
-from utils import Runtime, option
+from utils import Runtime, UserError, option
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,12 @@ def read_recipe(path: str) -> list[str]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"cannot read recipe {path}: {error.strerror}") from error
+        raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "recipe" in content:
         held = "a recipe" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise ValueError(f"recipe {path} holds {held}, expected flags as NAME: VALUE")
+        raise UserError(f"recipe {path} holds {held}, expected flags as NAME: VALUE")
     given = {name: value for name, value in content.items() if value not in (None, [])}
     return [word for name, value in given.items() for word in words_of(name, value)]
 

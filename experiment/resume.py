@@ -15,6 +15,7 @@ from experiment.recipe import DEFAULTS, GROUPS, Recipe
 from experiment.run import Run
 from models import MultiExitModel, spelled_out
 from training.optim import Optimization
+from utils import UserError
 
 
 def check_same_run(recipe: Recipe, stored: Stored) -> None:
@@ -22,7 +23,7 @@ def check_same_run(recipe: Recipe, stored: Stored) -> None:
     said, flags = stored.values(Data, Optimization), recipe.flags()
     for name in ("data_set", "num_calib", "drop_last", "seed", "opt"):
         if name in said and said[name] != flags[name]:
-            raise ValueError(f"--{name} {flags[name]}, but {stored.source} was trained with {said[name]}")
+            raise UserError(f"--{name} {flags[name]}, but {stored.source} was trained with {said[name]}")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Pace:
         images = recipe.runtime.batch_size * recipe.optimization.update_freq * world_size
         before = stored.content.get("pace") if stored else None
         if stored and not before and recipe.optimization.scale_lr:
-            raise ValueError(f"--scale_lr true: {stored.source} does not say how many images a step had")
+            raise UserError(f"--scale_lr true: {stored.source} does not say how many images a step had")
         return cls(world_size, images, before["at_start"] if before else images)
 
     def scaled(self, optimization: Optimization) -> Optimization:
@@ -93,7 +94,7 @@ def resume(
         lacks = "it does not hold both epoch and optimizer"
         if isinstance(epoch, str):
             lacks = f"its epoch is {epoch!r}"
-        raise ValueError(
+        raise UserError(
             f"checkpoint {source} can be evaluated or fine-tuned (--finetune) but not resumed: {lacks}"
         )
     if stored.arch is not None:
@@ -104,7 +105,7 @@ def resume(
         try:
             state["optimizer"] = regrouped(state["optimizer"], network, optimizer)
         except (KeyError, ValueError) as error:
-            raise ValueError(f"optimizer of checkpoint {source} does not fit this run's: {error}") from error
+            raise UserError(f"optimizer of checkpoint {source} does not fit this run's: {error}") from error
     state["model"] = stored.weights("model")
     if stored.has_average:
         state["model_ema"] = stored.weights("ema")

@@ -14,6 +14,7 @@ from experiment.fit import load_weights
 from experiment.log import append_json, count_from_one, last_record
 from experiment.verify import check_finite, check_numbers
 from training.restore import load_optimizer
+from utils import UserError
 
 Figures = dict[str, float]
 
@@ -148,4 +149,4 @@ def _restore(name: str, part: Part, state: Any, source: object) -> None:
     # What torch raises for other groups, shapes and types.
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{name} of checkpoint {source} does not fit this run's: {reason}") from error
+        raise UserError(f"{name} of checkpoint {source} does not fit this run's: {reason}") from error

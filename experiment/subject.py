@@ -17,7 +17,7 @@ from experiment.published import Stored, read
 from experiment.recipe import Network, Recipe
 from experiment.record import MACS, Provenance, Unit
 from models import MultiExitModel
-from utils import Compute, Runtime, describe_machine, option, start_compute
+from utils import Compute, Runtime, UserError, describe_machine, option, start_compute
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _file(path: str | None, options: dict[str, Any]) -> Stored | CascadeFiles:
     if path:
         return read(path)
     if not options.get("networks"):
-        raise ValueError(
+        raise UserError(
             "name the file to evaluate: --checkpoint FILE, or the networks of a cascade: --networks"
         )
     return read_cascade(options.pop("networks"))
@@ -182,7 +182,7 @@ def _check_named(stored: Stored, given: Mapping[str, Any]) -> None:
         return
     words = {"data_path": "PATH", **{name: said[name] for name in NAMED if said.get(name)}}
     command = shlex.join(word for name in NAMED if name in words for word in (f"--{name}", words[name]))
-    raise ValueError(f"name the images to evaluate on; {stored.source} was trained with {command}")
+    raise UserError(f"name the images to evaluate on; {stored.source} was trained with {command}")
 
 
 def _same_split(stored: Stored, data: Data) -> bool:

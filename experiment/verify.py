@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from experiment.members import upgraded
 from experiment.options import Option, options_of_signature
 from models import create_model, model_options
+from utils import UserError
 
 RATIO = 20  # a file that unpacks to more than so many times its size is refused
 KINDS = {stat.S_IFDIR: "Is a directory", stat.S_IFIFO: "Is a FIFO"}
@@ -40,7 +41,7 @@ def check_file(path: Path) -> bool:
     info = path.stat()
     if not stat.S_ISREG(info.st_mode):
         kind = KINDS.get(stat.S_IFMT(info.st_mode), "Is a device or a socket")
-        raise ValueError(f"cannot read checkpoint {path}: {kind}")
+        raise UserError(f"cannot read checkpoint {path}: {kind}")
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # what torch takes for a zip
             return False
@@ -68,7 +69,7 @@ def _most(size: int) -> int:
 def _check_ratio(unpacked: float, size: int, source: object) -> None:
     if unpacked > _most(size):
         swells = f"it unpacks to more than {RATIO} times its {size} bytes"
-        raise ValueError(f"checkpoint {source} is refused: {swells}")
+        raise UserError(f"checkpoint {source} is refused: {swells}")
 
 
 def check_unpacked(content: object, size: int, source: object) -> None:
@@ -81,7 +82,7 @@ def check_unpacked(content: object, size: int, source: object) -> None:
     except RecursionError:
         unpacked = math.inf
     except TypeError as error:
-        raise ValueError(f"checkpoint {source} is refused: it holds {error}") from None
+        raise UserError(f"checkpoint {source} is refused: it holds {error}") from None
     _check_ratio(unpacked, size, source)
 
 
@@ -113,7 +114,7 @@ def check_entries(content: Mapping[str, Any], source: object) -> None:
     def check(name: str, value: object, accepted: str, right: bool) -> None:
         if not right:
             held = f"checkpoint {source} has {name} {shortened(value)}"
-            raise ValueError(f"{held}; accepted: {accepted}")
+            raise UserError(f"{held}; accepted: {accepted}")
 
     epoch, best = content.get("epoch"), content.get("best")
     check("epoch", epoch, "a number from 0, or a word", isinstance(epoch, (str, NoneType)) or _counts(epoch))
@@ -143,11 +144,11 @@ def checked_arch(arch: Mapping[str, Any], source: object) -> dict[str, Any]:
         value = arch.get(key)
         if type(value) is not kind or (kind is int and value < 1):
             accepted = "1 and more" if kind is int else f"a {kind.__name__}"
-            raise ValueError(f"checkpoint {source} has arch {key} {shortened(value)}; accepted: {accepted}")
+            raise UserError(f"checkpoint {source} has arch {key} {shortened(value)}; accepted: {accepted}")
     try:
         return _unfetched(upgraded(arch))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {source} has a strange arch: {error}") from error
+        raise UserError(f"checkpoint {source} has a strange arch: {error}") from error
 
 
 def _unfetched(value: Any) -> Any:
@@ -167,22 +168,22 @@ def check_network(arch: Mapping[str, Any], weights: Mapping[str, Tensor], source
         value = arch["options"].get(option.name)
         if value is not None and not _is_of(option, value):
             accepted = f"{'a list of ' if option.many else ''}{option.kind.__name__}"
-            raise ValueError(f"{where} option {option.name} {shortened(value)}; accepted: {accepted}")
+            raise UserError(f"{where} option {option.name} {shortened(value)}; accepted: {accepted}")
     elements = sum(value.numel() for value in weights.values())
     largest = max([LARGE, *(size for value in weights.values() for size in value.shape)])
     for number in _integers(arch):
         if abs(number) > largest:
-            raise ValueError(f"{where} with {number} in it, more than its weights make plausible: {largest}")
+            raise UserError(f"{where} with {number} in it, more than its weights make plausible: {largest}")
     try:
         with torch.device("meta"), _at_most(10 * (elements + PARAMETER * len(weights)) + 10**10):
             network = create_model(arch["name"], arch["num_classes"], **arch["options"])
         own = sum(value.numel() for value in network.state_dict().values())
         if own > 2 * elements + PARAMETER:
-            raise ValueError(f"it has {own} numbers, and the file's weights {elements}")
+            raise UserError(f"it has {own} numbers, and the file's weights {elements}")
     except Exception as error:  # strange options can fail anywhere in a network
         if "meta tensor" not in str(error):  # some of timm's networks look at numbers, which are not there
             line = (str(error) or repr(error)).splitlines()[0]
-            raise ValueError(f"{where} {arch['name']} that cannot be built: {line}") from error
+            raise UserError(f"{where} {arch['name']} that cannot be built: {line}") from error
 
 
 def _is_of(option: Option, value: Any) -> bool:
@@ -214,7 +215,7 @@ def _at_most(elements: int) -> Iterator[None]:
         nonlocal left
         left -= PARAMETER + (0 if parameter is None else parameter.numel())
         if left < 0:
-            raise ValueError(f"it is far larger than the file's weights, already at a {name}")
+            raise UserError(f"it is far larger than the file's weights, already at a {name}")
 
     handle = register_module_parameter_registration_hook(count)
     try:
@@ -232,10 +233,10 @@ def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], wher
         if key not in own:
             continue
         if value.is_floating_point() != own[key].is_floating_point():
-            raise ValueError(f"{where}: {key} is of type {value.dtype}, accepted: {own[key].dtype}")
+            raise UserError(f"{where}: {key} is of type {value.dtype}, accepted: {own[key].dtype}")
         check_finite(value, f"{where}: {key}")
         if key.endswith("running_var") and value.numel() and value.min() < 0:
-            raise ValueError(f"{where}: {key} is {value.min():.4g} somewhere, but variances are 0 or more")
+            raise UserError(f"{where}: {key} is {value.min():.4g} somewhere, but variances are 0 or more")
 
 
 def check_finite(state: Any, where: str) -> None:
@@ -244,7 +245,7 @@ def check_finite(state: Any, where: str) -> None:
         # NaN or infinite where one is, in a tenth of the time of isfinite.
         state = sum(map(float, state.detach().aminmax()))
     if isinstance(state, float) and not math.isfinite(state):
-        raise ValueError(f"{where} holds {state}, not finite numbers")
+        raise UserError(f"{where} holds {state}, not finite numbers")
     for key, part in _parts(state):
         check_finite(part, f"{where} {key}")
 
@@ -252,7 +253,7 @@ def check_finite(state: Any, where: str) -> None:
 def check_numbers(state: Any, own: Any, where: str) -> None:
     """Raises ValueError, naming the place, where the nest `own` has a number and `state` something else."""
     if type(own) in NUMBERS and type(state) not in NUMBERS:
-        raise ValueError(f"{where} is {shortened(state)}, accepted: a number")
+        raise UserError(f"{where} is {shortened(state)}, accepted: a number")
     there = dict(_parts(state))
     for key, part in _parts(own):
         if key in there:

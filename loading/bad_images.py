@@ -16,7 +16,7 @@ from loading.loaders import ordered_loader
 from loading.sources import Data
 from loading.split import Split
 from loading.streams import Stream
-from utils import Compute, Progress, Runtime, gather
+from utils import Compute, Progress, Runtime, UserError, gather
 
 
 class _Faults(Split):
@@ -48,7 +48,7 @@ def with_readable(split: Split | Stream, data: Data, runtime: Runtime, compute: 
     if data.on_bad_image == "error":
         return split
     if isinstance(split, Stream):
-        raise ValueError("--on_bad_image skip needs training images by index; a stream has none")
+        raise UserError("--on_bad_image skip needs training images by index; a stream has none")
     faults = find_faults(split, runtime, compute)
     said = f"{len(faults)} of {len(split)} training images cannot be read"
     if runtime.output_dir:
@@ -60,7 +60,7 @@ def with_readable(split: Split | Stream, data: Data, runtime: Runtime, compute: 
     allowed = min(int(data.max_bad_images * len(split) + 1e-9), len(split) - 1)
     if len(faults) > allowed:
         first = next(iter(faults.values()))
-        raise ValueError(
+        raise UserError(
             f"{said}; --max_bad_images {data.max_bad_images} allows {allowed}; the first: {first}"
         )
     if compute.rank == 0:

@@ -9,6 +9,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from loading.pixels import read_image
 from loading.split import Images
+from utils import UserError
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 
@@ -31,7 +32,7 @@ class Folders(Images):
                 found = _files(root / name, above | _lineage(root / name))
                 files += [(path, label) for path in sorted(found, key=os.path.split)]
         except (OSError, ValueError) as error:
-            raise ValueError(f"image folder {root}: {error}") from None
+            raise UserError(f"image folder {root}: {error}") from None
         images = [(path, label) for path, label in files if _is_image(path)]
         # GIFs were left out once: they come last, so that the rows in older checkpoints mean the same images.
         images.sort(key=lambda image: image[0].lower().endswith(".gif"))
@@ -46,9 +47,7 @@ class Folders(Images):
         empty = ", ".join(name for label, name in enumerate(self.classes) if label not in filled)
         if empty or not self.classes:
             lack = f"no image in the classes {empty}" if empty else "there is not any class folder in it"
-            raise ValueError(
-                f"image folder {root}: {lack}; accepted: CLASS/NAME with {', '.join(EXTENSIONS)}"
-            )
+            raise UserError(f"image folder {root}: {lack}; accepted: CLASS/NAME with {', '.join(EXTENSIONS)}")
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return read_image(self.base[index]), self.labels[index]
@@ -76,7 +75,7 @@ def _files(folder: str | Path, seen: set[str]) -> Iterator[str]:
             yield path
         elif not os.path.isdir(path):
             if _is_image(path) and os.path.exists(path) and not os.path.isfile(path):
-                raise ValueError(f"{path} is a pipe or a device, accepted: regular files")
+                raise UserError(f"{path} is a pipe or a device, accepted: regular files")
             yield path
         elif (real := os.path.realpath(path)) not in seen:
             seen.add(real)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from loading.relabel import Popular, balanced
 from loading.split import Images, Split
 from loading.streams import Stream
-from utils import Compute, Runtime, seed_everything
+from utils import Compute, Runtime, UserError, seed_everything
 
 
 def shuffled_shard(
@@ -71,7 +71,7 @@ class TrainLoader(DataLoader):
         group = runtime.batch_size * (1 if least else update_freq)
         if isinstance(split, Stream):
             if least:
-                raise ValueError("--drop_last false: the batches of a stream are always filled up")
+                raise UserError("--drop_last false: the batches of a stream are always filled up")
             split.reader.batch_size = group  # each worker's images are rounded up to full groups
             split.set_loader_cfg(runtime.num_workers)
         else:
@@ -83,7 +83,7 @@ class TrainLoader(DataLoader):
             if not self.order:
                 product = f"{runtime.batch_size} x update_freq {update_freq} x {compute.world_size} processes"
                 needed = f"one global batch of batch size {least or product}"
-                raise ValueError(f"{len(split)} training images are fewer than {needed}")
+                raise UserError(f"{len(split)} training images are fewer than {needed}")
         super().__init__(
             split,
             runtime.batch_size,

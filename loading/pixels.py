@@ -6,6 +6,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from utils import UserError
+
 # What PIL, NumPy and timm raise for a file they cannot read, or should not.
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error),
@@ -27,10 +29,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     limit = Image.MAX_IMAGE_PIXELS
     if limit and image.width * image.height > limit:  # PIL only warns, up to twice as many
-        raise ValueError(f"{image.width} x {image.height} pixels; accepted: at most {limit} in all")
+        raise UserError(f"{image.width} x {image.height} pixels; accepted: at most {limit} in all")
     if image.mode.startswith("I"):
         greys = np.asarray(image)
         if greys.min() < 0 or greys.max() > GREYS:
-            raise ValueError(f"its greys go from {greys.min()} to {greys.max()}; accepted: 0 to {GREYS}")
+            raise UserError(f"its greys go from {greys.min()} to {greys.max()}; accepted: 0 to {GREYS}")
         image = Image.fromarray(np.rint(greys * (255 / GREYS)).astype(np.uint8))
     return image.convert("RGB")

@@ -14,6 +14,7 @@ import numpy as np
 from loading.sources import Source
 from loading.split import Images
 from loading.streams import Stream
+from utils import UserError
 
 
 class Popular(Images):
@@ -39,10 +40,10 @@ class Popular(Images):
 def only_popular(source: Source, classes: Sequence[int]) -> Source:
     """The data set with len(classes) + 1 classes; ValueError for unknown ones."""
     if isinstance(source.train, Stream) or isinstance(source.test, Stream):
-        raise ValueError("--popular_classes needs images by index; a stream has none")
+        raise UserError("--popular_classes needs images by index; a stream has none")
     total = source.num_classes
     if len({*classes}) < len(classes) or max(classes) >= total or len(classes) >= total:
-        raise ValueError(f"--popular_classes {list(classes)}: accepted: different numbers below {total}")
+        raise UserError(f"--popular_classes {list(classes)}: accepted: different numbers below {total}")
     names = [source.class_names[label] for label in classes]
     train, test = Popular(source.train, classes), Popular(source.test, classes)
     return replace(source, train=train, test=test, class_names=(*names, "other"))
@@ -56,7 +57,7 @@ def balanced(labels: Sequence[int], num_popular: int) -> np.ndarray:
     """
     counts = np.bincount(labels, minlength=num_popular + 1)
     if counts.min() == 0:
-        raise ValueError(f"class {counts.argmin()} of the popular classes and other has no training image")
+        raise UserError(f"class {counts.argmin()} of the popular classes and other has no training image")
     weights = np.array([0.5 / num_popular] * num_popular + [0.5]) / counts
     chances = weights[labels]
     return chances / chances.sum()

@@ -19,7 +19,7 @@ from loading.folders import Folders
 from loading.pixels import UNREADABLE, to_rgb
 from loading.split import Images, split_train
 from loading.streams import PREFIXES, Stream, classes_of, open_timm
-from utils import option
+from utils import UserError, option
 
 # Mean and std per channel for pixels in 0..1, and side; CIFAR's as in MSDNet's script.
 CIFAR10_STATS = (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616), 32
@@ -90,9 +90,9 @@ def _open_small(data: "Data") -> Source:
     if str(data.data_path).endswith(".npz"):
         for path in filter(None, (data.data_path, data.eval_data_path)):
             if not Path(path).exists():
-                raise ValueError(f"no such file: {path}")
+                raise UserError(f"no such file: {path}")
         if not data.eval_data_path:
-            raise ValueError(
+            raise UserError(
                 f"{data.data_path} needs test images beside it: name their .npz file in --eval_data_path"
             )
         train, test = (load_npz(str(path), len(names)) for path in (data.data_path, data.eval_data_path))
@@ -111,7 +111,7 @@ def _fetched(data_class: Any, data: "Data", **split: Any) -> Any:
         return data_class(data.data_path, download=data.download, **split)
     except (RuntimeError, OSError) as error:
         place = f"no {data_class.__name__} in {data.data_path}"
-        raise ValueError(f"{place}, --download true fetches it ({error})") from None
+        raise UserError(f"{place}, --download true fetches it ({error})") from None
 
 
 def load_npz(path: str | Path, num_classes: int) -> ArrayImages:
@@ -126,20 +126,20 @@ def load_npz(path: str | Path, num_classes: int) -> ArrayImages:
             files = [io.BytesIO(arrays["jpeg"][start:stop]) for start, stop in pairwise(arrays["offsets"])]
             arrays["images"] = np.stack([np.asarray(to_rgb(Image.open(file))) for file in files])
     except UNREADABLE as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {error}") from None
     if not {"images", "labels"} <= arrays.keys():
-        raise ValueError(
+        raise UserError(
             f"{path} holds {sorted(arrays)}; expected images and labels, or jpeg, offsets and labels"
         )
     images, labels = arrays["images"], arrays["labels"]
     if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or len(images) == 0:
-        raise ValueError(f"{path}: images are {images.dtype} {images.shape}, expected uint8 (N, 32, 32, 3)")
+        raise UserError(f"{path}: images are {images.dtype} {images.shape}, expected uint8 (N, 32, 32, 3)")
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        raise ValueError(
+        raise UserError(
             f"{path}: labels are {labels.dtype} {labels.shape}, expected integers ({len(images)},)"
         )
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
+        raise UserError(
             f"{path}: labels go from {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}"
         )
     return ArrayImages(images, labels, str(path))
@@ -169,7 +169,7 @@ def _open_trees(*paths: Path) -> Source:
     if train.classes != test.classes:
         differ = ", ".join(sorted({*train.classes} ^ {*test.classes})[:3])
         both = f"{paths[0]} and {paths[1]} must have the same class folders"
-        raise ValueError(f"{both}; only in one, say: {differ}")
+        raise UserError(f"{both}; only in one, say: {differ}")
     return Source(train, test, tuple(train.classes), *IMAGENET_STATS, notes=(*train.notes, *test.notes))
 
 
@@ -189,12 +189,12 @@ def _open_timm(data: "Data") -> Source:
     splits = [split for split in (data.train_split, data.val_split, data.calib_split) if split]
     opened = open_timm(name, data.data_path, splits, data.seed)
     if isinstance(opened[0], Stream) and data.calib_split is None:
-        raise ValueError(
+        raise UserError(
             f"{name} is a stream from which nothing can be held out: name a third split (--calib_split)"
         )
     names = classes_of(opened[0]) or _named(data.nb_classes or 0)
     if not names:
-        raise ValueError(f"{name} does not say how many classes it has: give --nb_classes")
+        raise UserError(f"{name} does not say how many classes it has: give --nb_classes")
     parts = []
     for images, split in zip(opened, splits, strict=True):
         parts.append(images if isinstance(images, Stream) else Images(images, title=f"{name} {split}"))
@@ -264,13 +264,13 @@ def open_source(data: Data) -> Source:
     if name.startswith(PREFIXES):
         source = _open_timm(data)
     elif name not in OPENERS:
-        raise ValueError(
+        raise UserError(
             f"unknown data set {name!r}: not {', '.join(OPENERS)}, nor timm's hfds/, tfds/, wds/..."
         )
     elif bool(data.data_path) == (name == "DIGITS"):
-        raise ValueError(f"data set {name} {'reads no' if data.data_path else 'needs'} --data_path")
+        raise UserError(f"data set {name} {'reads no' if data.data_path else 'needs'} --data_path")
     else:
         source = OPENERS[name](data)
     if data.nb_classes not in (None, source.num_classes):
-        raise ValueError(f"--nb_classes {data.nb_classes}, but {name} has {source.num_classes} classes")
+        raise UserError(f"--nb_classes {data.nb_classes}, but {name} has {source.num_classes} classes")
     return source

@@ -12,6 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from loading.pixels import UNREADABLE, to_rgb
 from loading.streams import Stream
+from utils import UserError
 
 
 class Images(Dataset):
@@ -62,7 +63,7 @@ class Split(Images):
             image, label = super().__getitem__(index)
             return to_rgb(image), int(label)
         except UNREADABLE as error:
-            raise ValueError(f"cannot read image {self.name(index)}: {error}") from None
+            raise UserError(f"cannot read image {self.name(index)}: {error}") from None
 
 
 def make_split(base: Images | Stream, indices: Sequence[int] | None, transform: Callable) -> Split | Stream:
@@ -77,7 +78,7 @@ def make_split(base: Images | Stream, indices: Sequence[int] | None, transform: 
 def split_train(num_train: int, num_calib: int, seed: int) -> tuple[list[int], list[int]]:
     """Draw which of `num_train` images to train on and which `num_calib` (fewer) to hold out, sorted."""
     if not 0 <= num_calib < num_train:
-        raise ValueError(f"cannot hold {num_calib} images out of {num_train}")
+        raise UserError(f"cannot hold {num_calib} images out of {num_train}")
     order = torch.randperm(num_train, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[num_calib:]), sorted(order[:num_calib])
 

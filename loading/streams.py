@@ -9,6 +9,7 @@ from typing import Any
 from timm.data import IterableImageDataset, create_dataset
 
 from loading.pixels import read_image
+from utils import UserError
 
 Stream = IterableImageDataset  # images that come one after another, without rows or names
 PREFIXES = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
@@ -28,9 +29,9 @@ def open_timm(name: str, path: str | None, splits: Sequence[str], seed: int) -> 
             ]
     except ImportError as error:
         package = str(error.name).replace("_", "-")
-        raise ValueError(f"data set {name} needs a package: pip install {package}") from None
+        raise UserError(f"data set {name} needs a package: pip install {package}") from None
     except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"timm cannot open {name} in {path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"timm cannot open {name} in {path}: {' '.join(str(error).split())}") from None
     for images in opened:
         images._max_retries = 1  # else timm puts the next image in a broken one's place
         images.input_img_mode, images.loader = None, read_image  # ours scales greys of 16 bits

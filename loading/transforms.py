@@ -14,7 +14,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from loading.sources import Source
-from utils import option
+from utils import UserError, option
 
 SMALL = 32  # up to this size images are padded and shifted rather than cropped and zoomed, as on CIFAR
 LARGE = 384  # from this size evaluation squeezes the whole image into a square, as ConvNeXt does
@@ -45,7 +45,7 @@ class View:
 
     def __post_init__(self) -> None:
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}")
+            raise UserError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}")
 
     def resolved(self, source: Source) -> "View":
         """With size and normalisation of the data set where none are given. Raises ValueError."""
@@ -57,7 +57,7 @@ class View:
             mean = std = (0.5,) * 3
         mean, std = tuple(self.mean or mean), tuple(self.std or std)
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"--mean {mean} --std {std}: give three numbers each, deviations above 0")
+            raise UserError(f"--mean {mean} --std {std}: give three numbers each, deviations above 0")
         return replace(self, input_size=self.input_size or size, mean=mean, std=std)
 
     @property
@@ -86,7 +86,7 @@ class Transform:
         least, largest = self.scale
         if not 0 < least <= largest <= 1:
             wanted = "give two shares above 0 and at most 1, the smaller one first"
-            raise ValueError(f"scale is {least} {largest}; {wanted}")
+            raise UserError(f"scale is {least} {largest}; {wanted}")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Mixing:
     def __post_init__(self) -> None:
         _check_pair("cutmix_minmax", self.cutmix_minmax)
         if self.mixup_mode not in MIXUP_MODES:
-            raise ValueError(f"unknown mixup mode {self.mixup_mode!r}; choose from {', '.join(MIXUP_MODES)}")
+            raise UserError(f"unknown mixup mode {self.mixup_mode!r}; choose from {', '.join(MIXUP_MODES)}")
 
     @property
     def on(self) -> bool:
@@ -113,7 +113,7 @@ class Mixing:
 
 def _check_pair(name: str, numbers: tuple[float, ...] | None) -> None:
     if numbers is not None and len(numbers) != 2:
-        raise ValueError(f"--{name} {list(numbers)}: give two numbers")
+        raise UserError(f"--{name} {list(numbers)}: give two numbers")
 
 
 def train_transform(view: View, transform: Transform) -> Callable[[Image.Image], Tensor]:
@@ -140,7 +140,7 @@ def train_transform(view: View, transform: Transform) -> Callable[[Image.Image],
         )
     except (AssertionError, KeyError, ValueError) as error:
         words = f"aa={t.aa!r}, train_interpolation={t.train_interpolation!r}, remode={t.remode!r}"
-        raise ValueError(f"timm does not understand this augmentation: {words} ({error})") from None
+        raise UserError(f"timm does not understand this augmentation: {words} ({error})") from None
     parts = whole.transforms
     for part in parts:
         policy = getattr(part, "policy", [getattr(part, "ops", [])])  # AutoAugment; RandAugment, AugMix

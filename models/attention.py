@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.errors import UserError
 from models.tuning import Tunable
 
 
@@ -44,7 +45,7 @@ class Attention(Tunable):
         """`n_queries`, `n_values`: channels of the tokens that ask and of those that are read."""
         super().__init__()
         if inner % heads:
-            raise ValueError(f"{inner} attention channels cannot be shared by {heads} heads")
+            raise UserError(f"{inner} attention channels cannot be shared by {heads} heads")
         self.heads = heads
         self.dropout = dropout
         self.in_float32 = False  # half precision, too

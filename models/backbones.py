@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bases import SingleExit
+from models.errors import UserError
 from models.registry import nearest, register
 
 
@@ -90,9 +91,9 @@ def make_backbone(core: str, drop_path: float | None = None, dropout: float | No
     Raises ValueError for an unknown name or an invalid rate.
     """
     if not 0 <= (drop_path or 0.0) < 1:
-        raise ValueError(f"drop_path is {drop_path}; accepted: 0 up to, but not, 1")
+        raise UserError(f"drop_path is {drop_path}; accepted: 0 up to, but not, 1")
     if core not in CORES:
-        raise ValueError(f"unknown core {core!r}; {nearest(core, CORES)}")
+        raise UserError(f"unknown core {core!r}; {nearest(core, CORES)}")
     return CORES[core](drop_path, dropout)
 
 

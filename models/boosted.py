@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from models.bases import Wrapped
+from models.errors import UserError
 from models.multi_exit import State
 from models.registry import create_model, register
 
@@ -22,7 +23,7 @@ class Boosted(Wrapped):
         """`name` and `options` are those of the network; the paper's scripts set `reweight` to 0.5."""
         super().__init__(create_model(name, num_classes, **options))
         if not 0 <= reweight <= 1:
-            raise ValueError(f"reweight is {reweight}; accepted: 0 to 1")
+            raise UserError(f"reweight is {reweight}; accepted: 0 to 1")
         self.reweight = reweight
 
     def begin(self, images: Tensor) -> State:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bases import SingleExit
+from models.errors import UserError
 from models.layers import check_choice, conv, init_he_out
 from models.registry import register
 
@@ -22,7 +23,7 @@ def blocks_of(depth: int, first: int, step: int, what: str) -> int:
     if depth < step + first or (depth - first) % step:
         near = max(1, round((depth - first) / step))
         accepted = ", ".join(str(step * n + first) for n in sorted({max(1, near - 1), near, near + 1}))
-        raise ValueError(f"depth is {depth}; {what} accepts {step}n + {first}, as in {accepted}")
+        raise UserError(f"depth is {depth}; {what} accepts {step}n + {first}, as in {accepted}")
     return (depth - first) // step
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.cifar import CifarNet, blocks_of
+from models.errors import UserError
 from models.layers import conv, init_he_out
 from models.registry import register
 
@@ -62,7 +63,7 @@ class CifarResNeXt(CifarNet):
     ) -> None:
         super().__init__()
         if widen_factor != 4:
-            raise ValueError(
+            raise UserError(
                 f"widen_factor is {widen_factor}; accepted: 4, for which the classifier reads 1024 channels"
             )
         count = blocks_of(depth, 2, 9, "ResNeXt")
@@ -96,7 +97,7 @@ class CifarVGG(CifarNet):
     def __init__(self, *, num_classes: int = 10, layers: int = 16, norm: bool = False) -> None:
         super().__init__()
         if layers not in VGG_COUNTS:
-            raise ValueError(f"layers is {layers}; accepted: {', '.join(map(str, VGG_COUNTS))}")
+            raise UserError(f"layers is {layers}; accepted: {', '.join(map(str, VGG_COUNTS))}")
         self.features = nn.Sequential()
         n_in = 3
         for n_out, count in zip(VGG_WIDTHS, VGG_COUNTS[layers], strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.attention import CrossAttentionLayer, SelfAttentionLayer
 from models.backbones import Backbone, make_backbone
+from models.errors import UserError
 from models.layers import check_at_least, pooled_residual
 from models.multi_exit import MultiExitModel, State
 from models.registry import register
@@ -169,7 +170,7 @@ class DynPerceiver(MultiExitModel, Tunable):
         side = self.input_size
         if not self.spatial_reduction and images.shape[2:] != (side, side):
             height, width = images.shape[2:]
-            raise ValueError(
+            raise UserError(
                 f"images of {height} x {width}; without spatial_reduction this network reads {side} x {side}"
             )
         return images.contiguous(memory_format=torch.channels_last)  # tokens are then a view of a map
@@ -263,17 +264,15 @@ def _check(
     for option, values in (("depth_factor", depth_factor), ("num_SA_heads", heads)):
         given = list(values) if isinstance(values, Sequence) else values
         if not isinstance(given, list) or len(given) != 4 or min(given) < 1:
-            raise ValueError(
-                f"{option} is {given}; it takes four numbers of at least 1, one per latent stage"
-            )
+            raise UserError(f"{option} is {given}; it takes four numbers of at least 1, one per latent stage")
     if any(width % h for width, h in zip(widths, heads, strict=True)):
-        raise ValueError(
+        raise UserError(
             f"num_SA_heads is {list(heads)}; the tokens' widths {list(widths)} must be multiples of it"
         )
     if num_latents < 8:
-        raise ValueError(f"num_latents is {num_latents}; it must be at least 8, since three stages halve it")
+        raise UserError(f"num_latents is {num_latents}; it must be at least 8, since three stages halve it")
     if num_latent_channels not in (None, widths[0]):
-        raise ValueError(f"num_latent_channels is {num_latent_channels}; this CNN accepts {widths[0]} only")
+        raise UserError(f"num_latent_channels is {num_latent_channels}; this CNN accepts {widths[0]} only")
 
 
 # Name, core, and the numbers of tokens that it is registered with; all but rexnet's are published.

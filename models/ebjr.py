@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.errors import UserError
 from models.multi_exit import MultiExitModel, State
 from models.registry import create_model, register
 from models.tuning import Tunable
@@ -54,11 +55,11 @@ class Member(NamedTuple):
         """Raises ValueError for impossible values."""
         given = [stats for stats in (self.mean, self.std) if stats is not None]
         if any(len(stats) != 3 for stats in given) or min(self.std or (1,)) <= 0:
-            raise ValueError(f"network {self.name!r}: mean and std are three numbers each, std above 0")
+            raise UserError(f"network {self.name!r}: mean and std are three numbers each, std above 0")
         size = 1 if self.size is None else self.size
         crop = 1.0 if self.crop is None else self.crop
         if size < 1 or not 0 < crop <= 1:
-            raise ValueError(f"network {self.name!r}: size is at least 1, crop above 0 and at most 1")
+            raise UserError(f"network {self.name!r}: size is at least 1, crop above 0 and at most 1")
 
     def to_dict(self) -> dict[str, Any]:
         """What is set, in plain types: what a checkpoint stores."""
@@ -90,7 +91,7 @@ class Cascade(MultiExitModel):
     ) -> None:
         super().__init__()
         if len(networks) < 2:
-            raise ValueError(f"networks is {list(networks)}; a cascade has two or more")
+            raise UserError(f"networks is {list(networks)}; a cascade has two or more")
         self.members = [Member.of(network) for network in networks]
         self.networks = nn.ModuleList(
             create_model(member.name, len(member.classes or ()) or num_classes, **member.options)
@@ -103,7 +104,7 @@ class Cascade(MultiExitModel):
         self.num_exits = len(self.stages)
         for member, network in zip(self.members, self.networks, strict=True):
             if member.classes and network.reads_logits(0):
-                raise ValueError(
+                raise UserError(
                     f"classes of {member.name}: it reads its own logits and cannot have them renamed"
                 )
 
@@ -205,7 +206,7 @@ class ClassMap(nn.Module):
             return
         own = [c for c in classes if c >= 0]
         if not own or len(set(own)) < len(own) or max(own) >= num_classes:
-            raise ValueError(
+            raise UserError(
                 f"classes are {list(classes)}; accepted: different numbers below {num_classes}, or -1"
             )
         for name, value in {

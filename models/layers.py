@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.errors import UserError
+
 
 def conv(
     n_in: int, n_out: int, kernel: int = 3, stride: int = 1, groups: int = 1, bias: bool = False
@@ -181,14 +183,14 @@ def init_he_out(network: nn.Module, zero_bias: type | tuple[type, ...] = ()) -> 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless an option's value is among the choices."""
     if value not in choices:
-        raise ValueError(f"{option} is {value!r}; accepted: {', '.join(choices)}")
+        raise UserError(f"{option} is {value!r}; accepted: {', '.join(choices)}")
 
 
 def check_at_least(least: int, **options: float) -> None:
     """Raises ValueError where an option is below `least`."""
     for option, value in options.items():
         if value < least:
-            raise ValueError(f"{option} is {value}; it must be at least {least}")
+            raise UserError(f"{option} is {value}; it must be at least {least}")
 
 
 def check_dense_options(stem: str, stepmode: str, stepmodes: tuple[str, ...], norm_last: bool) -> None:
@@ -196,4 +198,4 @@ def check_dense_options(stem: str, stepmode: str, stepmodes: tuple[str, ...], no
     check_choice("stem", stem, ("cifar", "imagenet"))
     check_choice("stepmode", stepmode, stepmodes)
     if not norm_last:
-        raise ValueError("bnAfter is False; batch norm always follows its convolution")
+        raise UserError("bnAfter is False; batch norm always follows its convolution")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.errors import UserError
 from models.layers import (
     ConvUnit,
     ImageNetStem,
@@ -276,11 +277,11 @@ class MSDNet(MultiExitModel):
 
 def _check(gr: Sequence[int], bn: Sequence[int], growth: int, reduction: float) -> None:
     if len(gr) == 0 or len(bn) != len(gr):
-        raise ValueError(f"bnFactor {list(bn)} and grFactor {list(gr)} need one number per scale each")
+        raise UserError(f"bnFactor {list(bn)} and grFactor {list(gr)} need one number per scale each")
     if any(growth * g % 2 for g in gr[1:]):
-        raise ValueError(f"growthRate {growth} times grFactor {list(gr)} must be even beyond the first scale")
+        raise UserError(f"growthRate {growth} times grFactor {list(gr)} must be even beyond the first scale")
     if not 0 <= reduction <= 1:
-        raise ValueError(f"reduction is {reduction}; it must be at least 0 and at most 1")
+        raise UserError(f"reduction is {reduction}; it must be at least 0 and at most 1")
 
 
 register(MSDNet, "msdnet", "MSDNet; the options default to the CIFAR budgeted configuration")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.errors import UserError
 from models.layers import (
     ConvUnit,
     ImageNetStem,
@@ -166,17 +167,17 @@ class Plan(NamedTuple):
         """Raises ValueError for options that cannot be built; `gr` is grFactor."""
         levels, gr, bn = list(self.levels), list(gr), list(self.bottlenecks)
         if not len(gr) == len(bn) == len(levels) or not levels:
-            raise ValueError(f"scale_list {levels}, grFactor {gr} and bnFactor {bn}: one number per flow")
+            raise UserError(f"scale_list {levels}, grFactor {gr} and bnFactor {bn}: one number per flow")
         if levels[0] < 1 or levels != sorted(levels):
-            raise ValueError(f"scale_list is {levels}; levels are at least 1 and never fall")
+            raise UserError(f"scale_list is {levels}; levels are at least 1 and never fall")
         if min(*gr, *bn, 1) < 1:
-            raise ValueError(f"grFactor {gr} and bnFactor {bn}: numbers of at least 1")
+            raise UserError(f"grFactor {gr} and bnFactor {bn}: numbers of at least 1")
         new = self.growths[1:]
         if any(not 0 < math.floor(self.compress * growth) < growth for growth in new):
             wanted = f"of {new} new channels it must leave some for either side"
-            raise ValueError(f"compress_factor is {self.compress}; {wanted}")
+            raise UserError(f"compress_factor is {self.compress}; {wanted}")
         if not 0 < self.reduction < 1:
-            raise ValueError(f"reduction is {self.reduction}; it must be above 0 and below 1")
+            raise UserError(f"reduction is {self.reduction}; it must be above 0 and below 1")
 
     def block(self, f: int, j: int, n_in: int, lower: Sequence[nn.Module]) -> PlainBlock | FusionBlock:
         """Block j (from 1) of flow f, entered with `n_in` channels; `lower` are the blocks of flow f - 1."""

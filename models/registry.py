@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from models.errors import UnknownOption, UserError
 from models.multi_exit import MultiExitModel
 
 
@@ -40,7 +41,7 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> MultiExi
     known = model_options(name)
     for option in options:
         if option not in known:
-            raise TypeError(f"model {name} has no option {option!r}; {nearest(option, known)}")
+            raise UnknownOption(f"model {name} has no option {option!r}; {nearest(option, known)}")
     options = {**entry.options, **options}
     own = inspect.signature(entry.model_class).parameters
     if "options" in own:
@@ -112,5 +113,5 @@ def _find(name: str) -> Entry:
         entry = _ENTRIES[prefix + slash]
         return entry._replace(options={**entry.options, "name": rest})
     if name.endswith("/") or name not in _ENTRIES:
-        raise ValueError(f"unknown model {name!r}; {nearest(name, list_models())}")
+        raise UserError(f"unknown model {name!r}; {nearest(name, list_models())}")
     return _ENTRIES[name]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.backbones import CORES, Backbone
 from models.bases import Spans
+from models.errors import UserError
 from models.layers import check_at_least, rounded
 from models.registry import register
 from models.rexnet_blocks import (
@@ -47,7 +48,7 @@ class ReXNet(Spans):
         """Light exits after the blocks `exits`, which put out `outs` channels."""
         last = len(outs) - 1
         if list(exits) != sorted({e for e in exits if 0 <= e < last}):
-            raise ValueError(
+            raise UserError(
                 f"exits is {list(exits)}; accepted: rising numbers of blocks from 0 to {last - 1}"
             )
         check_at_least(1, head_width=head_width)
@@ -180,7 +181,7 @@ class ReXNetV1_lite(ReXNet):  # noqa: N801 (the published name)
         super().__init__()
         _check(multiplier=multiplier, input_ch=input_ch)
         if len(kernel_conf) != len(BLOCKS) or not set(kernel_conf) <= set("13579"):
-            raise ValueError(f"kernel_conf is {kernel_conf!r}; accepted: six odd digits, one per stage")
+            raise UserError(f"kernel_conf is {kernel_conf!r}; accepted: six odd digits, one per stage")
 
         def width_of(width: float) -> int:
             return rounded(round(width), divisible_value) if divisible_value else round(width)
@@ -203,7 +204,7 @@ class ReXNetV1_lite(ReXNet):  # noqa: N801 (the published name)
 def _check(**options: float) -> None:
     for option, value in options.items():
         if value <= 0:
-            raise ValueError(f"{option} is {value}; it must be above 0")
+            raise UserError(f"{option} is {value}; it must be above 0")
 
 
 def rexnet(drop_path: float | None, dropout: float | None, *, width_mult: float) -> Backbone:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor, fx, nn
 
 from models.bases import SingleExit, Spans
+from models.errors import UserError
 from models.registry import nearest, register
 
 Part = Callable[..., Sequence[Tensor]]
@@ -52,7 +53,7 @@ def _check_name(name: str) -> None:
     import timm
 
     if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}; {nearest(name, timm.list_models())[:400]}")
+        raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())[:400]}")
 
 
 def _depth(rate: float) -> dict[str, float]:
@@ -110,7 +111,7 @@ class TimmExits(Spans):
         except (
             Exception
         ) as error:  # tracing runs timm's code on stand-ins for tensors, which may fail in any way
-            raise ValueError(f"timm's {backbone} cannot be cut at its feature maps: {error}") from error
+            raise UserError(f"timm's {backbone} cannot be cut at its feature maps: {error}") from error
 
     def span(self, k: int, *values: Tensor) -> Sequence[Tensor]:
         """Map k [B, C, H, W] and what later spans read."""
@@ -129,12 +130,12 @@ def _chosen_maps(backbone: str, exits: int, out_indices: Sequence[int] | None) -
         RuntimeError,
         AssertionError,
     ) as error:  # timm's ways to report that there are no maps
-        raise ValueError(f"timm's {backbone} offers no feature maps to put exits on: {error}") from error
+        raise UserError(f"timm's {backbone} offers no feature maps to put exits on: {error}") from error
     if not 1 <= exits <= maps:
-        raise ValueError(f"exits is {exits}; {backbone} has {maps} feature maps, so accepted: 1 to {maps}")
+        raise UserError(f"exits is {exits}; {backbone} has {maps} feature maps, so accepted: 1 to {maps}")
     chosen = range(maps - exits, maps) if out_indices is None else out_indices
     if not chosen or list(chosen) != sorted({i for i in chosen if 0 <= i < maps}):
-        raise ValueError(f"out_indices is {list(chosen)}; accepted: rising numbers from 0 to {maps - 1}")
+        raise UserError(f"out_indices is {list(chosen)}; accepted: rising numbers from 0 to {maps - 1}")
     return chosen
 
 
@@ -172,7 +173,7 @@ def cut(backbone: nn.Module) -> list[Part]:
     images = nodes[0]
     maps = nodes[-1].args[0]
     if not maps:
-        raise ValueError("timm collects its maps by hooks, which tracing does not see")
+        raise UserError("timm collects its maps by hooks, which tracing does not see")
     sections = _sections(images, maps, carried=_carried(nodes))
     parts = []
     known = {images}

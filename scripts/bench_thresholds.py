@@ -16,7 +16,7 @@ from common import print_table, read_flags, timed
 from torch import Tensor
 
 from adaptive.thresholds import EVERYBODY, MSDNET_RATIOS, NOBODY, geometric_quotas, quota_thresholds, simulate
-from utils import option, run_main
+from utils import UserError, option, run_main
 
 Setting = tuple[list[float], float, float]  # thresholds [K], accuracy (a fraction), mean cost
 
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     rows = [("sample by sample", slow, 1.0), ("vectorised", fast, slow / fast)]
     print_table(["method", "seconds:.3f", "ratio:.0f"], rows)
     if found != expected:
-        raise ValueError("thresholds, accuracies and costs are NOT identical")
+        raise UserError("thresholds, accuracies and costs are NOT identical")
     print("thresholds, accuracies and costs are identical")
 
 

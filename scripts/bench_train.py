@@ -38,7 +38,7 @@ from models import MultiExitModel, attention, create_model, tune
 from models.dyn_perceiver import DynPerceiver
 from training.losses import Losses, ObjectiveFunction, exit_weights, joint_objective, self_distillation
 from training.optim import Optimization, Update, make_update, param_groups
-from utils import Compute, Runtime, describe_machine, option, run_main, start_compute
+from utils import Compute, Runtime, UserError, describe_machine, option, run_main, start_compute
 
 # A rate so low that the variants keep nearly the same weights.
 OPTIMIZATION = Optimization(lr=1e-6, weight_decay=0.05, schedule="constant", warmup_epochs=0)
@@ -135,7 +135,7 @@ def differences(variants: dict[str, Variant], images: Tensor) -> dict[str, float
     same = f"{differ['ours fp32']:.1e}"
     print(f"largest difference of the logits, plain and ours in fp32, of the largest logit: {same}")
     if not differ["ours fp32"] < 1e-3:
-        raise ValueError("plain and ours are not the same network")
+        raise UserError("plain and ours are not the same network")
     return differ
 
 

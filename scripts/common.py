@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from adaptive.timing import interleaved
 from experiment.options import fill, options_of, parse
 from models import nearest
+from utils import UserError
 
 Flags = TypeVar("Flags")
 Answer = TypeVar("Answer")
@@ -41,7 +42,7 @@ def word(about: str) -> Any:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        raise ValueError(message.removeprefix("argument "))
+        raise UserError(message.removeprefix("argument "))
 
 
 def read_known(group: type[Flags], argv: Sequence[str], about: str | None) -> tuple[Flags, list[str]]:
@@ -79,7 +80,7 @@ def read_flags(group: type[Flags], argv: Sequence[str], about: str | None) -> Fl
     flags, rest = read_known(group, argv, about)
     if rest:
         known = [f"--{option.name}" for option in options_of(group)]
-        raise ValueError(f"unknown flag {rest[0]}; {nearest(rest[0], known)}")
+        raise UserError(f"unknown flag {rest[0]}; {nearest(rest[0], known)}")
     return flags
 
 

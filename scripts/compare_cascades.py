@@ -27,7 +27,7 @@ from adaptive.thresholds import EVERYBODY, NOBODY, cheapest, exit_of, within_bud
 from eval_dynamic import calibrate, tables
 from experiment.recipe import read_command
 from experiment.subject import EVALUATION, Subject, open_evaluation
-from utils import option, run_main
+from utils import UserError, option, run_main
 
 Weigh = Callable[[ExitTables], Tensor]  # tables to the weight of every sample [N], summing to 1
 Rule = Callable[[Sequence[float], Sequence[float]], int]  # accuracies and costs to the index of the best
@@ -101,7 +101,7 @@ def stages_of(texts: Sequence[str], networks: int) -> dict[str, list[int]]:
     stages = {text: [int(number) for number in text.split(",")] for text in texts}
     for text, row in stages.items():
         if not set(row) <= set(range(networks)):
-            raise ValueError(f"--cascades {text}: accepted: numbers from 0 to {networks - 1}")
+            raise UserError(f"--cascades {text}: accepted: numbers from 0 to {networks - 1}")
     return stages
 
 
@@ -139,7 +139,7 @@ def open_networks(flags: Flags, words: list[str]) -> Subject:
     subject = open_evaluation(read_command(EVALUATION, [*networks, "--calib", "half_test", *words]))
     count = subject.network.num_exits
     if count != len(flags.networks):
-        raise ValueError(
+        raise UserError(
             f"{len(flags.networks)} networks with {count} exits in all; give networks of one exit"
         )
     return subject
@@ -149,9 +149,9 @@ def main(argv: list[str]) -> None:
     """The command line."""
     flags, words = read_known(Flags, argv, __doc__)
     if bool(flags.popular) != bool(flags.mixes):
-        raise ValueError("--popular needs --mixes")
+        raise UserError("--popular needs --mixes")
     if not flags.cascades:
-        raise ValueError("name the cascades to compare, as in --cascades 0,2 0,1,2")
+        raise UserError("name the cascades to compare, as in --cascades 0,2 0,1,2")
     stages = stages_of(flags.cascades, len(flags.networks))
     subject = open_networks(flags, words)
     other, half, _ = calibrate(subject, tables(subject, subject.splits.test, "test"))

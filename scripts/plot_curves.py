@@ -13,7 +13,7 @@ from typing import Any
 from common import read_flags, word
 
 from files import replacing
-from utils import run_main
+from utils import UserError, run_main
 
 Rows = list[dict[str, Any]]
 
@@ -39,12 +39,12 @@ class Curves:
         """The results from LABEL=FOLDER; ValueError where the folder holds none."""
         label, equals, folder = text.partition("=")
         if not equals:
-            raise ValueError(f"{text!r} is not LABEL=FOLDER")
+            raise UserError(f"{text!r} is not LABEL=FOLDER")
         contents = []
         for name in ("anytime.json", "dynamic.json"):
             path = Path(folder) / name
             if not path.is_file():
-                raise ValueError(f"no {name} in {folder}: run eval_dynamic.py on its checkpoint first")
+                raise UserError(f"no {name} in {folder}: run eval_dynamic.py on its checkpoint first")
             contents.append(json.loads(path.read_text()))
         return cls(label, *contents)
 
@@ -67,7 +67,7 @@ def table(runs: list[Curves]) -> str:
     first = runs[0]
     for other in runs[1:]:
         if other.costs != first.costs:
-            raise ValueError(
+            raise UserError(
                 f"{other.label} is another network than {first.label}: "
                 f"exits cost {other.costs}, not {first.costs}"
             )

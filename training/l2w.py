@@ -36,7 +36,7 @@ from training.weight_net import (
     sample_weights,
     weight_inputs,
 )
-from utils import Compute, Meters, option
+from utils import Compute, Meters, UserError, option
 
 
 def confidence_table(exits: list[Tensor]) -> Tensor:
@@ -118,7 +118,7 @@ class SampleWeighting:
         """Yields (loss, logits) of the first half and, after the classifier's step, of the second half."""
         n = len(images)
         if n < 4:
-            raise ValueError(
+            raise UserError(
                 f"a batch of {n} cannot be cut into two halves to learn weights from; 4 or more can"
             )
         for group in self.optimizer.param_groups:

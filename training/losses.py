@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import MultiExitModel
-from utils import option
+from utils import UserError, option
 
 Distillation = Callable[[Tensor, list[Tensor]], Tensor]  # from images and the logits of all exits to a scalar
 ObjectiveFunction = Callable[[nn.Module, Tensor, Tensor], Iterator[tuple[Tensor, list[Tensor]]]]
@@ -121,9 +121,9 @@ def exit_weights(
     """
     if (att, cnn, merge) != (None, None, None):
         if weights:
-            raise ValueError(f"exit weights {list(weights)} and loss factors are given; choose one of them")
+            raise UserError(f"exit weights {list(weights)} and loss factors are given; choose one of them")
         if num_exits != 4:
-            raise ValueError(
+            raise UserError(
                 f"loss factors are for four exits, the network has {num_exits}: give exit weights"
             )
         att, cnn, merge = (
@@ -131,9 +131,9 @@ def exit_weights(
         )
         weights = [att, att, cnn, merge]
     if weights and len(weights) != num_exits:
-        raise ValueError(f"{len(weights)} exit weights given, the network has {num_exits} exits")
+        raise UserError(f"{len(weights)} exit weights given, the network has {num_exits} exits")
     if weights and not any(weights):
-        raise ValueError(f"exit weights {list(weights)}: nothing would be trained; give one above 0")
+        raise UserError(f"exit weights {list(weights)}: nothing would be trained; give one above 0")
     return list(weights or [1.0] * num_exits)
 
 

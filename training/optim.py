@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models import nearest
-from utils import option
+from utils import UserError, option
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def lr_at(
         return base * decay_rate ** bisect_right(milestones, step)
     if schedule == "constant":
         return base
-    raise ValueError(f"unknown schedule {schedule!r}; choose from cosine, multistep, constant")
+    raise UserError(f"unknown schedule {schedule!r}; choose from cosine, multistep, constant")
 
 
 def weight_decay_at(step: int, *, base: float, end: float | None, total_steps: int) -> float:
@@ -138,10 +138,10 @@ def _scale_of(text: str, names: list[str]) -> tuple[str, float]:
     """The start of some of these names, and a factor."""
     start, _, factor = text.rpartition("=")
     if not start or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", factor):
-        raise ValueError(f"learning rate scale {text!r}: give START=FACTOR, as in features.=0.1")
+        raise UserError(f"learning rate scale {text!r}: give START=FACTOR, as in features.=0.1")
     if not any(name.startswith(start) for name in names):
         parts = dict.fromkeys(name.partition(".")[0] for name in names)
-        raise ValueError(f"no parameter's name starts with {start!r}; they start with {', '.join(parts)}")
+        raise UserError(f"no parameter's name starts with {start!r}; they start with {', '.join(parts)}")
     return start, float(factor)
 
 
@@ -156,7 +156,7 @@ def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.
     name = o.opt.lower().removeprefix("lookahead_")
     prefix = o.opt.lower().removesuffix(name)
     if name not in ("nvnovograd", *list_optimizers()):
-        raise ValueError(f"unknown optimizer {o.opt!r}; {nearest(name, list_optimizers())}")
+        raise UserError(f"unknown optimizer {o.opt!r}; {nearest(name, list_optimizers())}")
     # timm's names for them; its "sgd" is Nesterov's.
     name = {"sgd": "momentum", "nvnovograd": "novograd"}.get(name, name)
     given: dict[str, Any] = {}
@@ -170,7 +170,7 @@ def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.
     try:
         return create_optimizer_v2(groups, prefix + name, o.lr, o.weight_decay, o.momentum, **given)
     except (AssertionError, TypeError, ValueError) as error:  # a fused one needs CUDA; numbers out of range
-        raise ValueError(f"optimizer {o.opt!r} cannot be used here: {error}") from error
+        raise UserError(f"optimizer {o.opt!r} cannot be used here: {error}") from error
 
 
 def measured_at(step: int, *, every: int, steps: int) -> bool:

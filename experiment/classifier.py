@@ -13,18 +13,17 @@ from adaptive.flops import check_side, print_costs
 from adaptive.thresholds import geometric_quotas
 from datasets import Split, TrainLoader, mixup_collate, open_splits, ordered_loader, with_readable
 from engine import evaluate_all, train_one_epoch
-from experiment.checkpoint import latest
+from experiment.announce import farewell, opening
 from experiment.fit import fit_to
-from experiment.folder import farewell
 from experiment.log import Logger, epoch_line
 from experiment.open import architecture, open_teacher, read_weights
-from experiment.published import Stored, read
+from experiment.published import Stored
 from experiment.recipe import Recipe
-from experiment.resume import Pace, as_started, check_same_run, resume
+from experiment.resume import Pace, as_started, checkpoint_of, resume
 from experiment.run import Figures, Run, Saving
 from models import MultiExitModel, create_model
 from training.l2w import SampleWeighting
-from training.optim import make_update
+from training.optim import Update, make_update
 from training.regimes import PHASES, phase_of, trained_through
 from training.weight_net import write_tables
 from utils import Compute, gather, seed_everything
@@ -36,7 +35,7 @@ class Classifier:
     def __init__(self, recipe: Recipe, compute: Compute) -> None:
         self.folder = Path(recipe.runtime.output_dir) if recipe.runtime.output_dir else None
         self.recipe, self.compute = recipe, compute
-        stored = self._stored()
+        stored = checkpoint_of(recipe, self.say)
         if stored:
             self.recipe = recipe = as_started(recipe, stored)
         held_out = stored.held_out if stored else None
@@ -49,20 +48,8 @@ class Classifier:
         self.loader = self._loader()
         seed_everything(recipe.data.seed, 0, 0)
         self.arch, self.network = self._network(fresh=stored is None)
-        losses, update_freq = len(self.loader) * self.passes, recipe.optimization.update_freq
-        rest = 0 if recipe.data.drop_last else losses % update_freq  # the length of a stream is an estimate
-        self.steps = losses // update_freq + (rest > 0)
-        fp16 = compute.amp == torch.float16
         self.pace = Pace.of(recipe, compute.world_size, stored)
-        self.update = make_update(
-            self.network,
-            self.pace.scaled(recipe.optimization),
-            steps=self.steps,
-            rest=rest,
-            losses_per_batch=self.passes,
-            fp16=fp16,
-            measure_every=max(1, recipe.session.print_freq * self.passes // recipe.optimization.update_freq),
-        )
+        self.update = self._update()
         self.regime = "heads" if recipe.objective.freeze_backbone else recipe.objective.regime
         self.weighting: SampleWeighting | None = None
         self.objectives = self._objectives()
@@ -74,16 +61,6 @@ class Classifier:
         config = {**recipe.flags(), **recipe.options}
         self.logger = Logger(session.log_dir if main_process else None, project, config)
         self.judged: Figures = {}  # of the last epoch
-
-    def _stored(self) -> Stored | None:
-        """The checkpoint to resume from, which must be of the same data and optimizer."""
-        start = self.recipe.start
-        path = start.resume or (self.folder and start.auto_resume and latest(self.folder, self.say))
-        if not path:
-            return None
-        stored = read(path)
-        check_same_run(self.recipe, stored)
-        return stored
 
     def _loader(self) -> TrainLoader:
         """Shuffled, augmented, and mixed if mixup or cutmix is on; batch norm needs 2 images per loss."""
@@ -115,6 +92,22 @@ class Classifier:
         if recipe.session.compile:
             network.compile()
         return arch, network
+
+    def _update(self) -> Update:
+        """Optimizer, schedules and moving average; `steps` are the optimizer steps of an epoch."""
+        recipe = self.recipe
+        losses, update_freq = len(self.loader) * self.passes, recipe.optimization.update_freq
+        rest = 0 if recipe.data.drop_last else losses % update_freq  # the length of a stream is an estimate
+        self.steps = losses // update_freq + (rest > 0)
+        return make_update(
+            self.network,
+            self.pace.scaled(recipe.optimization),
+            steps=self.steps,
+            rest=rest,
+            losses_per_batch=self.passes,
+            fp16=self.compute.amp == torch.float16,
+            measure_every=max(1, recipe.session.print_freq * self.passes // update_freq),
+        )
 
     def _objectives(self) -> dict[str, Any]:
         """The objective of every phase of the regime; they live as long as the run."""
@@ -175,17 +168,10 @@ class Classifier:
         self.update.start(run.first * self.steps)
         if self.weighting:
             self.weighting.start(run.first)
-        size, splits = sum(p.numel() for p in self.network.parameters()), self.splits
-        self.say(f"{recipe.network.model}: {self.network.num_exits} exits, {size / 1e6:.3f} M parameters")
-        for note in splits.source.notes:
-            self.say(note)
-        counts = {"train": splits.train, "calib": splits.calib, "test": splits.test}
-        self.say(", ".join(f"{len(images)} {part} images" for part, images in counts.items()))
-        going_on = f", going on from {stored.source}" if stored else ""
-        procedure = f", procedure {recipe.network.procedure}" if recipe.network.procedure else ""
-        self.say(f"{self.compute.world_size} x {self.compute.device}{procedure}{going_on}")
+        source = stored.source if stored else ""
+        self.say("\n".join(opening(recipe, self.network, self.splits, self.compute, source)))
         if recipe.runtime.flops and self.compute.rank == 0:
-            print_costs(self.network, self.arch, splits.view.size)
+            print_costs(self.network, self.arch, self.splits.view.size)
 
     def phase_at(self, epoch: int) -> str:
         """The phase of the regime in an epoch."""

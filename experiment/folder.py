@@ -1,11 +1,8 @@
-"""The folder of a training run: made or found, held against a second run, and named at the end."""
+"""The folder of a training run: made or found, and held against a second run."""
 
 import fcntl
 import os
-import shlex
-import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiment.checkpoint import BEST
-from experiment.log import last_record
 from experiment.recipe import Recipe
 from files import writing
 from utils import Compute, UserError, gather
 
 LOCK = ".lock"
-EVALUATE = Path(__file__).resolve().parents[1] / "eval_dynamic.py"
 
 
 @contextmanager
@@ -99,22 +93,3 @@ def release(folder: Path) -> None:
     if folder in _HELD:
         (folder / LOCK).unlink(missing_ok=True)
         _HELD.pop(folder).close()
-
-
-def farewell(recipe: Recipe) -> list[str]:
-    """What a finished run says: top-1 on test by exit, where its files are, and how to evaluate it."""
-    folder, lines = Path(recipe.runtime.output_dir), []
-    record = last_record(folder / "log.txt")
-    for name in ("test", "test_ema"):
-        tops = [f"{100 * value:.2f}" for key, value in record.items() if key.startswith(f"{name}/acc1/")]
-        if tops:
-            lines.append(f"{name} top-1 by exit: {' '.join(tops)} %")
-    lines.append(f"log and checkpoints are in {folder}")
-    if (folder / BEST).exists():
-        python = "python" if shutil.which("python") == sys.executable else sys.executable
-        words = [python, os.path.relpath(EVALUATE), "--checkpoint", str(folder / BEST)]
-        for name in ("data_path", "eval_data_path"):
-            value = getattr(recipe.data, name)
-            words += [f"--{name}", value] if value else []
-        lines.append(f"next: {shlex.join(words)}")
-    return lines

@@ -1,21 +1,34 @@
 """Resuming from a checkpoint: it must be of the same run, and every part gets its state back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from datasets import Data
+from experiment.checkpoint import latest
 from experiment.fit import check_arch
 from experiment.open import compared
 from experiment.options import plain
 from experiment.procedures import OURS, row_of
-from experiment.published import Stored, regrouped
+from experiment.published import Stored, read, regrouped
 from experiment.recipe import DEFAULTS, GROUPS, Recipe
 from experiment.run import Run
 from models import MultiExitModel, spelled_out
 from training.optim import Optimization
 from utils import UserError
+
+
+def checkpoint_of(recipe: Recipe, say: Callable[[str], None]) -> Stored | None:
+    """The checkpoint that a run goes on from, of the same data and optimizer; `say` gets what is amiss."""
+    start, folder = recipe.start, recipe.runtime.output_dir
+    path = start.resume or (folder and start.auto_resume and latest(folder, say))
+    if not path:
+        return None
+    stored = read(path)
+    check_same_run(recipe, stored)
+    return stored
 
 
 def check_same_run(recipe: Recipe, stored: Stored) -> None:

@@ -27,7 +27,7 @@ PARAMETER = 10**6  # the numbers that one parameter counts for, besides its own
 LARGE = 4096  # the largest side of images; also of integers in an arch, unless its weights are larger
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
     """The file is not as it was written."""
 
 

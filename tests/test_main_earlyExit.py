@@ -272,7 +272,7 @@ def test_a_mistake_under_torchrun_is_one_line_of_one_process(on):
     launch = shlex.split("scripts/launch.py --standalone --nproc_per_node 2 main_earlyExit.py")
     end = script(*launch, *on("--smoothing", 1), env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (end.returncode, end.stdout) == (2, "")
-    assert end.stderr == "error: --smoothing 1.0: it must be below 1\n"
+    assert end.stderr == "error: --smoothing: 1 is above the greatest value accepted, 0.9999\n"
 
 
 def test_torchrun_trains_in_two_processes(trained, tmp_path, on, read_log):

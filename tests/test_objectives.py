@@ -137,7 +137,7 @@ def test_a_last_partial_batch_is_cut_into_halves_too(on, tmp_path, last_of):
         out = tmp_path / str(batch_size)
         train(on(*SHORT, *words, "--batch_size", batch_size, "--output_dir", out))
         assert last_of(out)["step"] == 2 * batches and last_of(out)["l2w"]["batch"] == batches
-        index = np.load(out / "l2w-0.npz")["index"]
+        index = np.load(out / "l2w-1.npz")["index"]
         assert len(index) == len(set(index)) == rows
 
 

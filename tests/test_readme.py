@@ -43,7 +43,7 @@ SMALLER = [
     (r"--data_set CIFAR10 ", NPZ.format(10)),
     # Evaluated is a run on the stand-in of CIFAR-10.
     (r"^(eval_dynamic|scripts/bench_runtime).py .*\bruns/.*--data_path \S*/cifar", NPZ.format(10)),
-    (r"^eval_dynamic.py --checkpoint (runs/(quickstart|resnet10t)|.*/dyn_regnet)", NPZ.format(10)),
+    (r"^eval_dynamic.py --checkpoint runs/(quickstart|resnet10t)", NPZ.format(10)),
     (r"--accuracy", "--accuracy 0"),
     (r"--data_set CIFAR100 ", NPZ.format(100)),
     (r"--data_set IMNET", "--input_size 64"),
@@ -297,7 +297,8 @@ class Runner:
         words = [*words, *expanded(smaller, {"DATA": self.data})]
         for pattern, other in REPLACED:
             words = [re.sub(pattern, other, word) for word in words]
-        if (path, *words) not in self.done:
+        folder = words[words.index("--output_dir") + 1] if "--output_dir" in words else ""
+        if (path, *words) not in self.done or not Path(folder).exists():
             make_files(" ".join(words), self.finished)
             self.run_script(path, *words)
             self.done.add((path, *words))

@@ -25,8 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from adaptive.confidence import max_prob
 from training.directional import Recording, buffers_of, tangent_of
 from training.losses import Losses
-from training.optim import Update, cosine
+from training.optim import Update
 from training.restore import load_optimizer
+from training.schedules import cosine
 from training.weight_net import (
     WeightNet,
     assign_exits,

@@ -1,8 +1,6 @@
-"""Parameter groups, optimizers, schedules as functions of the step, and the update that applies them."""
+"""Parameter groups, optimizers, and the update that applies them."""
 
-import math
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models import nearest
+from training.schedules import lr_at, measured_at, micro_batches_at, weight_decay_at
 from utils import UserError, option
 
 
@@ -57,52 +56,6 @@ class Optimization:
     )
     model_ema_force_cpu: bool = option(False, "keep the average in main memory")
     model_ema_eval: bool = option(False, "evaluate the average too, and choose the best checkpoint by it")
-
-
-def cosine(start: float, end: float, step: int, length: int) -> float:
-    """Half a cosine from `start` at step 0 to `end` at step `length`, and `end` from there on."""
-    progress = min(step / max(length, 1), 1.0)
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
-
-
-def lr_at(
-    step: int,
-    *,
-    schedule: str,
-    base: float,
-    minimum: float,
-    warmup_steps: int,
-    total_steps: int,
-    milestones: Sequence[int] = (),
-    decay_rate: float = 0.1,
-) -> float:
-    """Learning rate of optimizer step `step`, counted from 0.
-
-    Every schedule starts with `warmup_steps` steps (at most `total_steps`) that rise linearly from 0 to
-    `base`, both included. Then "cosine" falls to `minimum` (the Dynamic Perceiver recipe), "multistep" is
-    multiplied by `decay_rate` at every milestone (in steps, ascending; MSDNet, RANet), and "constant" stays.
-    Raises ValueError for other names.
-    """
-    warmup_steps = min(warmup_steps, total_steps)
-    if step < warmup_steps:
-        return base * step / max(warmup_steps - 1, 1)
-    if schedule == "cosine":
-        return cosine(base, minimum, step - warmup_steps, total_steps - warmup_steps)
-    if schedule == "multistep":
-        return base * decay_rate ** bisect_right(milestones, step)
-    if schedule == "constant":
-        return base
-    raise UserError(f"unknown schedule {schedule!r}; choose from cosine, multistep, constant")
-
-
-def weight_decay_at(step: int, *, base: float, end: float | None, total_steps: int) -> float:
-    """Weight decay of optimizer step `step`: a cosine from `base` to `end`; always `base` if that is None."""
-    return base if end is None else cosine(base, end, step, total_steps)
-
-
-def micro_batches_at(update_freq: int, steps: int, rest: int, step: int) -> int:
-    """Micro-batches of optimizer step `step`; the last of an epoch's `steps` has `rest`, unless that is 0."""
-    return rest if rest and (step + 1) % steps == 0 else update_freq
 
 
 def param_groups(
@@ -171,12 +124,6 @@ def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.
         return create_optimizer_v2(groups, prefix + name, o.lr, o.weight_decay, o.momentum, **given)
     except (AssertionError, TypeError, ValueError) as error:  # a fused one needs CUDA; numbers out of range
         raise UserError(f"optimizer {o.opt!r} cannot be used here: {error}") from error
-
-
-def measured_at(step: int, *, every: int, steps: int) -> bool:
-    """Whether step `step` ends an epoch of `steps`, or `every` (0: never) more of its steps."""
-    done = step % max(steps, 1) + 1
-    return every > 0 and (done == steps or done % every == 0)
 
 
 def make_update(

@@ -1,8 +1,7 @@
-"""The folder of a run: found or made, kept for one run alone, named at the end."""
+"""The folder of a run: found or made, kept for one run alone."""
 
 import os
 import re
-import shlex
 import signal
 import time
 from contextlib import suppress
@@ -12,8 +11,7 @@ import pytest
 import torch
 
 from experiment import folder as folder_module
-from experiment.folder import farewell, hold, release, run_folder
-from experiment.log import append_json
+from experiment.folder import hold, release, run_folder
 from experiment.recipe import Recipe
 from models.errors import UserError
 from utils import Compute
@@ -90,18 +88,3 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/file/out: Not a directory$"):
         hold(tmp_path / "file" / "out")
-
-
-def test_a_finished_run_says_figures_folder_and_the_next_command(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my run").mkdir()
-    recipe = Recipe.of(WORDS, {"output_dir": "my run"})
-    assert farewell(recipe) == ["log and checkpoints are in my run"]
-    figures = {"test/acc1/exit0": 0.5, "test/acc1/exit1": 0.75, "test_ema/acc1/exit0": 0.25}
-    append_json(tmp_path / "my run" / "log.txt", {"epoch": 1, **figures})
-    (tmp_path / "my run" / "checkpoint-best.pth").touch()
-    *lines, command = farewell(recipe)
-    assert lines[:2] == ["test top-1 by exit: 50.00 75.00 %", "test_ema top-1 by exit: 25.00 %"]
-    _, python, script, *words = shlex.split(command)
-    assert (tmp_path / script).is_file() and Path(script).name == "eval_dynamic.py" and "python" in python
-    assert words == ["--checkpoint", "my run/checkpoint-best.pth", "--data_path", "my data"]

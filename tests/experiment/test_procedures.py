@@ -20,7 +20,7 @@ from experiment.recipe import GROUPS, read_command, words_of
 from experiment.resume import as_started
 from experiment.subject import EVALUATION
 from models import create_model, list_models, model_class, tune
-from training.optim import lr_at
+from training.schedules import lr_at
 
 pytestmark = pytest.mark.usefixtures("costs_once", "no_pictures")
 PERCEIVER = shlex.split("--model mobilenetV3_0x5_perceiver_t128 --num_latents 8 --SA_widening_factor 1")

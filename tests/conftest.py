@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NETWORK = shlex.split("--model msdnet --nBlocks 2 --nChannels 8 --growthRate 4 --grFactor 1-2 --bnFactor 1-2")
 DATA = shlex.split("--data_set image_folder --input_size 32 --num_calib 8 --batch_size 4")
 PLAIN = shlex.split("--mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 --smoothing 0")
-RUN = shlex.split("--num_workers 1 --device cpu")
+RUN = shlex.split("--num_workers 0 --device cpu")
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "DYNEXIT_TRACEBACK")
 
 # One variant per registered class that is small enough to really run.

@@ -22,7 +22,7 @@ from models import create_model
 ROOT = Path(__file__).resolve().parents[1]
 train = main_earlyExit.main
 PLAIN = shlex.split("--mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 --smoothing 0")
-RUN = shlex.split("--num_workers 1 --device cpu")
+RUN = shlex.split("--num_workers 0 --device cpu")
 AVERAGED = shlex.split(
     "--epochs 2 --warmup_epochs 0 --model_ema true --model_ema_decay 0.5 --model_ema_eval true --lr 0.01"
 )
@@ -88,7 +88,7 @@ def test_other_flags_of_training_run(trained, tmp_path, capsys, on, read_log):
     ("words", "steps", "epochs"),
     [
         ("--epochs 3 --update_freq 2", 4, 3),  # of 8 batches
-        ("--epochs 3 --update_freq 2 --num_workers 0", 4, 3),
+        ("--epochs 3 --update_freq 2 --num_workers 1", 4, 3),
         # Of 6 batches, the last one of 2 images.
         ("--epochs 2 --update_freq 4 --drop_last false --batch_size 6 --disable_eval true", 2, 2),
     ],

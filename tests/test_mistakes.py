@@ -18,7 +18,7 @@ from models import create_model
 train, evaluate = main_earlyExit.main, eval_dynamic.main
 NETWORK = shlex.split("--model msdnet --nBlocks 2 --nChannels 8 --growthRate 4 --grFactor 1-2 --bnFactor 1-2")
 PLAIN = shlex.split("--mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 --smoothing 0")
-RUN = shlex.split("--num_workers 1 --device cpu")
+RUN = shlex.split("--num_workers 0 --device cpu")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from experiment.recipe import GROUPS, Recipe, Unsupported, read_command
 from models import create_model
 
 pytestmark = pytest.mark.usefixtures("costs_once", "no_pictures")
-RUN = shlex.split("--num_workers 1 --device cpu")
+RUN = shlex.split("--num_workers 0 --device cpu")
 DYNAMIC = shlex.split("--mode dynamic --quota_sweep dyn_perceiver --quota_scales 0.85 1 0.5")
 
 # Every flag of that script with its default or, where that is None or cannot run there, a value that can.
@@ -249,7 +249,7 @@ def test_the_published_procedure_samples_all_training_images(checkpoint, thousan
 def going_on(checkpoint, folder, out, epochs):
     """The command that goes on from a file; two optimizer steps an epoch."""
     words = f"{FLAGS} --data_path {folder} --output_dir {out} --resume {checkpoint} --epochs {epochs} --clip_grad 0"
-    words += " --model_ema true --batch_size 400 --eval_data_path= --log_dir= --device cpu --num_workers 1"
+    words += " --model_ema true --batch_size 400 --eval_data_path= --log_dir= --device cpu --num_workers 0"
     return [*shlex.split(words), "--disable_eval", "true"]
 
 
@@ -311,7 +311,7 @@ def test_what_does_not_fit_a_published_file_is_said(checkpoint, thousand, images
 
 def test_a_published_network_is_fine_tuned_to_other_classes(checkpoint, images, tmp_path, capsys, read_log):
     words = f"{FLAGS} --data_path {images} --output_dir {tmp_path} --finetune {checkpoint} --epochs 1 --batch_size 8"
-    words += " --model_key model_ema --eval_data_path= --log_dir= --device cpu --num_workers 1 --data_set image_folder"
+    words += " --model_key model_ema --eval_data_path= --log_dir= --device cpu --num_workers 0 --data_set image_folder"
     main_earlyExit.main([*shlex.split(words), "--nb_classes", "3"])
     renewed = "early_classifier3, isc3, classifier_att, isc4, classifier_cnn, classifier_merge"
     assert re.search(

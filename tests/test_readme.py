@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = {"", "text"}  # what a command prints, a diagram
 
 # (pattern in a command, words that make it small); all that fit are put at the command's end, in this order.
-RUN = "--num_workers 1 --device cpu"
+RUN = "--num_workers 0 --device cpu"
 SMALL_MSDNET = "--model msdnet --nBlocks 2 --nChannels 4 --growthRate 4 --grFactor 1-2 --bnFactor 1-2"
 FOLDER = "--data_set image_folder --data_path $DATA/imagenet --input_size 64"
 NPZ = "--data_path $DATA/cifar{0}_train.npz --eval_data_path $DATA/cifar{0}_test.npz"

@@ -25,7 +25,7 @@ from training.schedules import lr_at
 pytestmark = pytest.mark.usefixtures("costs_once", "no_pictures")
 PERCEIVER = shlex.split("--model mobilenetV3_0x5_perceiver_t128 --num_latents 8 --SA_widening_factor 1")
 PLAIN = shlex.split("--mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 --smoothing 0")
-RUN = shlex.split("--num_workers 1 --device cpu")
+RUN = shlex.split("--num_workers 0 --device cpu")
 
 
 def recipe_of(*words):

@@ -8,7 +8,7 @@ import torch
 from experiment.recipe import read_command
 from experiment.subject import EVALUATION, open_evaluation
 
-RUN = shlex.split("--num_workers 1 --device cpu")
+RUN = shlex.split("--num_workers 0 --device cpu")
 
 
 def subject_of(path, *words):

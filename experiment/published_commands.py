@@ -66,7 +66,7 @@ OPTIONS = {
 SGD = (
     "--epochs 300 --batch_size 64 --opt sgd --lr 0.1 --min_lr 0 --momentum 0.9 --weight_decay 1e-4 "
     "--filter_bias_and_bn false --warmup_epochs 0 --smoothing 0 --mixup 0 --cutmix 0 --aa none "
-    "--color_jitter 0 --reprob 0 --num_calib 0"
+    "--color_jitter 0 --reprob 0 --num_calib 0 --drop_last false"
 )
 WEIGHTING = (
     "--l2w true --target_p_index 20 --meta_net_hidden_size 100 --meta_net_num_layers 1 --meta_interval 1 "
@@ -164,7 +164,8 @@ def _training(network: Flags, given: Flags, program: str) -> str:
         epochs = int(settings["epochs"])
         milestones = [epochs // 2, epochs * 3 // 4] if small else range(30, epochs, 30)
         settings |= {"schedule": "multistep", "decay_epochs": " ".join(map(str, milestones))}
-    settings |= {"download": "true"} if small else {"train_interpolation": "bilinear"}
+    bilinear = dict.fromkeys(["train_interpolation", "interpolation"], "bilinear")
+    settings |= {"download": "true"} if small else bilinear
     return _command("python main_earlyExit.py", network | settings)
 
 

@@ -94,7 +94,9 @@ def test_l2w_s_commands(words, preset, numbers, error_of):
     assert not o.filter_bias_and_bn and o.weight_decay == 1e-4 and recipe.objective.smoothing == 0
     assert recipe.data.data_path == "/data" and recipe.runtime.num_workers == 16
     assert recipe.runtime.output_dir == {"CIFAR10": "c10", "IMNET": "step4"}[recipe.data.data_set]
-    assert recipe.transform.train_interpolation == ("bicubic" if numbers[-1] == "CIFAR10" else "bilinear")
+    resized = "bicubic" if numbers[-1] == "CIFAR10" else "bilinear"
+    assert recipe.transform.train_interpolation == recipe.view.interpolation == resized
+    assert not recipe.data.drop_last
 
 
 def test_what_l2w_s_command_leaves_open_is_as_there(error_of):

@@ -1,6 +1,10 @@
 """The data of a run: a data set opened, cut into train, calib and test, transformed; and its loaders."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch.distributed as dist
 
 from loading.bad_images import with_readable
 from loading.loaders import TrainLoader, ordered_loader
@@ -10,7 +14,7 @@ from loading.sources import IMAGENET_STATS, Data, Source, open_source
 from loading.split import Split, default_num_calib, make_split, split_train
 from loading.streams import PREFIXES, Stream
 from loading.transforms import Mixing, Transform, View, eval_transform, mixup_collate, train_transform
-from utils import UserError, one_process_first
+from utils import UserError
 
 __all__ = [
     "IMAGENET_STATS",
@@ -43,6 +47,22 @@ class Splits:
     calib: Split | Stream
     test: Split | Stream
     calib_indices: list[int]
+
+
+@contextmanager
+def one_process_first(wanted: bool) -> Iterator[None]:
+    """If `wanted`, the first process runs the block before the others, which then find its results.
+
+    One use is a download.
+    """
+    wanted = wanted and dist.is_initialized()
+    if wanted and dist.get_rank() > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if wanted and dist.get_rank() == 0:
+            dist.barrier()
 
 
 def open_splits(

@@ -4,13 +4,14 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.exit_tables import ExitTables, GrowingTables, first_not_finite
 from models import MultiExitModel, tune
 from training.losses import ObjectiveFunction, full_precision
-from utils import Compute, Meters, Progress, UserError, gather, share_buffers
+from utils import Compute, Meters, Progress, UserError, gather
 
 
 def train_one_epoch(
@@ -111,6 +112,15 @@ def evaluate(
     return ExitTables.interleave([shard for shard in shards if shard])
 
 
+def share_buffers(module: nn.Module, compute: Compute) -> None:
+    """Gives every process the buffers of the first one.
+
+    After a step each has batch-norm statistics of its own images.
+    """
+    for buffer in module.buffers() if compute.world_size > 1 else ():
+        dist.broadcast(buffer, 0)
+
+
 def evaluate_all(
     networks: dict[str, MultiExitModel],
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -126,7 +136,9 @@ def evaluate_all(
     for name, network in networks.items():
         share_buffers(network, compute)
         device = next(network.parameters()).device
-        where = compute if device == compute.device else Compute(device, **compute.ranks)
+        where = compute
+        if device != compute.device:
+            where = Compute(device, rank=compute.rank, world_size=compute.world_size)
         tables = evaluate(network, loader, where, title=title + name)
         figures |= {f"{title}{name}/{key}": value for key, value in summarise(tables).items()}
     return figures

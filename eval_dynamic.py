@@ -31,8 +31,7 @@ from experiment.record import (
     runtime_lines,
 )
 from experiment.subject import EVALUATION, Subject, open_evaluation
-from files import writing
-from utils import Compute, UserError, run_main
+from utils import Compute, UserError, run_main, writing
 
 
 def evaluate_checkpoint(given: Given) -> None:

@@ -1,13 +1,16 @@
-"""What every entry script needs: processes and devices, seeds, meters, progress and logs."""
+"""What every entry script needs: processes and devices, seeds, meters, progress, files written whole."""
 
+import errno
 import io
+import json
+import math
 import os
-import platform
 import random
 import re
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,6 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
 
 
 def option(
@@ -103,11 +108,6 @@ class Compute:
     rank: int = 0
     world_size: int = 1
 
-    @property
-    def ranks(self) -> dict[str, int]:
-        """This process among all."""
-        return {"rank": self.rank, "world_size": self.world_size}
-
     def put(self, tensor: Tensor) -> Tensor:
         """The tensor on the device, maps in the memory format of the network."""
         maps = self.channels_last and tensor.ndim == 4
@@ -149,9 +149,9 @@ def start_compute(runtime: Runtime) -> Compute:
     Raises ValueError for an unknown or absent device, and for an output folder that is a file.
     """
     device, folder = runtime.device, Path(runtime.output_dir)
-    taken = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
-    if taken:
-        raise UserError(f"--output_dir {folder}: {taken} is a file; give a folder, it may be a new one")
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--output_dir {folder}: {path} is a file; give a folder, it may be a new one")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: accepted: auto, cpu, cuda, cuda:N")
     rank, world_size, local_rank = _ranks()
@@ -183,54 +183,12 @@ def _ranks() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def describe_machine(device: torch.device) -> str:
-    """Processor, threads and torch version, for the record of a measurement."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    model = ""
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            model = next(
-                (line.partition(":")[2].strip() for line in file if line.startswith("model name")), ""
-            )
-    model = model or platform.processor() or "CPU"
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 def seed_everything(seed: int, epoch: int, rank: int) -> None:
-    """Seeds Python, NumPy and torch for one epoch of one process.
-
-    Every epoch has its own seed, so a resumed run gives the same results without saved generator states.
-    """
+    """Seeds Python, NumPy and torch for one epoch of one process, so that it can be repeated alone."""
     mixed = int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
-
-
-@contextmanager
-def one_process_first(wanted: bool) -> Iterator[None]:
-    """If `wanted`, the first process runs the block before the others, which then find its results.
-
-    One use is a download.
-    """
-    wanted = wanted and dist.is_initialized()
-    if wanted and dist.get_rank() > 0:
-        dist.barrier()
-    try:
-        yield
-    finally:
-        if wanted and dist.get_rank() == 0:
-            dist.barrier()
-
-
-def share_buffers(module: nn.Module, compute: Compute) -> None:
-    """Gives every process the buffers of the first one.
-
-    After a step each has batch-norm statistics of its own images.
-    """
-    for buffer in module.buffers() if compute.world_size > 1 else ():
-        dist.broadcast(buffer, 0)
 
 
 def gather(part: Any, compute: Compute) -> list[Any]:
@@ -243,10 +201,7 @@ def gather(part: Any, compute: Compute) -> list[Any]:
 
 
 class Meters:
-    """Means of named values: sums and counts are kept on the device and divided once.
-
-    A vector [K] holds K sums at once, whose means are called name0, name1 ...
-    """
+    """Means of named values, summed on the device, divided once; a vector [K] gives name0, name1 ..."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor | float] = {}
@@ -301,3 +256,65 @@ class _Lines(io.StringIO):
         if line:
             print(line, flush=True)
         return len(text)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system says in the block, such as that the disk is full, into a UserError of `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save raises an error of its own upon that of the file
+        said = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(said, OSError) or said.errno is None:
+            raise
+        line = f"cannot write {path}: {said.strerror}"
+        if said.errno in FULL:
+            place = next(folder for folder in path.absolute().parents if folder.exists())
+            line += f"; {shutil.disk_usage(place).free / 1e6:,.1f} MB are free there"
+        raise UserError(line) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to: it replaces `path` on success and is deleted on failure.
+
+    Raises UserError where the system cannot write, such as on a full disk; `path` is then as it was.
+    """
+    temp = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            yield temp
+            _sync(temp)
+            os.replace(temp, path)
+            _sync(path.parent)  # a rename is safe from a power cut only once its folder is written
+        finally:
+            temp.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Flushes the file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in one piece: a reader sees the old one or the new one."""
+    with replacing(path) as temp:
+        temp.write_text(text, encoding="utf-8")
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON text. A number that is NaN or infinite, for which JSON has no word, becomes null."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -23,8 +23,7 @@ from adaptive.thresholds import (
     simulate,
     within_budget,
 )
-from files import to_json, write_text
-from utils import UserError, option
+from utils import UserError, option, to_json, write_text
 
 SCHEMA = 1
 

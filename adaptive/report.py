@@ -16,7 +16,7 @@ from adaptive.headline import Headline
 from adaptive.policy import OperatingPoint
 from adaptive.routing import Routing
 from adaptive.timing import Comparison
-from files import replacing, write_text
+from utils import replacing, write_text
 
 # Okabe-Ito colours, told apart under every common colour blindness and readable on light and dark paper.
 CURVE, EXIT, CHOSEN = "#0072b2", "#d55e00", "#009e73"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from files import writing
+from utils import writing
 
 SIDE = 128  # pixels of a drawing
 CORNERS = {"circle": 24, "square": 4, "triangle": 3}

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from experiment.verify import Damaged, check_file, check_unpacked
-from files import replacing
-from utils import UserError
+from utils import UserError, replacing
 
 LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.recipe import Recipe
-from files import writing
-from utils import Compute, UserError, gather
+from utils import Compute, UserError, gather, writing
 
 LOCK = ".lock"
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from files import to_json, write_text, writing
-from utils import UserError
+from utils import UserError, to_json, write_text, writing
 
 
 class Logger:

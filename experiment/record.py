@@ -1,10 +1,14 @@
 """The results of one evaluation: terminal lines, JSON files, the curve and the report are made of them."""
 
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from operator import mul
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from adaptive.exit_tables import ExitFigures
 from adaptive.headline import Headline
@@ -12,7 +16,7 @@ from adaptive.policy import OperatingPoint, Policy
 from adaptive.report import Findings, plot_curve, write_report
 from adaptive.routing import Routing
 from adaptive.timing import FILLED, Comparison, Measurement
-from files import to_json, write_text
+from utils import to_json, write_text
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,20 @@ class Unit:
 
 
 MACS = Unit("MACs", counter="macs")
+
+
+def describe_machine(device: torch.device) -> str:
+    """Processor, threads and torch version, for the record of a measurement."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    model = ""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            model = next(
+                (line.partition(":")[2].strip() for line in file if line.startswith("model name")), ""
+            )
+    model = model or platform.processor() or "CPU"
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 @dataclass(frozen=True)

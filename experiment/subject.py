@@ -15,9 +15,9 @@ from experiment.options import Given, plain
 from experiment.procedures import OURS, Procedure, evaluation_line, implied, published
 from experiment.published import Stored, read
 from experiment.recipe import Network, Recipe
-from experiment.record import MACS, Provenance, Unit
+from experiment.record import MACS, Provenance, Unit, describe_machine
 from models import MultiExitModel
-from utils import Compute, Runtime, UserError, describe_machine, option, start_compute
+from utils import Compute, Runtime, UserError, option, start_compute
 
 
 @dataclass(frozen=True)

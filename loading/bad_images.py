@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from files import write_text
 from loading.loaders import ordered_loader
 from loading.sources import Data
 from loading.split import Split
 from loading.streams import Stream
-from utils import Compute, Progress, Runtime, UserError, gather
+from utils import Compute, Progress, Runtime, UserError, gather, write_text
 
 
 class _Faults(Split):

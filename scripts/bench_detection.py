@@ -20,7 +20,8 @@ from torchvision.utils import draw_bounding_boxes
 
 from detection.shapes import SIDE, draw_shapes
 from detection.train import Detection, Job, fit
-from utils import describe_machine, option, run_main
+from experiment.record import describe_machine
+from utils import option, run_main
 
 SCALE = 3  # how much larger than the drawings the picture shows them
 

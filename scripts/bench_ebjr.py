@@ -21,9 +21,10 @@ from adaptive.timing import Contestant, Deployed, Measurement, early_contestants
 from datasets import View
 from experiment import open_network
 from experiment.cascade import read_cascade
+from experiment.record import describe_machine
 from loading.sources import load_npz
 from models import MultiExitModel
-from utils import describe_machine, option, run_main
+from utils import option, run_main
 
 CPU = torch.device("cpu")
 FIRST = "(a) the published way"

@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adaptive.thresholds import geometric_quotas
+from experiment.record import describe_machine
 from models import MultiExitModel, create_model, tune
 from training.l2w import SampleWeighting, Weighting, confidence_table
 from training.losses import Losses, joint_objective
 from training.optim import Optimization, make_update
 from training.weight_net import assign_exits, judgement, loss_table
-from utils import describe_machine, option, run_main
+from utils import option, run_main
 
 FLOOR = 10 / 3
 CPU = torch.device("cpu")

@@ -17,8 +17,9 @@ from common import print_table, read_flags, warm_times
 from torch import Tensor
 
 from adaptive.flops import exit_costs
+from experiment.record import describe_machine
 from models import MultiExitModel, create_model, tune
-from utils import Runtime, describe_machine, option, run_main, start_compute
+from utils import Runtime, option, run_main, start_compute
 
 # Published milliseconds on the paper's CPU; the reference of each family comes first.
 PUBLISHED = {

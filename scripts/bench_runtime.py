@@ -30,10 +30,11 @@ from adaptive.thresholds import EVERYBODY, NOBODY, quota_thresholds
 from adaptive.timing import Deployed, early_contestants, measure, percentile, static_contestants
 from eval_dynamic import calibrate, tables, test_images
 from experiment.options import Given
+from experiment.record import describe_machine
 from experiment.subject import NAMED, open_evaluation
 from models import MultiExitModel, create_model, tune
 from models.bases import SingleExit
-from utils import describe_machine, option, run_main
+from utils import option, run_main
 
 SIZES = (1, 8, 64, 256)
 BASELINES = ("torchvision/regnet_y_800mf", "torchvision/regnet_y_400mf")

@@ -12,8 +12,7 @@ from typing import Any
 
 from common import read_flags, word
 
-from files import replacing
-from utils import UserError, run_main
+from utils import UserError, replacing, run_main
 
 Rows = list[dict[str, Any]]
 

@@ -16,7 +16,7 @@ FILES = sorted(
 # Layers from the ground up; a module imports from layers below its own, and from its own folder.
 LAYERS = [
     {"models"},
-    {"utils", "files"},
+    {"utils"},
     {"loading", "adaptive"},
     {"training", "datasets"},
     {"engine"},

@@ -1,8 +1,10 @@
 import os
 import random
+import resource
 import signal
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,11 +19,14 @@ from utils import (
     Meters,
     Progress,
     Runtime,
-    describe_machine,
     gather,
+    replacing,
     run_main,
     seed_everything,
     start_compute,
+    to_json,
+    write_text,
+    writing,
 )
 
 CPU = Compute(torch.device("cpu"))
@@ -180,13 +185,6 @@ def test_only_maps_become_channels_last():
     assert compute.put(torch.zeros(2, 3)).is_contiguous()
 
 
-def test_the_machine_is_described():
-    text = describe_machine(torch.device("cpu"))
-    assert f"{torch.get_num_threads()} threads, torch {torch.__version__}" in text and not text.startswith(
-        ","
-    )
-
-
 def test_a_loading_process_per_core_up_to_eight():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert Runtime().num_workers == WORKERS == min(cores, 8)
@@ -271,3 +269,69 @@ def test_the_first_of_several_processes_to_fail_speaks_for_all(ended, monkeypatc
     with pytest.raises(RuntimeError, match="a bug"):
         run_main(fails(RuntimeError("a bug")))
     assert ended(fails(KeyboardInterrupt())) == (130, [])  # the launcher says it
+
+
+# Files
+
+
+@contextmanager
+def full_after(size):
+    """In the block, files cannot grow beyond `size` bytes: the system takes what fits, then refuses."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_write_text_replaces_the_file_in_one_piece(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(os, "fsync", fail)
+        write_text(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with (
+        pytest.raises(UserError, match=rf"^cannot write {path}: .*; [\d,.]+ MB are free there$"),
+        full_after(100),
+    ):
+        write_text(path, "new" * 100)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/none/a.txt: No such file or directory$"):
+        write_text(tmp_path / "none" / "a.txt", "x")
+
+
+def test_bugs_pass():
+    for error in (RuntimeError("ours"), OSError("ours"), KeyError("ours")):
+        with pytest.raises(type(error), match="ours"), writing(None):
+            raise error
+
+
+def test_what_a_killed_process_left_is_overwritten(tmp_path):
+    (tmp_path / ".a.txt.tmp").write_text("half")
+    with replacing(tmp_path / "a.txt") as temp:
+        temp.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_json_has_null_where_a_number_is_not_finite():
+    text = to_json(
+        {"a": float("nan"), "b": [float("inf"), (1.5, -float("inf"))], "c": {"d": np.float64("nan")}}
+    )
+    assert text == '{"a": null, "b": [null, [1.5, null]], "c": {"d": null}}'
+    assert to_json([1, True, None, "NaN"], indent=0) == '[\n1,\ntrue,\nnull,\n"NaN"\n]'

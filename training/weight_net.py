@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from files import replacing
 from training.losses import full_precision
+from utils import replacing
 
 INPUTS, CENTRINGS = ("loss", "conf", "both"), ("mat", "col", "row")
 

@@ -13,6 +13,7 @@ from experiment.record import (
     Provenance,
     Record,
     anytime_lines,
+    describe_machine,
     dynamic_lines,
     headline_lines,
     routing_lines,
@@ -244,3 +245,10 @@ def test_the_whole_record_is_written(tmp_path):
     assert "<h1>msdnet on DIGITS</h1>" in page and "2 exits, 360 test images" in page
     assert "moving average of the weights in some.pth" in page and "uncounted: none" in page
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_machine_is_described():
+    text = describe_machine(torch.device("cpu"))
+    assert f"{torch.get_num_threads()} threads, torch {torch.__version__}" in text and not text.startswith(
+        ","
+    )

@@ -4,12 +4,9 @@ import installed  # noqa: F401
 
 # isort: split
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Subset
 
 from adaptive.exit_tables import ExitTables, exit_figures
 from adaptive.flops import Costs, as_published, count, print_costs, single_costs
@@ -17,8 +14,6 @@ from adaptive.headline import headline_of
 from adaptive.policy import Policy, choose, content_hash, model_hash, policies_of, rules_of
 from adaptive.routing import routing
 from adaptive.timing import Comparison, Deployed, compare_orders
-from datasets import Split, ordered_loader
-from engine import evaluate
 from experiment.checkpoint import save
 from experiment.options import Given
 from experiment.recipe import read_command
@@ -30,8 +25,9 @@ from experiment.record import (
     routing_lines,
     runtime_lines,
 )
+from experiment.samples import calibrate, tables, test_images
 from experiment.subject import EVALUATION, Subject, open_evaluation
-from utils import Compute, UserError, run_main, writing
+from utils import run_main, writing
 
 
 def evaluate_checkpoint(given: Given) -> None:
@@ -99,40 +95,6 @@ def read_tables(subject: Subject) -> tuple[ExitTables, ExitTables | None, str]:
     return (test, None, "none") if subject.recipe.exits.mode == "anytime" else calibrate(subject, test)
 
 
-def tables(subject: Subject, images: Dataset, title: str) -> ExitTables:
-    """What every exit predicts for every image."""
-    loader = ordered_loader(images, subject.recipe.runtime, subject.compute)
-    confidence = subject.recipe.exits.confidence
-    return evaluate(subject.network, loader, subject.compute, confidence=confidence, title=title)
-
-
-def calibrate(subject: Subject, test: ExitTables) -> tuple[ExitTables, ExitTables, str]:
-    """Tables to report on, tables to choose thresholds on, and a description of the latter's images."""
-    train, calib, kind = subject.splits.train, subject.splits.calib, subject.recipe.exits.calib
-    if kind == "none":
-        return test, test, "no images, as they are given; expected figures are of the test images"
-    generator = torch.Generator().manual_seed(subject.recipe.data.seed)
-    if kind == "half_test":
-        order, half = torch.randperm(len(test), generator=generator), len(test) // 2
-        origin = f"{half} random test images, not reported on"
-        return test.part(order[half:]), test.part(order[:half]), origin
-    origin = f"{len(calib)} images held out of the training set, evaluation transform"
-    if kind == "train_augmented":
-        if not isinstance(train, Split):
-            raise UserError("--calib train_augmented needs training images by index; a stream has none")
-        first = torch.randperm(len(train), generator=generator)[: 101 * subject.recipe.runtime.batch_size]
-        calib = Subset(train, first.tolist())
-        origin = f"{len(calib)} training images with training augmentation, the published procedure"
-    elif subject.held_out is None:
-        origin += " (of a checkpoint without a stored split: the network was probably trained on them)"
-    if len(calib) == 0:
-        other = "use --calib half_test, or train_augmented as L2W and Dyn-Perceiver do"
-        raise UserError(f"no images were held out for calibration (--num_calib 0); {other}")
-    if subject.compute.rank == 0:
-        print(f"thresholds are chosen on {origin}")
-    return test, tables(subject, calib, "calibrate"), origin
-
-
 def signed(policy: Policy, subject: Subject, calib: ExitTables, origin: str) -> Policy:
     """The policy with the hashes of the weights and of the images that it was found with."""
     images = content_hash({f"{subject.recipe.data.data_set}: {origin}": calib.targets})
@@ -150,18 +112,6 @@ def time_policies(subject: Subject, policies: dict[str, Policy]) -> Comparison:
         dtype=subject.compute.amp,
     )
     return compare_orders(policies, deployed, targets, micro_batch=subject.recipe.exits.micro_batch)
-
-
-def test_images(subject: Subject, number: int) -> tuple[Tensor, Tensor]:
-    """At most `number` test images [N, 3, H, W], evenly spread, and their targets [N], on the device."""
-    test, device = subject.splits.test, subject.compute.device
-    if isinstance(test, Split):  # files may be sorted by class
-        number = min(number, len(test))
-        test = Subset(test, torch.linspace(0, len(test) - 1, number).long().tolist())
-    loader = ordered_loader(test, subject.recipe.runtime, Compute(device))
-    columns = zip(*islice(loader, -(-number // loader.batch_size)), strict=True)
-    images, targets = (torch.cat(column)[:number].to(device) for column in columns)
-    return images, targets
 
 
 def results_folder(subject: Subject) -> Path:

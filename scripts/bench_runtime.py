@@ -28,9 +28,9 @@ from adaptive.inference import fold_batch_norm, run_adaptive
 from adaptive.policy import Policy, choose, policies_of, rules_of
 from adaptive.thresholds import EVERYBODY, NOBODY, quota_thresholds
 from adaptive.timing import Deployed, early_contestants, measure, percentile, static_contestants
-from eval_dynamic import calibrate, tables, test_images
 from experiment.options import Given
 from experiment.record import describe_machine
+from experiment.samples import calibrate, tables, test_images
 from experiment.subject import NAMED, open_evaluation
 from models import MultiExitModel, create_model, tune
 from models.bases import SingleExit

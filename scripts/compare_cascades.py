@@ -24,8 +24,8 @@ from torch import Tensor
 from adaptive.exit_tables import ExitTables
 from adaptive.flops import single_costs
 from adaptive.thresholds import EVERYBODY, NOBODY, cheapest, exit_of, within_budget
-from eval_dynamic import calibrate, tables
 from experiment.recipe import read_command
+from experiment.samples import calibrate, tables
 from experiment.subject import EVALUATION, Subject, open_evaluation
 from utils import UserError, option, run_main
 

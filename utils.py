@@ -1,4 +1,4 @@
-"""What every entry script needs: processes and devices, seeds, meters, progress, files written whole."""
+"""What every entry script needs: how it ends, processes and devices, seeds, meters, progress, files."""
 
 import errno
 import io
@@ -74,7 +74,7 @@ def _ending(error: BaseException) -> tuple[int, str]:
     if not isinstance(error, (UserError, BrokenPipeError)) or os.environ.get("DYNEXIT_TRACEBACK"):
         return 1, ""
     # An error from a data loader's worker carries the worker's traceback before its own last line.
-    return 2, "error: " + str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
+    return 2, "error: " + " ".join(str(error).rpartition("UserError: ")[2].splitlines())
 
 
 def _first_failure(code: int) -> int | None:

@@ -53,12 +53,12 @@ class Exits:
         (), "shares to leave at all exits but the last, beside the sweep's", low=0
     )
     budget: float | None = option(
-        None, "runtime: multiply-adds allowed; default: as good as the last exit", low=0
+        None, "multiply-adds allowed to the policy chosen; default: as good as the last exit", low=0
     )
     accuracy: float | None = option(
-        None, "runtime: least accuracy wanted, a fraction, instead of a budget", low=0, high=1
+        None, "least accuracy wanted of the policy chosen, a fraction, instead of a budget", low=0, high=1
     )
-    row: tuple[int, ...] = option((), "runtime: rows of dynamic.json to run instead, from 0", low=0)
+    row: tuple[int, ...] = option((), "rows of dynamic.json to choose instead, from 0: all are timed", low=0)
     runtime_images: int = option(2000, "runtime: how many of the test images to time", low=1)
     micro_batch: int | None = option(
         None, "runtime: images per call; default: the fastest of 16 to 256, measured", low=1

@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,7 @@ class Deployed:
         tuned = tuned.to(dtype=dtype, memory_format=layout)
         return cls(model, tuned, images, images.to(dtype=dtype or images.dtype, memory_format=layout))
 
+    @cached_property
     def costs(self) -> list[int]:
         """Multiply-adds to have the answers of exits 0..k."""
         return exit_costs(self.plain, tuple(self.images.shape[1:]))
@@ -171,7 +172,7 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 def static_contestants(deployed: Deployed) -> dict[str, Contestant]:
     """Baselines of early exit: all exits on all images, as trained and tuned, and each exit alone, tuned."""
     plain, tuned, images = deployed.plain, deployed.tuned, deployed.tuned_images
-    together, alone = deployed.costs(), single_costs(plain, tuple(images.shape[1:]))
+    together, alone = deployed.costs, single_costs(plain, tuple(images.shape[1:]))
     last = plain.num_exits - 1
     as_trained = _static(lambda part: plain(part)[-1], last)
     everything = _static(lambda part: tuned(part)[-1], last)
@@ -207,7 +208,7 @@ def early_contestants(deployed: Deployed, policy: Policy) -> dict[str, Contestan
         logits, exits = zip(*answers, strict=True)
         return torch.cat(logits), torch.cat(exits)
 
-    images, costs = deployed.tuned_images, deployed.costs()
+    images, costs = deployed.tuned_images, deployed.costs
     return {
         "throughput": Contestant("throughput", throughput, images, costs),
         "latency": Contestant("latency", latency, images, costs),

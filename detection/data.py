@@ -16,6 +16,7 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.transforms.functional import to_tensor
 
+from loading.pixels import UNREADABLE, read_image
 from utils import UserError
 
 Target = dict[str, Tensor]
@@ -62,10 +63,10 @@ class CocoImages(CocoDetection):
             raise UserError(f"{self.path} has {len(images)} images and {len(objects)} objects")
 
     def _load_image(self, id: int) -> Image.Image:
+        path = Path(self.root, self.coco.imgs[id]["file_name"])
         try:
-            return super()._load_image(id)
-        except (OSError, SyntaxError) as error:
-            path = Path(self.root) / self.coco.imgs[id]["file_name"]
+            return read_image(str(path))
+        except UNREADABLE as error:
             raise UserError(f"cannot read image {path}: {error}") from error
 
     def _load_target(self, id: int) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ class Detection(DetectorOptions):
     epochs: int = option(12, low=1)
     batch_size: int = option(2, low=1)
     lr: float = option(0.0025, "peak learning rate; torchvision takes 0.02 for 16 images", low=0)
-    momentum: float = option(0.9, low=0)
+    momentum: float = option(0.9, low=0, high=0.9999)
     weight_decay: float = option(1e-4, low=0)
     warmup_steps: int = option(500, "steps of linear warm-up", low=0)
     decay_epochs: tuple[int, ...] = option((8, 11), "epochs after which the rate falls to a tenth", low=0)

@@ -145,6 +145,6 @@ def _epoch(path: Path) -> int | None:
     """The last epoch of a run's checkpoint; None if it cannot be read."""
     try:
         epoch = load(path).get("epoch")
-    except ValueError:
+    except UserError:
         return None
     return epoch if isinstance(epoch, int) else None

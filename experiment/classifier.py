@@ -39,16 +39,17 @@ class Classifier:
         if stored:
             self.recipe = recipe = as_started(recipe, stored)
         held_out = stored.held_out if stored else None
-        splits = open_splits(recipe.data, recipe.view, recipe.transform, held_out)
-        train = with_readable(splits.train, recipe.data, recipe.runtime, compute)
-        self.splits = replace(splits, train=train)
+        self.splits = open_splits(recipe.data, recipe.view, recipe.transform, held_out)
         # Images held out from here on are not stored as unseen: a published network was trained on them.
         self.held_out = held_out if stored else self.splits.calib_indices
         self.passes = 2 if recipe.weighting.l2w else 1  # losses per batch
-        self.loader = self._loader()
         seed_everything(recipe.data.seed, 0, 0)
         self.arch, self.network = self._network(fresh=stored is None)
         self.pace = Pace.of(recipe, compute.world_size, stored)
+        # After what may refuse the flags: it may read all images.
+        train = with_readable(self.splits.train, recipe.data, recipe.runtime, compute)
+        self.splits = replace(self.splits, train=train)
+        self.loader = self._loader()
         self.update = self._update()
         self.regime = "heads" if recipe.objective.freeze_backbone else recipe.objective.regime
         self.weighting: SampleWeighting | None = None

@@ -116,19 +116,6 @@ def renamed_for(network: nn.Module, weights: Weights) -> Weights:
     return weights
 
 
-def to_timm(network: MultiExitModel) -> Weights:
-    """The network's weights under the names of timm's version of it, whose classifier is a linear layer.
-
-    Raises ValueError for a network that timm does not have, or only without its exits.
-    """
-    theirs = network.timm_modules()
-    if not theirs or network.num_exits > 1:
-        kind = type(network).__name__
-        raise UserError(f"timm has no counterpart of this {kind} with {network.num_exits} exits")
-    weights = renamed(network.state_dict(), theirs, {})
-    return {key: value.flatten(1) if key == "head.fc.weight" else value for key, value in weights.items()}
-
-
 def renamed(weights: Weights, names: dict[str, str], shapes: Weights) -> Weights:
     """Weights whose modules have other names, in the shapes of `shapes` where these have as many elements."""
     found = {}

@@ -36,7 +36,7 @@ def parse_member(text: str) -> Member:
     member = Member(name, found, **view)
     try:
         member.check()
-    except ValueError as error:
+    except UserError as error:
         raise UserError(str(error).replace(repr(name), repr(text), 1)) from None
     return member
 

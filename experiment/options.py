@@ -120,13 +120,13 @@ def parse(groups: Iterable[type], argv: list[str]) -> Given:
 
     "-" equals "_" in flag names. Raises ValueError that names the flags nearest to an unknown one.
     """
-    argv = [_underscored(word) for word in argv]
+    argv = [underscored(word) for word in argv]
     model = given_of("model", argv)
     own = {group: options_of(group) for group in groups}
     table = [option.name for options in own.values() for option in options]
     network = [o for o in options_of_signature(model_options(model) if model else {}) if o.name not in table]
     epilog = None if model else "With --model NAME, the options of that network are listed too."
-    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=epilog)
+    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=epilog)
     titles = {_title(group): options for group, options in own.items()}
     for title, options in {**titles, f"options of {model}": network}.items():
         part = parser.add_argument_group(title)
@@ -176,8 +176,11 @@ def plain(*groups: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in pairs}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser that raises ValueError in one line, where argparse's own ends the program."""
+
     def error(self, message: str) -> Any:
+        """Raises for a command line that cannot be read."""
         raise UserError(message.removeprefix("argument "))
 
 
@@ -190,7 +193,7 @@ class _Flatten(argparse.Action):
 
 def given_of(name: str, argv: list[str]) -> str:
     """The value of one flag in a command line, or ""."""
-    finder = _Parser(add_help=False, allow_abbrev=False)
+    finder = Parser(add_help=False, allow_abbrev=False)
     finder.add_argument(f"--{name}", default="")
     return getattr(finder.parse_known_args(argv)[0], name)
 
@@ -199,7 +202,8 @@ def _title(group: type) -> str:
     return (group.__doc__ or group.__name__).splitlines()[0].partition(";")[0].rstrip(".")
 
 
-def _underscored(word: str) -> str:
+def underscored(word: str) -> str:
+    """A word of a command line; "-" in the name of a flag equals "_"."""
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 

@@ -117,8 +117,9 @@ def _read(argv: list[str]) -> tuple[Flags, list[str]]:
     name = ""
     for word in argv:
         if re.match(r"--?[A-Za-z]", word):
-            name, equals, value = word.lstrip("-").replace("-", "_").partition("=")
-            flags[name] = shlex.quote(word.partition("=")[2]) if equals else ""
+            name, equals, value = word.lstrip("-").partition("=")
+            name = name.replace("-", "_")
+            flags[name] = shlex.quote(value) if equals else ""
         elif name and (RENAMED.get(name, name) not in SWITCHES or word.lower() in ("true", "false")):
             flags[name] = f"{flags[name]} {shlex.quote(word)}".strip()
         else:
@@ -207,7 +208,7 @@ def _timm(given: Flags, others: list[str]) -> str:
     flags["opt"] = {"sgd": "nesterov", "momentum": "sgd"}.get(flags["opt"], flags["opt"])  # what timm means
     script = "python main_earlyExit.py"
     if others and others[0].isdigit():  # of its launcher: the number of GPUs
-        script = f"torchrun --nproc_per_node={others[0]} main_earlyExit.py"
+        script = f"python scripts/launch.py --nproc_per_node={others[0]} main_earlyExit.py"
         others = others[1:]
     if others:
         flags["data_path"] = others[0]

@@ -24,7 +24,7 @@ class _Faults(Split):
     def __getitem__(self, index: int) -> tuple[str, int]:
         try:
             self.read(index)
-        except ValueError as error:
+        except UserError as error:
             return " ".join(str(error).removeprefix("cannot read image ").split()), index
         return "", index
 
@@ -53,7 +53,6 @@ def with_readable(split: Split | Stream, data: Data, runtime: Runtime, compute: 
     if runtime.output_dir:
         path = Path(runtime.output_dir, "bad_images.txt")
         if compute.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, "".join(f"{reason}\n" for reason in faults.values()))
         said += f", listed in {path}"
     allowed = min(int(data.max_bad_images * len(split) + 1e-9), len(split) - 1)

@@ -210,7 +210,7 @@ class RANet(MultiExitModel):
             is on a higher level, and has level - 1 transitions and, among its fusion blocks, steps down.
         step, stepmode: layers per block: `step` ("even"), or `step * j` in a flow's block j, from 1 ("lg").
         compress_factor: share of a fusion layer's new channels that come from the flow of lower resolution.
-        reduction: channels kept by a transition.
+        reduction: share of the channels that a transition keeps.
         bnAfter: only true: batch norm follows its convolution, as in all published networks.
     """
 

@@ -69,10 +69,6 @@ class ReXNet(Spans):
         """Logits [B, num_classes]."""
         return super().head(k, features) if k < self.num_exits - 1 else self.output(features).flatten(1)
 
-    def extract_features(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to the last map before pooling [B, C, H / 32, W / 32]."""
-        return self.features(images)
-
 
 class ReXNetV1(ReXNet):
     """ReXNetV1: SiLU, squeeze and excitation, ReLU6. Options carry the names of the published constructor.

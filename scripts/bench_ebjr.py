@@ -68,7 +68,7 @@ def contestants_of(deployed: dict[str, Deployed], policy: Policy) -> dict[str, C
     """All contestants, by name and form."""
     plain = deployed["plain"]
     run = partial(published, plain.plain, policy)
-    found = {FIRST: Contestant(FIRST, run, plain.images, plain.costs())}
+    found = {FIRST: Contestant(FIRST, run, plain.images, plain.costs)}
     for form, one in deployed.items():
         alone = static_contestants(one)
         found[f"student alone, {form}"] = alone["exit 0 alone"]

@@ -11,7 +11,6 @@ Imported before the repository's modules, which it puts on the path.
 """
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from adaptive.timing import interleaved
-from experiment.options import fill, options_of, parse
+from experiment.options import Parser, fill, options_of, parse, underscored
 from models import nearest
 from utils import UserError
 
@@ -40,18 +39,13 @@ def word(about: str) -> Any:
     return field(metadata={"about": about})
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(message.removeprefix("argument "))
-
-
 def read_known(group: type[Flags], argv: Sequence[str], about: str | None) -> tuple[Flags, list[str]]:
     """The fields of a dataclass from a command line, and the words that are not its flags.
 
     Fields are made by `utils.option` or `word`; a flag that is true or false may stand alone for true.
     `about` is the help, a module's docstring. Raises ValueError in one line.
     """
-    parser = _Parser(
+    parser = Parser(
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -66,13 +60,8 @@ def read_known(group: type[Flags], argv: Sequence[str], about: str | None) -> tu
             parser.add_argument(flag, type=option.convert, nargs="?", const=True, help=option.about)
         else:
             option.add_to(parser)
-    given, rest = parser.parse_known_args([_underscored(one) for one in argv])
+    given, rest = parser.parse_known_args(list(map(underscored, argv)))
     return fill(group, vars(given)), rest
-
-
-def _underscored(one: str) -> str:
-    """A word of a command line; "-" in the name of a flag equals "_"."""
-    return re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), one)
 
 
 def read_flags(group: type[Flags], argv: Sequence[str], about: str | None) -> Flags:

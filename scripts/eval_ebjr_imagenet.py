@@ -26,6 +26,7 @@ from adaptive.routing import auroc, oracle
 from adaptive.thresholds import EVERYBODY, NOBODY, exit_of, quota_thresholds, share_quotas
 from experiment.checkpoint import load
 from experiment.published import named_in_order
+from loading.pixels import read_image
 from models import MultiExitModel, tune
 from models.ebjr import Cascade, Member
 from utils import Progress, UserError, option, run_main
@@ -80,7 +81,7 @@ def tables_of(model: MultiExitModel, folder: Path, count: int) -> ExitTables:
     batches = [labels[i : i + 25] for labels in shapes.values() for i in range(0, len(labels), 25)]
     parts = []
     for labels in Progress(batches, "batches", len(batches), shown=True):
-        images = [pil_to_tensor(Image.open(files[label]).convert("RGB")) for label in labels]
+        images = [pil_to_tensor(read_image(str(files[label]))) for label in labels]
         parts.append(ExitTables.of(model(torch.stack(images) / 255), torch.tensor(labels)))
     return ExitTables.cat(parts)
 

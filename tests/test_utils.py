@@ -220,6 +220,7 @@ def fails(error):
 @pytest.mark.parametrize("kind", [UserError, UnknownOption])
 def test_an_error_of_the_user_is_one_line(ended, kind):
     assert ended(fails(kind("bad words: --lr x"))) == (2, ["error: bad words: --lr x"])
+    assert ended(fails(kind("bad words:\n--lr x"))) == (2, ["error: bad words: --lr x"])
 
 
 class Broken(torch.utils.data.Dataset):

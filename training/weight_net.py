@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from training.losses import full_precision
 from utils import replacing
 
-INPUTS, CENTRINGS = ("loss", "conf", "both"), ("mat", "col", "row")
-
 
 class WeightNet(nn.Module):
     """Losses and confidences [B, n_in] to raw weights [B, n_out] in (-1, 1); `layers` hidden layers."""

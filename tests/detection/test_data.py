@@ -3,12 +3,14 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from detection.data import CocoImages
+from models.errors import UserError
 
 POLYGON = [[1, 1, 3, 1, 3, 4, 1, 4]]
 RUN_LENGTHS = {"size": [6, 5], "counts": [7, 3, 3, 3, 14]}  # down the columns, zeros first
@@ -117,6 +119,16 @@ def test_a_strange_object_is_named(changed, key, value):
 def test_a_missing_image_is_named(changed):
     folder = changed(lambda content: content["images"][0].update(file_name="none.png"))
     with pytest.raises(ValueError, match="cannot read image .*val/none.png: .*No such file"):
+        CocoImages(folder, "val")[0]
+
+
+def test_pixels_are_read_as_everywhere(changed, tmp_path, monkeypatch):
+    folder = changed(lambda content: content["images"][0].update(file_name=str(tmp_path / "deep.png")))
+    Image.fromarray(np.full((128, 128), 30_000, np.uint16)).save(tmp_path / "deep.png")
+    image, _ = CocoImages(folder, "val")[0]
+    assert image.unique().tolist() == pytest.approx([30_000 / 65_535], abs=0.01)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 128 * 128 - 1)
+    with pytest.raises(UserError, match="cannot read image .*deep.png: 128 x 128 pixels; accepted: at most"):
         CocoImages(folder, "val")[0]
 
 

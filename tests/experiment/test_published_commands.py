@@ -219,7 +219,11 @@ def test_ebjr_s_command(error_of):
 @pytest.mark.parametrize(
     ("words", "launcher", "preset"),
     [
-        (f"4 /imagenet/ --model rexnetv1 {REXNET}", ["torchrun", "--nproc_per_node=4"], "rexnetv1"),
+        (
+            f"4 /imagenet/ --model rexnetv1 {REXNET}",
+            ["python", "scripts/launch.py", "--nproc_per_node=4"],
+            "rexnetv1",
+        ),
         (f"--model rexnetv1 {REXNET} --pin-mem /imagenet/", ["python"], "rexnetv1"),
         (
             f"/imagenet/ --model rexnet_130 {REXNET.replace('--rex-width-mult 1.0', '')}",

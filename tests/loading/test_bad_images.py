@@ -41,7 +41,7 @@ def whole(tree):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_images_are_listed_and_replaced_by_the_next_that_can_be_read(tmp_path, tree, num_workers, capsys):
-    runtime = Runtime(str(tmp_path / "out"), batch_size=4, num_workers=num_workers)
+    runtime = Runtime(str(tmp_path), batch_size=4, num_workers=num_workers)
     before = torch.get_rng_state()
     split = with_readable(whole(tree), SKIP, runtime, CPU)
     assert torch.equal(torch.get_rng_state(), before)
@@ -49,10 +49,10 @@ def test_bad_images_are_listed_and_replaced_by_the_next_that_can_be_read(tmp_pat
         tree.paths[{2: 3, 7: 8, 15: 0}.get(i, i)] for i in range(16)
     ]
     assert split.transform is as_array and split[15][0].shape == (36, 40, 3) and split[15][1] == 0
-    lines = (tmp_path / "out" / "bad_images.txt").read_text().splitlines()
+    lines = (tmp_path / "bad_images.txt").read_text().splitlines()
     assert [line.partition(": ")[0] for line in lines] == [tree.paths[i] for i in (2, 7, 15)]
     assert lines[2].endswith(f"No such file or directory: '{tree.paths[15]}'")
-    said = f"3 of 16 training images cannot be read, listed in {tmp_path / 'out' / 'bad_images.txt'}"
+    said = f"3 of 16 training images cannot be read, listed in {tmp_path / 'bad_images.txt'}"
     assert f"{said}; each is replaced by the next one" in capsys.readouterr().out.splitlines()
 
 
@@ -74,10 +74,10 @@ def test_too_many_bad_images_stop(tmp_path, tree):
             with_readable(
                 whole(tree),
                 replace(SKIP, max_bad_images=share),
-                Runtime(str(tmp_path / "out"), num_workers=0),
+                Runtime(str(tmp_path), num_workers=0),
                 CPU,
             )
-        said = f"3 of 16 training images cannot be read, listed in {tmp_path / 'out' / 'bad_images.txt'}"
+        said = f"3 of 16 training images cannot be read, listed in {tmp_path / 'bad_images.txt'}"
         assert str(error.value).startswith(
             f"{said}; --max_bad_images {share} allows {allowed}; the first: {tree.paths[2]}: "
         )
@@ -107,7 +107,7 @@ def worker(folder, root):
     dist.init_process_group("gloo")
     compute = Compute(torch.device("cpu"), rank=dist.get_rank(), world_size=2)
     split = Split(open_source(Data("image_folder", root, root)).train, None, as_array)
-    runtime = Runtime(f"{folder}/out", num_workers=0)
+    runtime = Runtime(folder, num_workers=0)
     rows = with_readable(split, SKIP, runtime, compute).indices
     with pytest.raises(ValueError) as error:
         with_readable(split, replace(SKIP, max_bad_images=0.1), runtime, compute)
@@ -119,4 +119,4 @@ def test_two_processes_agree(tmp_path, tree, in_processes):
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first == second and first["rows"] == [0, 1, 3, 3, 4, 5, 6, 8, *range(8, 15), 0]
     assert first["error"].startswith("3 of 16 training images cannot be read")
-    assert len((tmp_path / "out" / "bad_images.txt").read_text().splitlines()) == 3
+    assert len((tmp_path / "bad_images.txt").read_text().splitlines()) == 3

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from adaptive.flops import exit_costs
-from experiment.fit import fit_to, renamed_for, to_timm
+from experiment.fit import fit_to, renamed_for
 from models import create_model, list_models
 from models.rexnet_blocks import Block
 
@@ -138,15 +138,6 @@ def test_timm_has_the_same_network_under_other_names(width):
     with torch.no_grad():
         ours.load_state_dict(renamed_for(ours, theirs.state_dict()), strict=True)
         assert_close(ours(images)[0], theirs(images), rtol=1e-4, atol=1e-5)
-    back = to_timm(ours)
-    assert list(back) == list(theirs.state_dict())
-    assert all(torch.equal(back[key], value) for key, value in theirs.state_dict().items())
-
-
-def test_networks_that_timm_does_not_have_are_refused():
-    for name in ("rexnetv1_lite_100", "rexnet_ee_100"):
-        with pytest.raises(ValueError, match="timm has no counterpart"):
-            to_timm(on_meta(name))
 
 
 def test_own_names_are_left_alone():
@@ -165,13 +156,6 @@ def test_published_weights_are_the_backbone_and_last_exit_of_a_network_with_exit
     images = torch.randn(2, 3, 64, 64)
     exits = net(images)
     assert len(exits) == 4 and torch.equal(exits[-1], plain(images)[0])
-
-
-def test_extract_features_is_the_map_before_pooling():
-    net = tiny().eval()
-    with torch.no_grad():
-        found = net.extract_features(torch.randn(1, 3, 64, 64))
-    assert found.shape == (1, 1280, 2, 2)
 
 
 def test_every_width_is_a_cnn_of_dynamic_perceivers():

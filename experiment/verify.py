@@ -23,6 +23,7 @@ from utils import UserError
 RATIO = 20  # a file that unpacks to more than so many times its size is refused
 KINDS = {stat.S_IFDIR: "Is a directory", stat.S_IFIFO: "Is a FIFO"}
 NUMBERS = int, float
+PACE = {"world_size", "images", "at_start"}  # see experiment.resume.Pace
 PARAMETER = 10**6  # the numbers that one parameter counts for, besides its own
 LARGE = 4096  # the largest side of images; also of integers in an arch, unless its weights are larger
 
@@ -132,6 +133,16 @@ def check_entries(content: Mapping[str, Any], source: object) -> None:
     names = content.get("class_names")
     words = isinstance(names, (list, tuple)) and all(type(name) is str for name in names)
     check("class_names", names, "a list of words", names is None or words)
+    pace, record = content.get("pace"), content.get("record")
+    counts = isinstance(pace, dict) and pace.keys() == PACE and all(map(_counts, pace.values()))
+    check(
+        "pace",
+        pace,
+        f"numbers for {', '.join(sorted(PACE))}",
+        pace is None or (counts and all(pace.values())),
+    )
+    logged = isinstance(record, dict) and (not record or record.keys() >= {"epoch", "seconds"})
+    check("record", record, "a line of log.txt", record is None or logged)
 
 
 def _counts(value: object) -> bool:

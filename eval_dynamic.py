@@ -25,7 +25,7 @@ from experiment.record import (
     routing_lines,
     runtime_lines,
 )
-from experiment.samples import calibrate, tables, test_images
+from experiment.samples import calibrate, check_calibration, tables, test_images
 from experiment.subject import EVALUATION, Subject, open_evaluation
 from utils import run_main, writing
 
@@ -61,6 +61,7 @@ def evaluate_checkpoint(given: Given) -> None:
         record = replace(record, routing=routing(test, points[chosen], costs.macs, costs.papers))
         tell(record, routing_lines(record.routing), folder)
     headline = headline_of(f"row {chosen}", choice.reason, test, points[chosen], exits)
+    headline = replace(headline, calibrated=calib is not test)
     record = replace(record, headline=headline)
     tell(record, headline_lines(headline), folder)
     if subject.recipe.exits.mode in ("runtime", "all"):
@@ -91,8 +92,11 @@ def read_tables(subject: Subject) -> tuple[ExitTables, ExitTables | None, str]:
             print(subject.procedure_line)
         if subject.recipe.runtime.flops:
             print_costs(subject.network, subject.opened.arch, subject.shape[1])
+    calibrated = subject.recipe.exits.mode != "anytime"
+    if calibrated:
+        check_calibration(subject)  # before any image is read
     test = tables(subject, subject.splits.test, "test")
-    return (test, None, "none") if subject.recipe.exits.mode == "anytime" else calibrate(subject, test)
+    return calibrate(subject, test) if calibrated else (test, None, "none")
 
 
 def signed(policy: Policy, subject: Subject, calib: ExitTables, origin: str) -> Policy:

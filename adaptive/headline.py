@@ -18,7 +18,8 @@ class Headline:
     alone. `reason` says why the policy was chosen, on calibration images alone. Accuracies are fractions,
     `difference` is that of early exit less that of the static network, image by image. `macs` are
     multiply-adds per image; the static network takes `fewer_macs` times as many, all exits `fewer_than_all`
-    times. Intervals are of 95 %, over images.
+    times. Intervals are of 95 %, over images. Without calibration images (not `calibrated`) nothing is
+    expected of the policy beforehand.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Headline:
     difference: Estimate
     fewer_macs: Estimate
     fewer_than_all: Estimate
+    calibrated: bool = True
 
     @property
     def title(self) -> str:

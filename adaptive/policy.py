@@ -44,7 +44,7 @@ class Exits:
         "msdnet", "list of exit distributions; all but wide are published", choices=tuple(SWEEPS)
     )
     quota_scales: tuple[float, ...] = option(
-        (), "factor on the quota of each exit but the last, e.g. 0.85 1 0.5"
+        (), "factor on the quota of each exit but the last, e.g. 0.85 1 0.5", low=0
     )
     router_threshold: tuple[float, ...] = option(
         (), "thresholds of all exits but the last, beside the sweep's"

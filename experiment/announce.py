@@ -48,5 +48,7 @@ def farewell(recipe: Recipe) -> list[str]:
         for name in ("data_set",) * streamed + ("data_path", "eval_data_path"):
             value = getattr(recipe.data, name)
             words += [f"--{name}", value] if value else []
+        if recipe.data.num_calib == 0:  # thresholds need images
+            words += ["--calib", "half_test"]
         lines.append(f"next: {shlex.join(words)}")
     return lines

@@ -89,4 +89,5 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
     """One line that sums up an epoch."""
     accuracies = [f"{100 * value:.2f}" for key, value in record.items() if key.startswith("calib/acc1/")]
     text = f"epoch {record['epoch']}/{epochs}: loss {record['train/loss']:.4f}"
-    return f"{text}, calib top-1 by exit {' '.join(accuracies) or '-'} %, {record['seconds']:.0f} s"
+    calib = f", calib top-1 by exit {' '.join(accuracies)} %" if accuracies else ""
+    return f"{text}{calib}, {record['seconds']:.0f} s"

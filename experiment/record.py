@@ -206,7 +206,7 @@ def headline_lines(headline: Headline) -> list[str]:
     static = headline.static_accuracy.text(100), f"{headline.static_macs / 1e6:.2f}"
     rows = [
         ("", "top-1, %", "MACs, M", "leave at each exit, %"),
-        ("expected from calib", *calib, _shares(policy)),
+        *[("expected from calib", *calib, _shares(policy))] * headline.calibrated,
         ("test", *test, _shares(point)),
         ("static network", *static, ""),
     ]

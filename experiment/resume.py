@@ -36,7 +36,8 @@ def check_same_run(recipe: Recipe, stored: Stored) -> None:
     said, flags = stored.values(Data, Optimization), recipe.flags()
     for name in ("data_set", "num_calib", "drop_last", "seed", "opt"):
         if name in said and said[name] != flags[name]:
-            raise UserError(f"--{name} {flags[name]}, but {stored.source} was trained with {said[name]}")
+            here, there = ("default" if one is None else one for one in (flags[name], said[name]))
+            raise UserError(f"--{name} {here}, but {stored.source} was trained with {there}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from adaptive.exit_tables import ExitTables
 from datasets import Split, ordered_loader
 from engine import evaluate
 from experiment.subject import Subject
-from utils import Compute, UserError
+from utils import Compute, UserError, seed_everything
 
 
 def tables(subject: Subject, images: Dataset, title: str) -> ExitTables:
@@ -20,8 +20,16 @@ def tables(subject: Subject, images: Dataset, title: str) -> ExitTables:
     return evaluate(subject.network, loader, subject.compute, confidence=confidence, title=title)
 
 
+def check_calibration(subject: Subject) -> None:
+    """Raises ValueError where thresholds are to be chosen on held-out images and there are none."""
+    if subject.recipe.exits.calib == "held_out" and len(subject.splits.calib) == 0:
+        other = "use --calib half_test, or train_augmented as L2W and Dyn-Perceiver do"
+        raise UserError(f"no images were held out for calibration (--num_calib 0); {other}")
+
+
 def calibrate(subject: Subject, test: ExitTables) -> tuple[ExitTables, ExitTables, str]:
     """Tables to report on, tables to choose thresholds on, and a description of the latter's images."""
+    check_calibration(subject)
     train, calib, kind = subject.splits.train, subject.splits.calib, subject.recipe.exits.calib
     if kind == "none":
         return test, test, "no images, as they are given; expected figures are of the test images"
@@ -37,11 +45,9 @@ def calibrate(subject: Subject, test: ExitTables) -> tuple[ExitTables, ExitTable
         first = torch.randperm(len(train), generator=generator)[: 101 * subject.recipe.runtime.batch_size]
         calib = Subset(train, first.tolist())
         origin = f"{len(calib)} training images with training augmentation, the published procedure"
+        seed_everything(subject.recipe.data.seed, 0, subject.compute.rank)  # augmentation draws from it
     elif subject.held_out is None:
         origin += " (of a checkpoint without a stored split: the network was probably trained on them)"
-    if len(calib) == 0:
-        other = "use --calib half_test, or train_augmented as L2W and Dyn-Perceiver do"
-        raise UserError(f"no images were held out for calibration (--num_calib 0); {other}")
     if subject.compute.rank == 0:
         print(f"thresholds are chosen on {origin}")
     return test, tables(subject, calib, "calibrate"), origin

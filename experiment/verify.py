@@ -117,6 +117,8 @@ def check_entries(content: Mapping[str, Any], source: object) -> None:
             held = f"checkpoint {source} has {name} {shortened(value)}"
             raise UserError(f"{held}; accepted: {accepted}")
 
+    arch = content.get("arch")
+    check("arch", arch, "name, options and num_classes", isinstance(arch, (dict, str, NoneType)))
     epoch, best = content.get("epoch"), content.get("best")
     check("epoch", epoch, "a number from 0, or a word", isinstance(epoch, (str, NoneType)) or _counts(epoch))
     check("best", best, "a finite number", best is None or (type(best) in NUMBERS and math.isfinite(best)))

@@ -62,7 +62,7 @@ def with_readable(split: Split | Stream, data: Data, runtime: Runtime, compute: 
             f"{said}; --max_bad_images {data.max_bad_images} allows {allowed}; the first: {first}"
         )
     if compute.rank == 0:
-        print(f"{said}; each is replaced by the next one")
+        print(f"{said}; each is replaced by the next one" if faults else "all training images can be read")
     return Split(split.base, _stand_ins(split.indices, faults), split.transform)
 
 

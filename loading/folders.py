@@ -23,6 +23,8 @@ class Folders(Images):
     """
 
     def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise UserError(f"image folder {root}: there is no such folder")
         above = _lineage(root)
         try:
             folders = [entry for entry in os.scandir(root) if os.path.isdir(entry.path)]

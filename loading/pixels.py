@@ -4,7 +4,7 @@ import zipfile
 import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from utils import UserError
 
@@ -19,7 +19,11 @@ GREYS = 65_535  # of an image with 16 bits per pixel
 def read_image(path: str) -> Image.Image:
     """The image in a file, of a film the first frame, in RGB; raises one of `UNREADABLE`."""
     with open(path, "rb") as file:
-        return to_rgb(Image.open(file))
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError:  # its text is about Python's file object
+            raise UserError("what it holds is of no image format known here") from None
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

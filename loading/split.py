@@ -78,7 +78,8 @@ def make_split(base: Images | Stream, indices: Sequence[int] | None, transform: 
 def split_train(num_train: int, num_calib: int, seed: int) -> tuple[list[int], list[int]]:
     """Draw which of `num_train` images to train on and which `num_calib` (fewer) to hold out, sorted."""
     if not 0 <= num_calib < num_train:
-        raise UserError(f"cannot hold {num_calib} images out of {num_train}")
+        accepted = f"0 to {num_train - 1}, fewer than the training images"
+        raise UserError(f"--num_calib {num_calib}: accepted: {accepted}")
     order = torch.randperm(num_train, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[num_calib:]), sorted(order[:num_calib])
 

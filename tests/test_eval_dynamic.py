@@ -242,6 +242,7 @@ def test_a_run_that_held_nothing_out_is_evaluated(trained, tmp_path, calib, eval
         ("--router_threshold 1.5", r"threshold 1.5 of max_prob: accepted: from 0 to 1; 1e8: nobody leaves"),
         ("--router_threshold nan", r"--router_threshold: nan is not accepted: give a finite number"),
         ("--confidence entropy --router_threshold 0.2", r"threshold 0.2 of entropy: accepted: to 0; 1e8"),
+        ("--quota_scales -1", r"--quota_scales: -1 is below the least value accepted, 0"),
         ("--quota_scales 1 2", r"2 quota scales .* for 2 exits; give one per exit but the last"),
         (
             "--num_calib 0",

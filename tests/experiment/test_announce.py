@@ -40,3 +40,5 @@ def test_a_finished_run_says_figures_folder_and_the_next_command(tmp_path, monke
     _, python, script, *words = shlex.split(command)
     assert (tmp_path / script).is_file() and Path(script).name == "eval_dynamic.py" and "python" in python
     assert words == ["--checkpoint", "my run/checkpoint-best.pth", "--data_path", "my data"]
+    none_held_out = Recipe.of(WORDS, {"output_dir": "my run", "num_calib": 0})
+    assert farewell(none_held_out)[-1] == f"{command} --calib half_test"

@@ -132,6 +132,11 @@ HEADLINE = Headline(
 )
 
 
+def test_nothing_is_expected_of_thresholds_without_calibration_images():
+    lines = headline_lines(replace(HEADLINE, calibrated=False))
+    assert [line.split()[0] for line in lines[3:5]] == ["test", "static"]
+
+
 def test_headline_says_why_what_was_expected_and_what_was_gained():
     title, thresholds, _, calib, test, static, gain = headline_lines(HEADLINE)
     assert title == f"row 7 (threshold 2.46): {HEADLINE.reason}"

@@ -151,7 +151,8 @@ def test_a_run_keeps_its_images_its_seed_and_its_optimizer():
         check_same_run(recipe, understood({"args": args}, "x.pth"))
     others = {"data_set": "CIFAR10", "num_calib": 5, "seed": 0, "drop_last": False, "opt": "adamw"}
     for name, other in others.items():
-        with pytest.raises(ValueError, match=f"^--{name} {given[name]}, but x.pth was trained with {other}$"):
+        here = given[name] or "default"
+        with pytest.raises(ValueError, match=f"^--{name} {here}, but x.pth was trained with {other}$"):
             check_same_run(recipe, understood({"args": given | {name: other}}, "x.pth"))
 
 

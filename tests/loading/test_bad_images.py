@@ -120,3 +120,8 @@ def test_two_processes_agree(tmp_path, tree, in_processes):
     assert first == second and first["rows"] == [0, 1, 3, 3, 4, 5, 6, 8, *range(8, 15), 0]
     assert first["error"].startswith("3 of 16 training images cannot be read")
     assert len((tmp_path / "bad_images.txt").read_text().splitlines()) == 3
+
+
+def test_a_clean_training_set_is_said_to_be_one(tree, capsys):
+    with_readable(Split(tree.source.train, [0, 1], as_array), SKIP, Runtime(num_workers=0), CPU)
+    assert capsys.readouterr().out == "all training images can be read\n"

@@ -98,3 +98,10 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, write_tree, monkeypatc
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ValueError, match=f"image folder {root}: .*Permission denied: .*dog"):
         Folders(root)
+
+
+def test_a_folder_that_is_missing_or_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("nowhere", "file"):
+        with pytest.raises(ValueError, match=f"^image folder {tmp_path / name}: there is no such folder$"):
+            Folders(tmp_path / name)

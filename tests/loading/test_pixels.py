@@ -58,3 +58,9 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, size, recwarn):
         UNREADABLE, match="20 x 10 pixels; accepted: at most 120|300 pixels. exceeds limit of 240"
     ):
         read_image(str(tmp_path / "a.png"))
+
+
+def test_a_file_of_no_image_format_is_said_in_plain_words(tmp_path):
+    (tmp_path / "a.png").write_text("nonsense")
+    with pytest.raises(ValueError, match="^what it holds is of no image format known here$"):
+        read_image(str(tmp_path / "a.png"))

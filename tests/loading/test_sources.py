@@ -296,7 +296,7 @@ def test_trees_with_other_classes_are_refused(tmp_path, write_tree):
 def test_folder_errors_name_the_folder(tmp_path, write_tree):
     (tmp_path / "bare").mkdir()
     (write_tree(tmp_path / "holes") / "bird").mkdir()
-    complaints = {"absent": "No such file", "bare": "any class folder", "holes": "classes bird"}
+    complaints = {"absent": "there is no such folder", "bare": "any class folder", "holes": "classes bird"}
     for name, complaint in complaints.items():
         with pytest.raises(ValueError, match=f"image folder {tmp_path / name}: .*{complaint}"):
             open_data("image_folder", str(tmp_path / name))

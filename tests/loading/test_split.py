@@ -14,7 +14,7 @@ def test_split_train_is_disjoint_complete_sorted_and_fixed_by_the_seed():
 
 @pytest.mark.parametrize("num_calib", [-1, 10, 11])
 def test_split_train_refuses_to_hold_out_everything(num_calib):
-    with pytest.raises(ValueError, match=f"{num_calib} images out of 10"):
+    with pytest.raises(ValueError, match=f"--num_calib {num_calib}: accepted: 0 to 9"):
         split_train(10, num_calib, seed=0)
 
 

@@ -136,6 +136,16 @@ def test_other_images_for_thresholds(trained, tmp_path, calib, origin, evaluate_
         assert row["accuracy"] * reported == pytest.approx(round(row["accuracy"] * reported))
 
 
+def test_augmented_images_for_thresholds_are_the_same_every_time(trained, tmp_path, evaluate_into):
+    augmented = ("--mode", "dynamic", "--calib", "train_augmented")
+    rows = []
+    for name in ("first", "second"):
+        torch.rand(3)  # whatever else has drawn in the process
+        out = evaluate_into(tmp_path / name, trained / "checkpoint-last.pth", *augmented)
+        rows.append(read_json(out / "dynamic.json"))
+    assert rows[0] == rows[1]
+
+
 def test_the_training_script_evaluates_too(trained, evaluated, images, tmp_path):
     shutil.copy(trained / "checkpoint-last.pth", tmp_path)
     words = ["--eval", "true", "--procedure", "ours", "--mode", "dynamic", "--data_path", str(images), *RUN]

@@ -37,8 +37,10 @@ def run_adaptive(
         raise UserError(f"unknown order {order!r}; accepted: {', '.join(ORDERS)}")
     if len(images) == 0:
         raise UserError("no images to run")
+    if micro_batch < 1:  # in either order: a slip is a slip
+        raise UserError(f"micro_batch is {micro_batch}; accepted: 1 and more")
     size = micro_batch if order == "throughput" else None
-    batches = images.split(max(1, size or len(images)))
+    batches = images.split(size or len(images))
     answers = stream_adaptive(model, batches, thresholds, confidence, micro_batch=size)
     ids, logits, exits = (torch.cat(parts) for parts in zip(*answers, strict=True))
     back = ids.argsort()

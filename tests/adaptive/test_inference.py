@@ -306,8 +306,9 @@ def test_nothing_to_run_and_thresholds_of_another_network_are_refused(small):
 @pytest.mark.parametrize("size", [0, -1])
 def test_micro_batches_below_one_are_refused(relay_class, size):
     model, images = toy(relay_class, 3)
-    with pytest.raises(ValueError, match=f"^micro_batch is {size}; accepted: 1 and more"):
-        run_adaptive(model, images, torch.zeros(3), order="throughput", micro_batch=size)
+    for order in ("throughput", "latency"):
+        with pytest.raises(ValueError, match=f"^micro_batch is {size}; accepted: 1 and more"):
+            run_adaptive(model, images, torch.zeros(3), order=order, micro_batch=size)
     with pytest.raises(ValueError, match=f"^micro_batch is {size}; accepted: 1 and more"):
         stream_adaptive(model, [images], torch.zeros(3), micro_batch=size)
 

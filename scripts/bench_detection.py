@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from common import read_flags, timed, word
+
+import torch
 from PIL import Image
 from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes

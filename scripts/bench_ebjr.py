@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from common import matrix_products, print_table, read_flags, warm_times, word
+
+import torch
 from torch import Tensor
 
 from adaptive.policy import Policy

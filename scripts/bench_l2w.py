@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from common import print_table, read_flags, warm_times
+
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 

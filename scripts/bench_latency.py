@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from common import print_table, read_flags, warm_times
+
+import torch
 from torch import Tensor
 
 from adaptive.flops import exit_costs

@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from common import largest_difference, network_options, print_table, read_known, timed
+
 import torch
 import torchvision
-from common import largest_difference, network_options, print_table, read_known, timed
 from torch import Tensor, nn
 
 from adaptive.flops import exit_costs

@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from common import print_table, read_flags, timed
+
+import torch
 from torch import Tensor
 
 from adaptive.thresholds import EVERYBODY, MSDNET_RATIOS, NOBODY, geometric_quotas, quota_thresholds, simulate

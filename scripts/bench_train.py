@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from common import (
     PRECISIONS,
     largest_difference,
@@ -31,6 +29,9 @@ from common import (
     read_known,
     warm_times,
 )
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adaptive.flops import exit_costs

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import read_flags
+
+import torch
 
 from utils import UserError, option, run_main
 

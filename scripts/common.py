@@ -19,10 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import installed  # noqa: F401
+
+# isort: split
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from adaptive.timing import interleaved
 from experiment.options import Parser, fill, options_of, parse, underscored

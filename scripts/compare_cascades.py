@@ -17,8 +17,9 @@ from functools import partial
 from itertools import product
 from typing import NamedTuple
 
-import torch
 from common import read_known
+
+import torch
 from torch import Tensor
 
 from adaptive.exit_tables import ExitTables

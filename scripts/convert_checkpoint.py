@@ -12,8 +12,9 @@ import pickle
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from common import read_flags, word
+
+import numpy as np
 
 from experiment.checkpoint import load, save
 from experiment.published import named_in_order, understood

@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from common import print_table, read_flags, timed, word
+
+import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

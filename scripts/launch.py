@@ -7,7 +7,13 @@ torchrun itself puts a report of some forty lines below the line of a mistake, a
 
 import logging
 import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import installed  # noqa: F401
+
+# isort: split
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun

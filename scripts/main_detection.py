@@ -8,8 +8,9 @@ has it. The same command resumes a stopped run; `--eval true` only evaluates; `-
 the detector costs. Needs pycocotools (requirements-extra.txt).
 """
 
-import torch
 from common import read_flags
+
+import torch
 
 from detection.detectors import create_detector, detector_costs
 from detection.train import Detection, evaluate, fit

@@ -21,9 +21,13 @@ def test_an_interrupt_while_packages_are_imported_is_one_line():
         assert (end.returncode, end.stderr) == (130, said)
 
 
-@pytest.mark.parametrize("script", ["main_earlyExit.py", "eval_dynamic.py", "installed.py"])
+@pytest.mark.parametrize(
+    "script",
+    ["main_earlyExit.py", "eval_dynamic.py", "installed.py", "scripts/plot_curves.py", "scripts/launch.py"],
+)
 def test_missing_packages_are_one_line(script, monkeypatch, capsys):
-    monkeypatch.delitem(importlib.sys.modules, "installed", raising=False)
+    for name in ("installed", "common"):
+        monkeypatch.delitem(importlib.sys.modules, name, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "timm" else name)
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / script))

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import largest_difference, network_options, print_table, read_flags, read_known, timed, word
+
 import pytest
 import torch
-from common import largest_difference, network_options, print_table, read_flags, read_known, timed, word
 
 from utils import option
 

@@ -17,6 +17,7 @@ from experiment.announce import farewell, opening
 from experiment.fit import fit_to
 from experiment.log import Logger, epoch_line
 from experiment.open import architecture, open_teacher, read_weights
+from experiment.options import plain
 from experiment.published import Stored
 from experiment.recipe import Recipe
 from experiment.resume import Pace, as_started, checkpoint_of, resume
@@ -143,11 +144,9 @@ class Classifier:
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint stores about the run, besides the state of its parts."""
-        seen = self.splits.view
-        sight = {"mean": list(seen.mean), "std": list(seen.std), "input_size": seen.input_size}
         return {
             "arch": self.arch,
-            "args": self.recipe.flags() | sight,
+            "args": self.recipe.flags() | plain(self.splits.view),
             "calib_indices": self.held_out,
             "class_names": list(self.splits.source.class_names),
             "step": self.update.step,

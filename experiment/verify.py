@@ -4,12 +4,11 @@ import math
 import stat
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as shortened
-from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +108,41 @@ def _unpacked(value: object, known: dict[int, float]) -> float:
     return known[id(value)]
 
 
+class Entry(NamedTuple):
+    """What an entry about the run may be, in words and as a test of a value that is not None."""
+
+    accepted: str
+    fits: Callable[[Any], bool]
+
+
+def _counts(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _fits_pace(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() == PACE and all(_counts(n) and n for n in value.values())
+
+
+def _fits_record(value: object) -> bool:
+    return isinstance(value, dict) and (not value or value.keys() >= {"epoch", "seconds"})
+
+
+def _are_words(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(name) is str for name in value)
+
+
+ROWS = "distinct numbers of rows, from 0"
+ENTRIES = {
+    "arch": Entry("name, options and num_classes", lambda value: isinstance(value, (dict, str))),
+    "epoch": Entry("a number from 0, or a word", lambda value: isinstance(value, str) or _counts(value)),
+    "best": Entry("a finite number", lambda value: type(value) in NUMBERS and math.isfinite(value)),
+    "calib_indices": Entry(ROWS, lambda value: isinstance(value, list)),
+    "class_names": Entry("a list of words", _are_words),
+    "pace": Entry(f"numbers for {', '.join(sorted(PACE))}", _fits_pace),
+    "record": Entry("a line of log.txt", _fits_record),
+}
+
+
 def check_entries(content: Mapping[str, Any], source: object) -> None:
     """Raises ValueError, naming entry and value, for one about the run that no run writes."""
 
@@ -117,38 +151,17 @@ def check_entries(content: Mapping[str, Any], source: object) -> None:
             held = f"checkpoint {source} has {name} {shortened(value)}"
             raise UserError(f"{held}; accepted: {accepted}")
 
-    arch = content.get("arch")
-    check("arch", arch, "name, options and num_classes", isinstance(arch, (dict, str, NoneType)))
-    epoch, best = content.get("epoch"), content.get("best")
-    check("epoch", epoch, "a number from 0, or a word", isinstance(epoch, (str, NoneType)) or _counts(epoch))
-    check("best", best, "a finite number", best is None or (type(best) in NUMBERS and math.isfinite(best)))
-    rows, accepted = content.get("calib_indices"), "distinct numbers of rows, from 0"
-    check("calib_indices", rows, accepted, isinstance(rows, (list, NoneType)))
+    for name, entry in ENTRIES.items():
+        value = content.get(name)
+        check(name, value, entry.accepted, value is None or entry.fits(value))
     seen: set[int] = set()
-    for row in rows or ():
-        check("among calib_indices", row, accepted, _counts(row) and row not in seen)
+    for row in content.get("calib_indices") or ():
+        check("among calib_indices", row, ROWS, _counts(row) and row not in seen)
         seen.add(row)
     args = content.get("args")
     flags = vars(args) if isinstance(args, Namespace) else args
     side = flags.get("input_size") if isinstance(flags, dict) else None
     check("input_size", side, f"at most {LARGE}", type(side) is not int or side <= LARGE)
-    names = content.get("class_names")
-    words = isinstance(names, (list, tuple)) and all(type(name) is str for name in names)
-    check("class_names", names, "a list of words", names is None or words)
-    pace, record = content.get("pace"), content.get("record")
-    counts = isinstance(pace, dict) and pace.keys() == PACE and all(map(_counts, pace.values()))
-    check(
-        "pace",
-        pace,
-        f"numbers for {', '.join(sorted(PACE))}",
-        pace is None or (counts and all(pace.values())),
-    )
-    logged = isinstance(record, dict) and (not record or record.keys() >= {"epoch", "seconds"})
-    check("record", record, "a line of log.txt", record is None or logged)
-
-
-def _counts(value: object) -> bool:
-    return type(value) is int and value >= 0
 
 
 def checked_arch(arch: Mapping[str, Any], source: object) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One epoch of training and one pass of evaluation, for any network and any objective."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptive.exit_tables import ExitTables, GrowingTables, first_not_finite
+from adaptive.reading import Reading
 from models import MultiExitModel, tune
 from training.losses import ObjectiveFunction, full_precision
 from utils import Compute, Meters, Progress, UserError, gather
@@ -79,13 +80,12 @@ def exit_sums(exits: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
     return sums
 
 
-@torch.inference_mode()
 def evaluate(
     model: MultiExitModel,
     loader: Iterable[tuple[Tensor, Tensor]],
     compute: Compute,
     *,
-    confidence: str = "max_prob",
+    reading: Reading | str = "max_prob",
     title: str = "evaluate",
 ) -> ExitTables:
     """Runs every exit on every sample; all processes get the same table, on the CPU, in data-set order.
@@ -93,23 +93,45 @@ def evaluate(
     Each process reads its own samples and none is read twice, so counts are exact for every data size. Raises
     ValueError on every process for logits that are not finite, with the network, the exit and the image.
     """
+    return evaluate_readings(model, loader, compute, readings=[reading], title=title)[0]
+
+
+@torch.inference_mode()
+def evaluate_readings(
+    model: MultiExitModel,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    compute: Compute,
+    *,
+    readings: Sequence[Reading | str],
+    title: str = "evaluate",
+    watch: Callable[[list[Tensor], Tensor], None] = lambda exits, targets: None,
+) -> list[ExitTables]:
+    """As `evaluate`, in one pass for several ways to read the logits: a table for each.
+
+    `watch` sees the logits, K x [B, C], and targets [B] of every batch of this process.
+    """
     model.eval()
     tune(model, compute.device)
-    tables, fault = GrowingTables(), ""
+    grown, fault = [GrowingTables() for _ in readings], ""
     for images, targets in Progress(loader, title, len(loader), shown=compute.rank == 0):
         with compute.autocast():
             exits = model(compute.put(images))
         if found := first_not_finite(exits):
             k, row, value = found
-            name = loader.name(tables.count + row)
+            name = loader.name(grown[0].count + row)
             fault = f"{title}: {type(model).__name__} gives the logit {value} at exit {k} for {name}"
             break  # and not raise, since the other processes wait for this one below
-        tables.add(ExitTables.of(exits, compute.put(targets), confidence))
+        targets = compute.put(targets)
+        watch(exits, targets)
+        for tables, reading in zip(grown, readings, strict=True):
+            tables.add(ExitTables.of(exits, targets, reading))
     # Process r holds samples r, r + world size, ...; the last processes hold none if there are fewer samples.
-    shards, faults = zip(*gather((tables.table(), fault), compute), strict=True)
+    found_by = gather((tuple(tables.table() for tables in grown), fault), compute)
+    shards, faults = zip(*found_by, strict=True)
     if any(faults):
         raise UserError(next(filter(None, faults)))
-    return ExitTables.interleave([shard for shard in shards if shard])
+    by_reading = zip(*shards, strict=True)
+    return [ExitTables.interleave([shard for shard in parts if shard]) for parts in by_reading]
 
 
 def share_buffers(module: nn.Module, compute: Compute) -> None:

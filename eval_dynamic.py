@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from adaptive.exit_tables import ExitTables, exit_figures
-from adaptive.flops import Costs, as_published, count, print_costs, single_costs
+from adaptive.flops import Costs, as_published, count, print_costs
 from adaptive.headline import headline_of
-from adaptive.policy import Policy, choose, content_hash, model_hash, policies_of, rules_of
+from adaptive.policy import Policy, content_hash, model_hash
 from adaptive.routing import routing
+from adaptive.rules import choose, policies_of, rules_of
 from adaptive.timing import Comparison, Deployed, compare_orders
 from experiment.checkpoint import save
 from experiment.options import Given
@@ -40,7 +41,7 @@ def evaluate_checkpoint(given: Given) -> None:
     if subject.compute.rank > 0:
         return  # all processes have the same tables
     folder = results_folder(subject)
-    exits = exit_figures(test, costs.macs, single_costs(subject.network, subject.shape))
+    exits = exit_figures(test, costs.macs, costs.stages.alone())
     record = Record(
         exits=exits,
         provenance=subject.provenance(origin, len(test), costs.uncounted),

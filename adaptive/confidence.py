@@ -13,6 +13,8 @@ from utils import UserError
 
 # The published tools write these thresholds for "nobody leaves here" and "everybody leaves here".
 NOBODY, EVERYBODY = 1e8, -1e8
+# The kind that counts exits which agree: it needs their history, so it is no function of one exit's logits.
+AGREEMENT = "agreement"
 
 
 def max_prob(logits: Tensor) -> Tensor:
@@ -69,6 +71,7 @@ RANGES = {
     "margin": (0.0, 1.0),
     "entropy": (-math.inf, 0.0),
     "energy_softmax": (0.0, math.inf),
+    AGREEMENT: (1.0, math.inf),
 }
 ROUNDING = 1e-6  # a probability may come out as much above 1
 

@@ -7,35 +7,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adaptive.confidence import CONFIDENCES, confidence_function
+from adaptive.confidence import CONFIDENCES
+from adaptive.reading import Reading
 
 
 @dataclass(frozen=True)
 class ExitTables:
     """What every exit predicts for every sample.
 
-    [K, N] each: the confidence asked for, whether top-1 and top-5 are correct (bool), and the cross-entropy.
-    `scores` [S, K, N] holds every kind of confidence in the order of `CONFIDENCES`, `targets` [N].
+    [K, N] each: the confidence asked for, whether top-1 and top-5 are correct (bool), the cross-entropy, and
+    the predicted class (int32). `scores` [S, K, N] holds every kind of confidence in the order of
+    `CONFIDENCES`, `targets` [N]. `full` [N] is the class that the whole network predicts: the last exit's own
+    answer, whatever earlier exits say.
     """
 
     confidence: Tensor
     correct: Tensor
     correct5: Tensor
     loss: Tensor
+    answers: Tensor
     scores: Tensor
     targets: Tensor
+    full: Tensor
 
     @classmethod
-    def of(cls, exits: list[Tensor], targets: Tensor, confidence: str = "max_prob") -> "ExitTables":
-        """Tables of one batch from its logits, K x [B, C], and targets, int64 [B]."""
-        asked = confidence_function(confidence)
+    def of(cls, exits: list[Tensor], targets: Tensor, reading: Reading | str = "max_prob") -> "ExitTables":
+        """Tables of one batch from its logits, K x [B, C], as they are read, and targets, int64 [B]."""
         columns = []
-        for logits in exits:  # one after another: float64 copies of all logits would take much memory
-            hits = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
-            loss = F.cross_entropy(logits.float(), targets, reduction="none")
-            scores = torch.stack([score(logits).double() for score in CONFIDENCES.values()])
-            columns.append((asked(logits), hits[:, 0], hits.any(-1), loss, scores))
-        return cls(*(torch.stack(column, -2) for column in zip(*columns, strict=True)), targets)
+        # One after another: float64 copies of all logits would take much memory.
+        for answers, confidence, _ in Reading.of(reading).read_all(exits):
+            likeliest = answers.topk(min(5, answers.shape[-1])).indices
+            hits = likeliest == targets[:, None]
+            loss = F.cross_entropy(answers.float(), targets, reduction="none")
+            scores = torch.stack([score(answers).double() for score in CONFIDENCES.values()])
+            columns.append((confidence, hits[:, 0], hits.any(-1), loss, likeliest[:, 0].int(), scores))
+        stacked = (torch.stack(column, -2) for column in zip(*columns, strict=True))
+        return cls(*stacked, targets, exits[-1].argmax(-1).int())
 
     @classmethod
     def cat(cls, tables: list["ExitTables"]) -> "ExitTables":
@@ -59,8 +66,13 @@ class ExitTables:
 
     def of_exits(self, exits: Sequence[int]) -> "ExitTables":
         """The table of some exits, in the order given."""
-        *tables, targets = vars(self).values()
-        return ExitTables(*(table[..., list(exits), :] for table in tables), targets)
+        *tables, targets, full = vars(self).values()
+        return ExitTables(*(table[..., list(exits), :] for table in tables), targets, full)
+
+    @property
+    def full_correct(self) -> Tensor:
+        """Whether the whole network is right, bool [N]."""
+        return self.full == self.targets
 
     def means(self) -> dict[str, list[float]]:
         """`loss`, `acc1` and `acc5` (fractions) of every exit."""

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from adaptive.inference import run_single
+from adaptive.costs import StageCosts
 from models import MultiExitModel, create_model, model_options, tune
 from utils import UserError
 
@@ -31,12 +31,13 @@ class Costs:
     """Cumulative cost of the answers of exits 0..k for one image, k = 0..K-1.
 
     `macs` are multiply-adds, `papers` the count of the MSDNet, RANet and EBJR tools, `uncounted` the
-    costly-looking operators that no formula covers.
+    costly-looking operators that no formula covers. `stages` has the multiply-adds of every trunk and head.
     """
 
     macs: list[int]
     papers: list[int]
     uncounted: list[str]
+    stages: StageCosts
 
 
 def check_side(model: MultiExitModel, side: int) -> None:
@@ -72,7 +73,7 @@ def exit_costs(model: MultiExitModel, input_shape: tuple[int, int, int]) -> list
 def count(model: MultiExitModel, input_shape: tuple[int, int, int]) -> Costs:
     """Runs every exit once on the meta device and reads the counters after each."""
     twin, images = _twin(model, "meta"), torch.empty(1, *input_shape, device="meta")
-    macs, papers = [], []
+    trunks, heads, papers = [], [], []
     total: Counter[str] = Counter()
 
     def add(*call: Any) -> None:
@@ -83,21 +84,23 @@ def count(model: MultiExitModel, input_shape: tuple[int, int, int]) -> Costs:
         FlopCounterMode(display=False) as counter,
         register_module_forward_hook(add),
     ):
-        for _ in twin.each_exit(images):
-            macs.append(counter.get_total_flops() // 2)  # torch counts two operations for one multiply-add
+        state = twin.begin(images)
+        for k in range(twin.num_exits):
+            features, state = twin.trunk(k, state)
+            trunks.append(counter.get_total_flops())
+            state = twin.carry(k, state, twin.head(k, features))
+            heads.append(counter.get_total_flops())
             papers.append(total["papers"])
-    return Costs(macs, papers, seen.uncounted())
+    # torch counts two operations for one multiply-add
+    starts, macs = [0, *(count // 2 for count in heads[:-1])], [count // 2 for count in heads]
+    trunks = [count // 2 - start for count, start in zip(trunks, starts, strict=True)]
+    heads = [total - start - trunk for total, start, trunk in zip(macs, starts, trunks, strict=True)]
+    return Costs(macs, papers, seen.uncounted(), StageCosts.of(model, trunks, heads))
 
 
-def single_costs(model: MultiExitModel, input_shape: tuple[int, int, int]) -> list[int]:
+def single_costs(model: MultiExitModel, input_shape: tuple[int, int, int]) -> list[float]:
     """Multiply-adds of each exit alone: the static network that ends there, without earlier heads."""
-    twin, images = _twin(model, "meta"), torch.empty(1, *input_shape, device="meta")
-    costs = []
-    for k in range(twin.num_exits):
-        with FlopCounterMode(display=False) as counter:
-            run_single(twin, images, k)
-        costs.append(counter.get_total_flops() // 2)
-    return costs
+    return count(model, input_shape).stages.alone()
 
 
 def fvcore_counts(model: MultiExitModel, input_shape: tuple[int, int, int]) -> list[dict[str, int]]:

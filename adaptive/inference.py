@@ -62,7 +62,8 @@ def stream_adaptive(
     at once. Raises ValueError at once for a network in training mode, `micro_batch` below 1, and thresholds
     that do not fit.
     """
-    return _stream(Pipeline(stages_of(model), Policy.of(thresholds, confidence), micro_batch), batches)
+    policy = Policy.of(thresholds, confidence)
+    return _stream(Pipeline(stages_of(model, policy.off), policy, micro_batch), batches)
 
 
 def _stream(pipeline: Pipeline, batches: Iterable[Tensor]) -> Iterator[Answers]:
@@ -83,10 +84,7 @@ def _advance(pipeline: Pipeline, may_run: Callable[[int], int]) -> Iterator[Answ
 @torch.inference_mode()
 def run_single(model: MultiExitModel, images: Tensor, k: int) -> Tensor:
     """Logits [N, C] of exit k alone, as a static network; earlier heads run only if stages read them."""
-    state = model.begin(images)
-    for j in model.stages_before(k):
-        state = (model.step if model.reads_logits(j) else model.trunk)(j, state)[1]
-    return model.step(k, state)[0]
+    return stages_of(model, set(range(model.num_exits)) - {k})[0](images)[0]
 
 
 def fold_batch_norm(model: MultiExitModel) -> MultiExitModel:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptive.costs import StageCosts
 from adaptive.exit_tables import first_not_finite
-from adaptive.flops import exit_costs, single_costs
+from adaptive.flops import count
 from adaptive.inference import ORDERS, fold_batch_norm, run_adaptive, run_single
 from adaptive.intervals import Estimate, median_ratio
 from adaptive.policy import Policy
@@ -68,9 +69,9 @@ class Deployed:
         return cls(model, tuned, images, images.to(dtype=dtype or images.dtype, memory_format=layout))
 
     @cached_property
-    def costs(self) -> list[int]:
-        """Multiply-adds to have the answers of exits 0..k."""
-        return exit_costs(self.plain, tuple(self.images.shape[1:]))
+    def costs(self) -> StageCosts:
+        """Multiply-adds of every stage."""
+        return count(self.plain, tuple(self.images.shape[1:])).stages
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 def static_contestants(deployed: Deployed) -> dict[str, Contestant]:
     """Baselines of early exit: all exits on all images, as trained and tuned, and each exit alone, tuned."""
     plain, tuned, images = deployed.plain, deployed.tuned, deployed.tuned_images
-    together, alone = deployed.costs, single_costs(plain, tuple(images.shape[1:]))
+    together, alone = deployed.costs.leaving(), deployed.costs.alone()
     last = plain.num_exits - 1
     as_trained = _static(lambda part: plain(part)[-1], last)
     everything = _static(lambda part: tuned(part)[-1], last)
@@ -208,7 +209,7 @@ def early_contestants(deployed: Deployed, policy: Policy) -> dict[str, Contestan
         logits, exits = zip(*answers, strict=True)
         return torch.cat(logits), torch.cat(exits)
 
-    images, costs = deployed.tuned_images, deployed.costs
+    images, costs = deployed.tuned_images, policy.leaving(deployed.costs)
     return {
         "throughput": Contestant("throughput", throughput, images, costs),
         "latency": Contestant("latency", latency, images, costs),
@@ -271,7 +272,7 @@ def compare_orders(
 def _timed_point(name: str, policy: Policy, rows: list[Measurement], logits: Tensor) -> TimedPoint:
     """A policy's measurements against the static ones and the simulation on logits [K, N, C]."""
     by_name = {row.contestant: row for row in rows}
-    simulated = policy.exit_of(policy.scores(logits)).cpu()
+    simulated = policy.exit_of(policy.reading.confidences(logits)).cpu()
     orders = {order: by_name[f"{name}, {order} order"] for order in ORDERS}
     pooled, last = orders["throughput"], by_name[f"exit {len(logits) - 1} alone"]
     gain = median_ratio(last.seconds, pooled.seconds)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from adaptive.policy import Exits
+from adaptive.exits import Exits
 from datasets import Data, Mixing, Transform, View
 from experiment.options import Given, fill, given_of, parse, plain
 from experiment.published import MODEL_KEY

@@ -17,7 +17,7 @@ def tables(subject: Subject, images: Dataset, title: str) -> ExitTables:
     """What every exit predicts for every image."""
     loader = ordered_loader(images, subject.recipe.runtime, subject.compute)
     confidence = subject.recipe.exits.confidence
-    return evaluate(subject.network, loader, subject.compute, confidence=confidence, title=title)
+    return evaluate(subject.network, loader, subject.compute, reading=confidence, title=title)
 
 
 def check_calibration(subject: Subject) -> None:

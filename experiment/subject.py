@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptive.confidence import confidence_function
+from adaptive.exits import Exits
 from adaptive.flops import check_side
-from adaptive.policy import Exits
 from datasets import PREFIXES, Data, Splits, View, open_splits
 from experiment.cascade import CascadeFiles, read_cascade
 from experiment.open import IMAGES, Opened, open_network

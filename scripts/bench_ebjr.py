@@ -59,7 +59,7 @@ def published(model: MultiExitModel, policy: Policy, images: Tensor, size: int) 
     """Logits [N, C] and exits [N], image by image: deferred to the teacher below the threshold."""
     answers, exits = [], []
     for image in images.split(1):
-        k, logits = next((k, y) for k, y in model.each_exit(image) if policy.leaves(k, y).item())
+        k, logits = next((k, y) for k, y in model.each_exit(image) if policy.decide(k, y).leaves.item())
         answers.append(logits)
         exits.append(k)
     return torch.cat(answers), torch.tensor(exits)
@@ -69,7 +69,7 @@ def contestants_of(deployed: dict[str, Deployed], policy: Policy) -> dict[str, C
     """All contestants, by name and form."""
     plain = deployed["plain"]
     run = partial(published, plain.plain, policy)
-    found = {FIRST: Contestant(FIRST, run, plain.images, plain.costs)}
+    found = {FIRST: Contestant(FIRST, run, plain.images, plain.costs.leaving())}
     for form, one in deployed.items():
         alone = static_contestants(one)
         found[f"student alone, {form}"] = alone["exit 0 alone"]

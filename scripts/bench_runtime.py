@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from adaptive.flops import exit_costs
 from adaptive.inference import fold_batch_norm, run_adaptive
-from adaptive.policy import Policy, choose, policies_of, rules_of
+from adaptive.policy import Policy
+from adaptive.rules import choose, policies_of, rules_of
 from adaptive.thresholds import EVERYBODY, NOBODY, quota_thresholds
 from adaptive.timing import Deployed, early_contestants, measure, percentile, static_contestants
 from experiment.options import Given
@@ -98,7 +99,7 @@ def random_subject(flags: Flags, options: dict[str, Any]) -> tuple[MultiExitMode
 @torch.inference_mode()
 def confidence_of(model: MultiExitModel, images: Tensor, policy: Policy) -> Tensor:
     """Confidence of every exit in every image, [K, N], as the policy computes it."""
-    return torch.cat([policy.scores(torch.stack(model(part))) for part in images.split(64)], dim=1)
+    return torch.cat([policy.reading.confidences(model(part)) for part in images.split(64)], dim=1)
 
 
 def by_batch(deployed: Deployed, policy: Policy, rounds: int) -> Iterator[tuple]:

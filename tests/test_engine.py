@@ -273,7 +273,7 @@ def test_the_table_is_in_order_and_exact():
 
 def test_the_confidence_asked_for_is_in_the_table():
     loader = in_order(grey_levels([255, 0], [0, 0]), 2)
-    tables = evaluate(Mirror(), loader, CPU, confidence="margin")
+    tables = evaluate(Mirror(), loader, CPU, reading="margin")
     top, second = torch.tensor([1.0, 0.0, -1.0]).softmax(0)[:2].tolist()
     assert tables.confidence[0].tolist() == pytest.approx([top - second] * 2)
 

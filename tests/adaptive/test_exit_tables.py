@@ -58,12 +58,13 @@ def numbered(*numbers):
     row = torch.tensor(numbers)
     two = torch.stack([row, row + 100])
     hits = torch.stack([row > 3, row > 4])
-    return ExitTables(two, hits, row.expand(2, -1) > 0, -row.expand(2, -1), torch.stack([two, -two]), row)
+    flat = row.expand(2, -1)
+    return ExitTables(two, hits, flat > 0, -flat, two + 7, torch.stack([two, -two]), row, row + 8)
 
 
 def check_samples(tables, *numbers):
     expected = numbered(*numbers)
-    for column in ("confidence", "correct", "correct5", "loss", "scores", "targets"):
+    for column in ("confidence", "correct", "correct5", "loss", "answers", "scores", "targets", "full"):
         assert torch.equal(getattr(tables, column), getattr(expected, column))
     assert len(tables) == len(numbers)
 

@@ -10,7 +10,7 @@ from adaptive.thresholds import EVERYBODY
 # 100 images: exit 0 knows the first 60 and is sure of the first 50, exit 1 knows 5 to 94.
 RIGHT = torch.stack([torch.arange(100) < 60, (torch.arange(100) >= 5) & (torch.arange(100) < 95)])
 SURE = torch.stack([torch.arange(100) < 50, torch.ones(100)]).double()
-TEST = ExitTables(SURE, RIGHT, RIGHT, SURE, SURE[None], torch.zeros(100))
+TEST = ExitTables(SURE, RIGHT, RIGHT, SURE, SURE, SURE[None], torch.zeros(100), torch.zeros(100))
 EXITS = [ExitFigures(0, 10, 10, 1, 0.6, 1), ExitFigures(1, 60, 45, 1, 0.9, 1)]
 
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from adaptive.confidence import max_prob
 from adaptive.inference import fold_batch_norm, run_adaptive, run_single, stream_adaptive
 from adaptive.policy import Policy
+from adaptive.reading import Reading
 from adaptive.thresholds import EVERYBODY, NOBODY, exit_of, quota_thresholds
 from models import MultiExitModel
 
@@ -117,6 +118,49 @@ def test_early_exit_uses_the_confidence_asked_for(order, subject):
     entropies = [torch.distributions.Categorical(logits=logits).entropy() for logits in model(images)]
     expected = torch.where(entropies[0] <= 1, 0, torch.where(entropies[1] <= 1, 1, 2))
     assert torch.equal(exits, expected) and exits.unique().tolist() == [0, 1, 2]
+
+
+READINGS = {
+    "recall": {"answer": "best"},
+    "mean": {"answer": "mean"},
+    "agreement": {"confidence": "agreement"},
+    "agreement of means": {"confidence": "agreement", "answer": "mean"},
+    "temperatures": {"temperatures": (0.5, 2.0, 1.0)},
+}
+
+
+@orders
+@pytest.mark.parametrize("options", READINGS.values(), ids=READINGS)
+def test_every_way_to_read_logits_is_as_simulated(order, subject, options):
+    model, images, logits, _ = subject("relay")
+    reading = Reading(**options)
+    confidence = reading.confidences(logits)
+    # Between two values, so that no rounding decides.
+    limits = [2.0, 2.0] if reading.agreement else (confidence[:2].quantile(0.7, dim=1) + 1e-9).tolist()
+    policy = Policy((*limits, EVERYBODY), **options)
+    answers, exits = run_adaptive(model, images, policy, **order)
+    left_at = policy.exit_of(confidence)
+    assert torch.equal(exits, left_at) and len(exits.unique()) > 1
+    read = torch.stack([one.answers for one in reading.read_all(logits)])
+    assert_close(answers, read[left_at, torch.arange(len(images))], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", [ORDERS["latency"], ORDERS["throughput, 7"]], ids=["latency", "throughput"])
+def test_exits_that_are_off_are_not_asked(order, subject, family_or_relay):
+    given = subject(family_or_relay)
+    off = tuple(range(given.model.num_exits - 1))[::2]
+    limits = given.thresholds.index_fill(0, torch.tensor(off, dtype=torch.int64), NOBODY)
+    policy = Policy(tuple(limits.tolist()), off=off)
+    asked, head = [], given.model.head
+    given.model.head = lambda k, features: asked.append(k) or head(k, features)
+    try:
+        logits, exits = run_adaptive(given.model, given.images, policy, **order)
+    finally:
+        del given.model.head
+    expected, left_at = simulated(given.logits, limits)
+    assert torch.equal(exits, left_at)
+    assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+    assert not {k for k in off if not given.model.reads_logits(k)} & set(asked)
 
 
 @orders

@@ -16,7 +16,8 @@ def tables():
     confidence = torch.tensor([[0.9, 0.2, 0.8, 0.1], [1.0, 1.0, 1.0, 1.0]])
     correct = torch.tensor([[True, False, True, False], [True, True, False, False]])
     scores = confidence.expand(5, -1, -1)
-    return ExitTables(confidence, correct, correct, confidence, scores, torch.tensor([0, 0, 1, 1]))
+    targets = torch.tensor([0, 0, 1, 1])
+    return ExitTables(confidence, correct, correct, confidence, correct, scores, targets, targets)
 
 
 def test_traffic_weighs_popular_classes(compare):

@@ -47,7 +47,8 @@ class StageCosts:
         """
         on = [k for k in range(len(self.trunks)) if k not in set(off)]
         ran: set[int] = set()
-        total, costs = 0, []
+        total = 0
+        costs = []
         for k in range(len(self.trunks)):
             if k in on:
                 for stage in sorted({*self.before[k], k} - ran):

@@ -94,7 +94,8 @@ class GrowingTables:
 
     def add(self, batch: ExitTables) -> None:
         """Copies the table of the next batch."""
-        given, end = list(vars(batch).values()), self.count + len(batch)
+        given = list(vars(batch).values())
+        end = self.count + len(batch)
         if not self.columns or end > self.columns[-1].shape[-1]:
             full = self.columns
             self.columns = [part.new_empty(*part.shape[:-1], 2 * end, device="cpu") for part in given]

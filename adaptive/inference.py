@@ -96,7 +96,8 @@ def fold_batch_norm(model: MultiExitModel) -> MultiExitModel:
     for module in list(folded.modules()):
         names = list(module._modules) if isinstance(module, nn.Sequential) else []
         for first, second in [*pairwise(names), *getattr(module, "folds", ())]:
-            conv, norm = module._modules[first], module._modules[second]
+            conv = module._modules[first]
+            norm = module._modules[second]
             # Exact types: subclasses may do more (batch norm with activation, standardised weights).
             if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
                 setattr(module, first, fuse_conv_bn_eval(conv, norm))

@@ -98,10 +98,12 @@ class Pipeline:
         logits, state = self.stages[k](state)
         answers, leaves, memory = self.policy.decide(self.exits[k], logits, memory)
         count = int(leaves.sum())  # the only point where the host waits for the device
-        gone, stay = slice(count), slice(count, None)  # all or none leave: slices, so nothing is copied
+        gone = slice(count)
+        stay = slice(count, None)  # all or none leave: slices, so nothing is copied
         if 0 < count < len(ids):
             order = (~leaves).byte().argsort(stable=True)
-            gone, stay = order[:count], order[count:]
+            gone = order[:count]
+            stay = order[count:]
         if count < len(ids):
             self.queues[k + 1].append(take((ids, memory, state), stay))
         return Answers(ids[gone], answers[gone], torch.full_like(ids[gone], self.exits[k]))

@@ -1,9 +1,9 @@
 """Exit policies: a `Policy` is a value that decides where samples leave."""
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from adaptive.confidence import NOBODY, check_threshold
 from adaptive.costs import StageCosts
 from adaptive.exit_tables import ExitTables
+from adaptive.guarantee import Guarantee
+from adaptive.plain import read_plain, write_plain
 from adaptive.reading import Reading
 from adaptive.thresholds import exit_of, simulate
-from utils import UserError, to_json, write_text
+from utils import UserError
 
 SCHEMAS = 1, 2  # the last one is written; the first one had fewer entries
-LISTS = "thresholds", "temperatures", "off", "shares"
 
 
 class Decision(NamedTuple):
@@ -31,6 +32,24 @@ class Decision(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Made:
+    """Where a policy comes from; what is not known is empty.
+
+    `data_set` and `images` say what its thresholds were chosen on, `num_images` images in all. `command` is
+    the shell line, `commit` that of this repository, `versions` those of the packages. There is no date:
+    equal results give equal files.
+    """
+
+    command: str = ""
+    data_set: str = ""
+    images: str = ""
+    num_images: int = 0
+    machine: str = ""
+    commit: str = ""
+    versions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Policy:
     """Decides where a sample leaves: at the first exit whose confidence is at least its threshold.
 
@@ -38,8 +57,9 @@ class Policy:
     logits are read (`Reading`). The exits in `off` are switched off: nobody leaves there, and their heads
     do not run. `accuracy` (a fraction), `macs` (multiply-adds per image) and `shares` [K] (fraction of the
     samples that leaves at each exit) are those on the calibration images. `model_hash` and `calib_hash`
-    identify weights and images; they are empty where unknown. Raises ValueError for what cannot be read, for
-    no thresholds, for one that the confidence never reaches, and for exits that cannot be switched off.
+    identify weights and images; they are empty where unknown. `made` says where it comes from, `guarantee`
+    what holds for it on new images. Raises ValueError for what cannot be read, for no thresholds, for one
+    that the confidence never reaches, and for exits that cannot be switched off.
     """
 
     thresholds: tuple[float, ...]
@@ -50,9 +70,12 @@ class Policy:
     off: tuple[int, ...] = ()
     accuracy: float | None = None
     macs: float | None = None
+    latency_ms: float | None = None
     shares: tuple[float, ...] = ()
     model_hash: str = ""
     calib_hash: str = ""
+    made: Made | None = None
+    guarantee: Guarantee | None = None
 
     def __post_init__(self) -> None:
         reading = self.reading  # which refuses what it does not know
@@ -73,6 +96,17 @@ class Policy:
                     f"exit {k} is off; accepted: exits 0 to {last - 1} whose threshold is {NOBODY:g}"
                 )
 
+        self._check_figures()
+
+    def _check_figures(self) -> None:
+        if len(self.shares) not in (0, len(self.thresholds)):
+            raise UserError(f"{len(self.shares)} shares for {len(self.thresholds)} exits; give one per exit")
+        shares = [("share", value, 1) for value in self.shares]
+        for name, value, high in (("accuracy", self.accuracy, 1), ("macs", self.macs, math.inf), *shares):
+            if value is not None and not 0 <= value <= high:
+                accepted = "0 and more" if high > 1 else "from 0 to 1"
+                raise UserError(f"{name} {value:g}: accepted: {accepted}")
+
     @classmethod
     def of(cls, thresholds: "Policy | Tensor | Sequence[float]", confidence: str = "max_prob") -> "Policy":
         """A policy of plain thresholds [K]; a policy is returned as it is."""
@@ -80,6 +114,13 @@ class Policy:
             return thresholds
         values = thresholds.tolist() if isinstance(thresholds, Tensor) else thresholds
         return cls(tuple(values), confidence)
+
+    @classmethod
+    def by(cls, reading: Reading, thresholds: Iterable[float], name: str = "", **known: Any) -> "Policy":
+        """The policy with thresholds [K] that reads logits this way; `known` are its other fields."""
+        limits = tuple(thresholds)
+        kind = reading.confidence
+        return cls(limits, kind, name, reading.answer, reading.temperatures, **known)
 
     @cached_property
     def reading(self) -> Reading:
@@ -97,14 +138,24 @@ class Policy:
         `memory` is what it remembered of the exits before, None at the first.
         """
         answers, confidence, memory = self.reading.read(k, logits, memory)
+        return Decision(answers, self.leaves(k, confidence), memory)
+
+    def leaves(self, k: int, confidence: Tensor) -> Tensor:
+        """Which samples leave at exit k, bool [B], by their confidence [B] there."""
         if k == len(self.thresholds) - 1:
-            return Decision(answers, torch.ones_like(confidence, dtype=torch.bool), memory)
-        return Decision(answers, confidence >= self.thresholds[k], memory)
+            return torch.ones_like(confidence, dtype=torch.bool)
+        return confidence >= self.thresholds[k]
 
     def exit_of(self, tables: ExitTables | Tensor) -> Tensor:
         """The exit, int64 [N], where each sample of tables, or of a confidence [K, N], leaves."""
         confidence = tables if isinstance(tables, Tensor) else tables.confidence
         return exit_of(confidence, self._limits(confidence))
+
+    def outcome(self, tables: ExitTables) -> "Outcome":
+        """What becomes of every sample of tables, which must be read as the policy reads."""
+        exits = self.exit_of(tables)
+        columns = tables.answers, tables.confidence, tables.correct
+        return Outcome(exits, *(column.gather(0, exits[None])[0] for column in columns))
 
     def simulate(self, tables: ExitTables, costs: StageCosts | Sequence[float]) -> "OperatingPoint":
         """Accuracy, cost and shares on the samples of tables.
@@ -125,31 +176,39 @@ class Policy:
 
     def save(self, path: str | Path) -> None:
         """Writes the policy as JSON."""
-        write_text(Path(path), to_json({"schema": SCHEMAS[-1], **asdict(self)}, indent=1))
+        write_plain(Path(path), self, SCHEMAS[-1])
 
     @classmethod
     def load(cls, path: str | Path) -> "Policy":
         """Reads what `save` wrote; ValueError for a damaged file or one of another schema."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            schema = content.pop("schema")
-            if schema not in SCHEMAS:
-                raise UserError(f"its schema is {schema!r}, accepted: {', '.join(map(str, SCHEMAS))}")
-            lists = {name: tuple(content[name]) for name in LISTS if schema > 1 or name in content}
-            return cls(**content | lists)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is no policy that can be read: {error}") from error
+        return read_plain(Path(path), cls, SCHEMAS, "policy")
 
     def check(self, opened: Any) -> "Policy":
         """The policy itself, if it was made for `opened.network`; ValueError for another network."""
-        expected, found = len(self.thresholds), opened.network.num_exits
+        return self.check_network(opened.network)
+
+    def check_network(self, network: Any) -> "Policy":
+        """`check` for a module with `num_exits`."""
+        expected = len(self.thresholds)
+        found = network.num_exits
         if expected != found:
             raise UserError(f"policy {self.name!r} is for {expected} exits, the network has {found}")
-        if self.model_hash and self.model_hash != (found := model_hash(opened.network)):
+        if self.model_hash and self.model_hash != (found := model_hash(network)):
             raise UserError(
                 f"policy {self.name!r} is for weights {self.model_hash[:12]}, the network has {found[:12]}"
             )
         return self
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where each sample leaves, and there the class predicted, how confident the exit is of it, and whether
+    it is right: [N] each."""
+
+    exits: Tensor
+    answers: Tensor
+    confidence: Tensor
+    correct: Tensor
 
 
 @dataclass(frozen=True)

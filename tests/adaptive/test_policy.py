@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from adaptive.confidence import CONFIDENCES, confidence_function
-from adaptive.exits import Exits
 from adaptive.policy import Policy, content_hash, model_hash
 from adaptive.thresholds import EVERYBODY, NOBODY
 
@@ -76,11 +75,6 @@ def test_thresholds_for_everybody_and_nobody_and_what_rounding_adds_are_accepted
 def test_there_is_a_threshold_per_exit():
     with pytest.raises(ValueError, match="give a number per exit"):
         Policy.of([])
-
-
-def test_a_budget_and_an_accuracy_are_not_both_wanted():
-    with pytest.raises(ValueError, match=r"^--budget 2e\+07 and --accuracy 0.9: give one of them"):
-        Exits(budget=2e7, accuracy=0.9)
 
 
 def test_unknown_confidence_is_refused():

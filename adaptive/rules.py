@@ -1,4 +1,4 @@
-"""How policies are found on calibration images, and how one of them is chosen."""
+"""How policies are found on calibration images one by one: by exit quotas, and as users give them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,33 +8,36 @@ import torch
 from torch import Tensor
 
 from adaptive.confidence import EVERYBODY, check_threshold
+from adaptive.costs import StageCosts
 from adaptive.exit_tables import ExitTables
 from adaptive.exits import Exits
+from adaptive.one_number import mapped_thresholds
 from adaptive.policy import Policy
-from adaptive.thresholds import cheapest, geometric_quotas, quota_thresholds, share_quotas, within_budget
+from adaptive.reading import Reading
+from adaptive.thresholds import geometric_quotas, quota_thresholds, share_quotas, within_budget
 from utils import UserError
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How the thresholds [K] of a policy are found from the confidence [K, N] of calibration images."""
+    """How the thresholds [K] of a policy are found from the tables of calibration images."""
 
     name: str
-    thresholds: Callable[[Tensor], Tensor]
+    thresholds: Callable[[ExitTables], Tensor]
 
 
 def rules_of(exits: Exits, costs: Sequence[float]) -> list[Rule]:
-    """A rule for each quota of the published sweep, then for the shares and the thresholds given, if any.
+    """A rule for each quota of the published sweep, then for each policy that is given by hand.
 
     Raises ValueError for numbers that do not fit exits of these `costs` [K] (multiply-adds), and for rows
     that the sweep does not have.
     """
     num_exits = len(costs)
-    if exits.budget is not None:
-        within_budget(costs, costs, exits.budget)  # at least the first exit must be affordable
+    for budget in exits.budget:
+        within_budget(costs, costs, budget)  # at least the first exit must be affordable
     ratios = exits.ratios
-    if exits.calib == "none" and (exits.shares or exits.row or not exits.router_threshold):
-        raise UserError("--calib none: give thresholds (--router_threshold), no --shares and no --row")
+    if exits.calib == "none":
+        _check_uncalibrated(exits)
     row = max(exits.row, default=-1)
     if row >= len(ratios):
         raise UserError(f"--row {row}, but {exits.quota_sweep} has rows 0 to {len(ratios) - 1}")
@@ -43,61 +46,56 @@ def rules_of(exits: Exits, costs: Sequence[float]) -> list[Rule]:
     if exits.shares:
         name = f"shares {' '.join(map(str, exits.shares))}"
         quotas.append((name, share_quotas(exits.shares, num_exits)))
-    rules = [Rule(name, partial(quota_thresholds, quotas=wanted)) for name, wanted in quotas]
+    rules = [Rule(name, partial(_by_quotas, quotas=wanted)) for name, wanted in quotas]
     if exits.router_threshold:
-        if len(exits.router_threshold) != num_exits - 1:
-            given = f"{len(exits.router_threshold)} router thresholds for {num_exits} exits"
-            raise UserError(f"{given}; give one per exit but the last")
-        for value in exits.router_threshold:
-            check_threshold(value, exits.confidence)
-        limits = torch.tensor([*exits.router_threshold, EVERYBODY], dtype=torch.float64)
         name = f"threshold {' '.join(map(str, exits.router_threshold))}"
-        rules.append(Rule(name, lambda confidence: limits))
+        limits = _router_limits(exits, num_exits)
+        rules.append(Rule(name, lambda calib: limits))
+    for accuracy in exits.mapped_accuracy:
+        name = f"mapped accuracy {100 * accuracy:.4g} %"
+        rules.append(Rule(name, partial(_by_mapped_accuracy, accuracy=accuracy)))
     return rules
 
 
+def _by_quotas(calib: ExitTables, quotas: Tensor) -> Tensor:
+    return quota_thresholds(calib.confidence, quotas)
+
+
+def _by_mapped_accuracy(calib: ExitTables, accuracy: float) -> Tensor:
+    return mapped_thresholds(calib.confidence, calib.correct, accuracy)
+
+
+def _check_uncalibrated(exits: Exits) -> None:
+    other = [*exits.shares, *exits.row, *exits.goals, *exits.mapped_accuracy]
+    if other or not exits.router_threshold:
+        raise UserError("--calib none: give thresholds (--router_threshold) and no other goal or policy")
+
+
+def _router_limits(exits: Exits, num_exits: int) -> Tensor:
+    """The thresholds given by hand, [K]."""
+    if len(exits.router_threshold) != num_exits - 1:
+        given = f"{len(exits.router_threshold)} router thresholds for {num_exits} exits"
+        raise UserError(f"{given}; give one per exit but the last")
+    for value in exits.router_threshold:
+        check_threshold(value, exits.confidence)
+    return torch.tensor([*exits.router_threshold, EVERYBODY], dtype=torch.float64)
+
+
 def policies_of(
-    rules: Sequence[Rule], calib: ExitTables, costs: Sequence[float], confidence: str
+    rules: Sequence[Rule], calib: ExitTables, costs: StageCosts | Sequence[float], reading: Reading
 ) -> list[Policy]:
-    """The policy of every rule, with thresholds found on `calib`; exits cost `costs` [K] multiply-adds."""
+    """The policy of every rule, with thresholds found on `calib`.
+
+    `costs` are multiply-adds of stages, or of an image that leaves at each exit, [K].
+    """
     policies = []
     for rule in rules:
-        policy = Policy(tuple(rule.thresholds(calib.confidence).tolist()), confidence, rule.name)
-        found = policy.simulate(calib, costs)
-        policy = replace(policy, accuracy=found.accuracy, macs=found.macs, shares=tuple(found.shares))
-        policies.append(policy)
+        policy = Policy.by(reading, rule.thresholds(calib).tolist(), rule.name)
+        policies.append(expected(policy, calib, costs))
     return policies
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Indices of the policies to use, of which the first is to be deployed, and in words why."""
-
-    rows: list[int]
-    reason: str
-
-
-def choose(policies: Sequence[Policy], exits: Exits, last_accuracy: float) -> Choice:
-    """The policies given by hand, else the best one on the calibration images.
-
-    The best is the most accurate one within the budget, or the cheapest with the accuracy wanted. By default
-    this is `last_accuracy`, that of the last exit, or the nearest to it. Raises ValueError for a budget or an
-    accuracy that none of them reaches.
-    """
-    by_hand = list(exits.row or range(len(exits.ratios), len(policies)))
-    if by_hand:
-        return Choice(by_hand, "given by hand" + (", the first of these" if len(by_hand) > 1 else ""))
-    accuracies, costs = zip(*((policy.accuracy, policy.macs) for policy in policies), strict=True)
-    if exits.budget is not None:
-        best = within_budget(accuracies, costs, exits.budget)
-        good = sum(cost <= exits.budget for cost in costs)
-        reason = f"the most accurate of {good} settings within {exits.budget / 1e6:.4g} M multiply-adds"
-    else:
-        goal = last_accuracy if exits.accuracy is None else exits.accuracy
-        good = sum(accuracy >= goal for accuracy in accuracies)
-        best = cheapest(accuracies, costs, goal if good or exits.accuracy else max(accuracies))
-        wanted = f"{100 * goal:.2f} %" + (", the last exit's accuracy" if exits.accuracy is None else "")
-        reason = f"the cheapest of {good} settings that reach {wanted}"
-        if not good:
-            reason = f"the most accurate setting, since none reaches {wanted}"
-    return Choice([best], f"{reason}; all {len(policies)} were judged on the calibration images")
+def expected(policy: Policy, calib: ExitTables, costs: StageCosts | Sequence[float]) -> Policy:
+    """The policy with its accuracy, cost and shares on calibration images."""
+    found = policy.simulate(calib, costs)
+    return replace(policy, accuracy=found.accuracy, macs=found.macs, shares=tuple(found.shares))

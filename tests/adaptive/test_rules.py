@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from adaptive.exits import Exits
-from adaptive.rules import Rule, choose, policies_of, rules_of
+from adaptive.reading import Reading
+from adaptive.rules import Rule, policies_of, rules_of
 from adaptive.thresholds import EVERYBODY, NOBODY, quota_thresholds
 
 COSTS = [10, 40]
@@ -19,55 +20,16 @@ CALIB = tables([True] * 10)
 
 
 def sweep(confidence="max_prob", **exits):
-    return policies_of(rules_of(Exits(**exits), COSTS), CALIB, COSTS, confidence)
+    return policies_of(rules_of(Exits(**exits), COSTS), CALIB, COSTS, Reading(confidence))
 
 
-def chosen(**exits):
-    """The policies that are chosen on calib."""
-    policies = sweep(**{name: value for name, value in exits.items() if name not in ("budget", "accuracy")})
-    return choice_of(policies, **exits).rows, policies
-
-
-def choice_of(policies, **exits):
-    return choose(policies, Exits(**exits), CALIB.correct[-1].double().mean().item())
-
-
-# Sweeps and choices
-
-
-def test_points_given_by_hand_follow_the_sweep_and_are_used():
-    rows, policies = chosen(shares=(0.7,), router_threshold=(0.55,))
-    assert [policy.name for policy in policies[39:]] == ["shares 0.7", "threshold 0.55"]
+def test_policies_given_by_hand_follow_the_sweep():
+    policies = sweep(shares=(0.7,), router_threshold=(0.55,), mapped_accuracy=(0.9,))
+    assert [one.name for one in policies[39:]] == ["shares 0.7", "threshold 0.55", "mapped accuracy 90 %"]
     points = [policy.simulate(CALIB, COSTS) for policy in policies]
-    assert [point.shares for point in points[39:]] == [pytest.approx([0.7, 0.3]), pytest.approx([0.5, 0.5])]
-    assert points[-1].macs == pytest.approx(0.5 * 10 + 0.5 * 40) and policies[-1].confidence == "max_prob"
-    assert rows == [39, 40]
-
-
-def test_a_row_is_chosen_by_budget_or_accuracy():
-    (cheap,), policies = chosen(budget=20)
-    assert policies[cheap].macs <= 20
-    (even,), _ = chosen()  # as good as the last exit, for least
-    assert policies[even].accuracy == 1 and policies[even].macs < 40
-    (modest,), _ = chosen(accuracy=0.8)
-    assert policies[modest].accuracy >= 0.8 and policies[modest].macs < policies[even].macs
-    assert chosen(row=(3,), budget=1)[0] == [3]
-
-
-def test_a_choice_says_why():
-    policies = sweep()
-    judged = "; all 39 were judged on the calibration images"
-    within = sum(policy.macs <= 20 for policy in policies)
-    reason = choice_of(policies, budget=20).reason
-    assert reason == f"the most accurate of {within} settings within 2e-05 M multiply-adds{judged}"
-    reaching = sum(policy.accuracy >= 0.8 for policy in policies)
-    reason = choice_of(policies, accuracy=0.8).reason
-    assert reason == f"the cheapest of {reaching} settings that reach 80.00 %{judged}"
-    assert "settings that reach 100.00 %, the last exit's accuracy; all" in choice_of(policies).reason
-    nothing = choose(policies[:2], Exits(), 1.01).reason
-    assert nothing.startswith("the most accurate setting, since none reaches 101.00 %, the last exit's")
-    assert choice_of(policies, row=(3,)).reason == "given by hand"
-    assert choice_of(policies, row=(3, 1)).reason == "given by hand, the first of these"
+    shares = [point.shares for point in points[39:41]]
+    assert shares == [pytest.approx([0.7, 0.3]), pytest.approx([0.5, 0.5])]
+    assert points[40].macs == pytest.approx(0.5 * 10 + 0.5 * 40) and policies[-1].confidence == "max_prob"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +40,7 @@ def test_a_choice_says_why():
         ({"router_threshold": (1.0, 2.0)}, "2 router thresholds for 2 exits"),
         ({"row": (39,)}, "--row 39, but msdnet has rows 0 to 38"),
         ({"router_threshold": (1.5,)}, "threshold 1.5 of max_prob: accepted: from 0 to 1; 1e8: nobody"),
-        ({"budget": 9}, "a budget of 9 multiply-adds is below the cheapest setting's 10"),
+        ({"budget": (20, 9)}, "a budget of 9 multiply-adds is below the cheapest setting's 10"),
     ],
 )
 def test_numbers_that_do_not_fit_are_named(options, message):
@@ -102,11 +64,12 @@ def test_sweep_chooses_on_calib_and_judges_on_test():
     )
     rules = [
         Rule(
-            "", lambda confidence, share=share: quota_thresholds(confidence, torch.tensor([share, 1 - share]))
+            "",
+            lambda calib, share=share: quota_thresholds(calib.confidence, torch.tensor([share, 1 - share])),
         )
         for share in (0.5, 0.0)
     ]
-    half, nobody = policies_of(rules, calib, [10, 30], "max_prob")
+    half, nobody = policies_of(rules, calib, [10, 30], Reading())
     assert half.thresholds == (0.75, EVERYBODY)
     assert (half.accuracy, half.macs, half.shares) == (1.0, 20, (0.5, 0.5))
     point = half.simulate(test, [10, 30])
@@ -114,13 +77,3 @@ def test_sweep_chooses_on_calib_and_judges_on_test():
     assert nobody.thresholds == (NOBODY, EVERYBODY)
     point = nobody.simulate(test, [10, 30])
     assert (point.accuracy, point.macs, nobody.accuracy) == (0.75, 30, 1.0)
-
-
-def test_an_accuracy_that_no_setting_reaches_is_refused():
-    poor = tables([False] * 5 + [True] * 5)
-    policies = policies_of(rules_of(Exits(), COSTS), poor, COSTS, "max_prob")
-    best = max(policy.accuracy for policy in policies)
-    with pytest.raises(ValueError, match=rf"^an accuracy of 0.99 is above the best setting's {best:.4g}$"):
-        choose(policies, Exits(accuracy=0.99), 0.5)
-    (nearest,) = choose(policies, Exits(), 0.99).rows  # nobody asked for an accuracy
-    assert policies[nearest].accuracy == best

@@ -8,25 +8,26 @@ from pathlib import Path
 
 import torch
 
-from adaptive.exit_tables import ExitTables, exit_figures
+from adaptive.choices import check_guarantees
+from adaptive.exit_tables import exit_figures
 from adaptive.flops import Costs, as_published, count, print_costs
-from adaptive.headline import headline_of
-from adaptive.policy import Policy, content_hash, model_hash
-from adaptive.routing import routing
-from adaptive.rules import choose, policies_of, rules_of
-from adaptive.timing import Comparison, Deployed, compare_orders
+from adaptive.reliability import ConfidenceFigures, confidence_figures, reliability
+from adaptive.rules import rules_of
 from experiment.checkpoint import save
-from experiment.options import Given
-from experiment.recipe import read_command
-from experiment.record import (
-    Record,
+from experiment.confidence_lines import confidence_lines
+from experiment.evaluation import find, judge, show, stage_times, time_policies
+from experiment.lines import (
     anytime_lines,
     dynamic_lines,
+    front_lines,
     headline_lines,
     routing_lines,
     runtime_lines,
 )
-from experiment.samples import calibrate, check_calibration, tables, test_images
+from experiment.options import Given
+from experiment.recipe import read_command
+from experiment.record import Record
+from experiment.samples import Seen, see
 from experiment.subject import EVALUATION, Subject, open_evaluation
 from utils import run_main, writing
 
@@ -34,43 +35,57 @@ from utils import run_main, writing
 def evaluate_checkpoint(given: Given) -> None:
     """Evaluates what the flags name; prints and writes what the mode asks for."""
     subject = open_evaluation(given)
-    wanted = subject.recipe.exits
+    exits = subject.recipe.exits
     costs = count(subject.network, subject.shape)
-    rules = rules_of(wanted, costs.macs)  # wrong numbers fail before images are read
-    test, calib, origin = read_tables(subject)
+    # Wrong numbers fail before images are read.
+    rules = []
+    if exits.mode != "anytime" and not subject.policy:
+        rules = rules_of(exits, costs.macs)
+        check_guarantees(exits, costs.stages)
+    introduce(subject)
+    times = stage_times(subject) if exits.latency and exits.mode != "anytime" else None
+    seen = see(subject)
     if subject.compute.rank > 0:
         return  # all processes have the same tables
     folder = results_folder(subject)
-    exits = exit_figures(test, costs.macs, costs.stages.alone())
-    record = Record(
-        exits=exits,
-        provenance=subject.provenance(origin, len(test), costs.uncounted),
+    record = opening(subject, seen, costs)
+    tell(record, anytime_lines(record.exits), folder)
+    tell(record, confidence_lines(record.confidence), folder)
+    if exits.mode == "anytime":
+        return
+    found = find(subject, rules, seen, costs, times)
+    record = judge(record, found, subject, seen, costs)
+    tell(record, dynamic_lines(record.points) if record.points else [], folder)
+    tell(record, front_lines(record.front) if record.front else [], folder)
+    if record.routing:
+        tell(record, routing_lines(record.routing), folder)
+    for headline in record.headlines:
+        tell(record, headline_lines(headline), folder)
+    if exits.mode in ("runtime", "all"):
+        record = replace(record, runtime=time_policies(record, subject))
+        tell(record, runtime_lines(record.runtime), folder)
+    show(record, subject, seen, folder).report(folder)
+    print(f"wrote the tables, curve.png and report.html to {folder}")
+
+
+def opening(subject: Subject, seen: Seen, costs: Costs) -> Record:
+    """The record of what every exit does to the test images."""
+    return Record(
+        exits=exit_figures(seen.test, costs.macs, costs.stages.alone()),
+        provenance=subject.provenance(seen.origin, len(seen.test), costs.uncounted),
         unit=subject.unit,
         unit_costs=unit_costs(subject, costs),
+        confidence=confidence_of(seen),
+        reliability=reliability(seen.test.scores[0], seen.test.correct),
     )
-    tell(record, anytime_lines(exits), folder)
-    if calib is None:
-        return
-    policies = policies_of(rules, calib, costs.macs, subject.recipe.exits.confidence)
-    points = [policy.simulate(test, costs.macs) for policy in policies]
-    record = replace(record, points=points)
-    tell(record, dynamic_lines(points), folder)
-    choice = choose(policies, subject.recipe.exits, calib.means()["acc1"][-1])
-    chosen = choice.rows[0]
-    record = replace(record, policy=signed(policies[chosen], subject, calib, origin))
-    if len(exits) > 1:
-        record = replace(record, routing=routing(test, points[chosen], costs.macs, costs.papers))
-        tell(record, routing_lines(record.routing), folder)
-    headline = headline_of(f"row {chosen}", choice.reason, test, points[chosen], exits)
-    headline = replace(headline, calibrated=calib is not test)
-    record = replace(record, headline=headline)
-    tell(record, headline_lines(headline), folder)
-    if subject.recipe.exits.mode in ("runtime", "all"):
-        runtime = time_policies(subject, {f"row {i}": policies[i] for i in choice.rows})
-        record = replace(record, runtime=runtime)
-        tell(record, runtime_lines(runtime), folder)
-    record.report(folder)
-    print(f"wrote the tables, curve.png and report.html to {folder}")
+
+
+def confidence_of(seen: Seen) -> list[ConfidenceFigures]:
+    """What the confidence of the exits' own answers is worth, also with temperatures if there are any."""
+    temperatures = seen.reading.temperatures
+    if temperatures and seen.reading.answer == "exit":
+        return confidence_figures(seen.own, seen.test, temperatures)
+    return confidence_figures(seen.own)
 
 
 def unit_costs(subject: Subject, costs: Costs) -> list[float]:
@@ -82,41 +97,18 @@ def unit_costs(subject: Subject, costs: Costs) -> list[float]:
     return [one / subject.unit.operations for one in getattr(costs, subject.unit.counter)]
 
 
-def read_tables(subject: Subject) -> tuple[ExitTables, ExitTables | None, str]:
-    """Tables to report on, tables to choose thresholds on (None for anytime), and what the latter are of."""
-    if subject.compute.rank == 0:
-        name, images = subject.opened.arch["name"], len(subject.splits.test)
-        print(f"{name}: {subject.opened.weights} in {subject.opened.source}, {images} test images")
-        for note in subject.splits.source.notes:
-            print(note)
-        if subject.procedure_line:
-            print(subject.procedure_line)
-        if subject.recipe.runtime.flops:
-            print_costs(subject.network, subject.opened.arch, subject.shape[1])
-    calibrated = subject.recipe.exits.mode != "anytime"
-    if calibrated:
-        check_calibration(subject)  # before any image is read
-    test = tables(subject, subject.splits.test, "test")
-    return calibrate(subject, test) if calibrated else (test, None, "none")
-
-
-def signed(policy: Policy, subject: Subject, calib: ExitTables, origin: str) -> Policy:
-    """The policy with the hashes of the weights and of the images that it was found with."""
-    images = content_hash({f"{subject.recipe.data.data_set}: {origin}": calib.targets})
-    return replace(policy, model_hash=model_hash(subject.network), calib_hash=images)
-
-
-def time_policies(subject: Subject, policies: dict[str, Policy]) -> Comparison:
-    """Runs real early exit with some policies and times it beside the static networks."""
-    images, targets = test_images(subject, subject.recipe.exits.runtime_images)
-    deployed = Deployed.of(
-        subject.network,
-        images,
-        fold_bn=subject.recipe.exits.fold_bn,
-        channels_last=subject.compute.channels_last,
-        dtype=subject.compute.amp,
-    )
-    return compare_orders(policies, deployed, targets, micro_batch=subject.recipe.exits.micro_batch)
+def introduce(subject: Subject) -> None:
+    """Says what is evaluated."""
+    if subject.compute.rank > 0:
+        return
+    name, images = subject.opened.arch["name"], len(subject.splits.test)
+    print(f"{name}: {subject.opened.weights} in {subject.opened.source}, {images} test images")
+    for note in subject.splits.source.notes:
+        print(note)
+    if subject.procedure_line:
+        print(subject.procedure_line)
+    if subject.recipe.runtime.flops:
+        print_costs(subject.network, subject.opened.arch, subject.shape[1])
 
 
 def results_folder(subject: Subject) -> Path:
@@ -132,7 +124,8 @@ def results_folder(subject: Subject) -> Path:
 
 def tell(record: Record, lines: list[str], folder: Path) -> None:
     """Prints the latest results and writes all so far, so that nothing is lost if the rest fails."""
-    print("\n".join(lines))
+    if lines:
+        print("\n".join(lines))
     record.save(folder)
 
 

@@ -84,9 +84,10 @@ def menu_of(exits: Exits, rules: list[Rule], calib: Calibration) -> Menu:
     """What goals choose among: the front of a search, or the rows of the quota sweep."""
     full = calib.tables.full_correct.double().mean().item()
     if exits.policies == "search":
-        return Menu(search_front(calib.tables, calib.costs, calib.reading, seed=calib.seed), full)
+        front = search_front(calib.tables, calib.costs, calib.reading, seed=calib.seed)
+        return Menu(front, full, images=len(calib.tables))
     sweep = rules[: len(exits.ratios)]
-    return Menu(policies_of(sweep, calib.tables, calib.costs, calib.reading), full, "row")
+    return Menu(policies_of(sweep, calib.tables, calib.costs, calib.reading), full, "row", len(calib.tables))
 
 
 def timed_menu(exits: Exits, rules: list[Rule], calib: Calibration) -> Menu:

@@ -1,11 +1,12 @@
 """What early exit gains over the network that would be deployed without it, with the uncertainty of both."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from adaptive.exit_tables import ExitFigures, ExitTables
+from adaptive.costs import StageCosts
+from adaptive.exit_tables import ExitTables
+from adaptive.goals import Choice
 from adaptive.intervals import Estimate, mean_estimates
 from adaptive.policy import OperatingPoint
 
@@ -29,7 +30,7 @@ class Headline:
     accuracy: Estimate
     macs: Estimate
     static_accuracy: Estimate
-    static_macs: int
+    static_macs: float
     difference: Estimate
     fewer_macs: Estimate
     fewer_than_all: Estimate
@@ -41,27 +42,28 @@ class Headline:
         return f"{self.name} ({self.point.policy.name})"
 
 
-def headline_of(
-    name: str, reason: str, test: ExitTables, point: OperatingPoint, exits: Sequence[ExitFigures]
-) -> Headline:
-    """The headline of an operating point, called `name`, on the images of `test`; `exits` have the costs."""
-    left_at, last = point.policy.exit_of(test), exits[-1]
-    right = test.correct.gather(0, left_at[None])[0].double()
-    static = test.correct[-1].double()
-    costs = torch.tensor([row.macs for row in exits], dtype=torch.float64, device=left_at.device)[left_at]
+def headline_of(choice: Choice, test: ExitTables, costs: StageCosts) -> Headline:
+    """The headline of a chosen policy on the images of `test`; `costs` are multiply-adds."""
+    point = choice.policy.simulate(test, costs)
+    met = choice.policy.outcome(test)
+    right = met.correct.double()
+    static = test.full_correct.double()
+    leaving = torch.tensor(choice.policy.leaving(costs), dtype=torch.float64, device=right.device)
     accuracy, macs, static_accuracy, difference = mean_estimates(
-        torch.stack([right, costs, static, right - static])
+        torch.stack([right, leaving[met.exits], static, right - static])
     )
+    alone = costs.alone()[-1]
+    together = costs.leaving()[-1]
     return Headline(
-        name=name,
-        reason=reason,
+        name=choice.name,
+        reason=choice.reason,
         num_images=len(test),
         point=point,
         accuracy=accuracy,
         macs=macs,
         static_accuracy=static_accuracy,
-        static_macs=last.alone,
+        static_macs=alone,
         difference=difference,
-        fewer_macs=macs.below(last.alone),
-        fewer_than_all=macs.below(last.macs),
+        fewer_macs=macs.below(alone),
+        fewer_than_all=macs.below(together),
     )

@@ -1,4 +1,4 @@
-"""95 % intervals by the bootstrap: a figure as it would be for other samples of the same kind."""
+"""95 % intervals, most by the bootstrap: a figure as it would be for other samples of the same kind."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +28,13 @@ class Estimate:
         return Estimate(*(numerator / bound for bound in (self.value, self.high, self.low)))
 
 
+def spread(values: Tensor) -> Estimate:
+    """The mean of one figure over rounds [R], and the interval that holds 95 % of them."""
+    values = values.double()
+    low, high = values.quantile(values.new_tensor(TAILS)).tolist()
+    return Estimate(values.mean().item(), low, high)
+
+
 def mean_estimates(values: Tensor, *, seed: int = 0) -> list[Estimate]:
     """The mean of each row of values [R, N], its samples drawn anew with replacement for the interval.
 
@@ -42,6 +49,17 @@ def mean_estimates(values: Tensor, *, seed: int = 0) -> list[Estimate]:
     return [
         Estimate(mean, *pair) for mean, pair in zip(values.double().mean(1).tolist(), bounds, strict=True)
     ]
+
+
+def share_estimates(counts: Sequence[int], total: int, *, seed: int = 0) -> list[Estimate]:
+    """Shares of samples that have some property, `counts` of `total`: as `mean_estimates`, much faster.
+
+    How many of the samples drawn anew have it follows a binomial distribution. Each row is drawn on its own.
+    """
+    shares = np.array(counts) / total
+    drawn = np.random.default_rng(seed).binomial(total, shares, size=(DRAWS, len(shares)))
+    bounds = np.quantile(drawn / total, TAILS, axis=0).T.tolist()
+    return [Estimate(share, *pair) for share, pair in zip(shares.tolist(), bounds, strict=True)]
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0) -> Estimate:

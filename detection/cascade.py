@@ -17,6 +17,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import batched_nms, clip_boxes_to_image
 from torchvision.transforms.functional import normalize
 
+from adaptive.policy import Policy
 from utils import UserError
 
 Found = dict[str, Tensor]
@@ -151,37 +152,41 @@ def image_confidence(
     return confidence(found["class_logits"][best]).double().mean().item() if len(best) else -float("inf")
 
 
-def deferred(confidence: Tensor | float, threshold: float) -> Tensor | bool:
-    """True where an image is deferred to the teacher: below the threshold. At the threshold it is not."""
-    return confidence < threshold
-
-
 class DetectionCascade(ImageByImage):
     """Student and teacher (`WithLogits`, `EffDet`): the teacher answers where the student is not confident.
 
     All detections in an image come from one of them: "exit" says which (0: student, 1: teacher), "confidence"
-    is the student's. `deferred` decides by `threshold`; for the rest see `image_confidence`.
+    is the student's. `policy`, of two exits, decides by the student's confidence in the image: that of class
+    vectors, as the policy reads them, in its `top` best detections (`image_confidence`). `top` is part of the
+    state, so that a policy's hash is of it too. Raises ValueError for a policy that needs more than that.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        *,
-        threshold: float,
-        confidence: Callable[[Tensor], Tensor],
-        top: int = 10,
-    ) -> None:
+    num_exits = 2
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, policy: Policy, *, top: int = 10) -> None:
         super().__init__()
+        if len(policy.thresholds) != self.num_exits or policy.off:
+            found = f"{len(policy.thresholds)} exits, of which {list(policy.off)} are off"
+            raise UserError(f"policy {policy.name!r} is for {found}; accepted: 2, student and teacher")
+        if policy.reading.remembers:
+            found = f"confidence {policy.confidence}, answer {policy.answer}"
+            raise UserError(f"{found}: boxes of two detectors are not one answer; accepted: answer exit")
         self.student = student
         self.teacher = teacher
-        self.threshold = threshold
-        self.confidence = partial(image_confidence, confidence=confidence, top=top)
+        self.policy = policy
+        self.register_buffer("top", torch.tensor(top))
+
+    def confidence(self, found: Found) -> Tensor:
+        """The confidence in an image [1], float64, by the student's detections in it."""
+        return torch.tensor([image_confidence(found, self._read, int(self.top))], dtype=torch.float64)
+
+    def _read(self, logits: Tensor) -> Tensor:
+        return self.policy.reading.read(0, logits).confidence
 
     def one(self, image: Tensor) -> Found:
         (found,) = self.student([image])
         confidence = self.confidence(found)
-        asks = deferred(confidence, self.threshold)
+        asks = not self.policy.leaves(0, confidence)
         if asks:
             (found,) = self.teacher([image])
-        return {**found, "exit": torch.tensor(int(asks)), "confidence": torch.tensor(confidence)}
+        return {**found, "exit": torch.tensor(int(asks)), "confidence": confidence[0].float()}

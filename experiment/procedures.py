@@ -42,9 +42,15 @@ class Procedure:
     num_exits: int | None = None
 
 
-QUOTAS = {"weights": "model", "confidence": "max_prob", "quota_sweep": "msdnet", "quota_scales": ()}
+QUOTAS = {
+    "weights": "model",
+    "policies": "quotas",
+    "confidence": "max_prob",
+    "quota_sweep": "msdnet",
+    "quota_scales": (),
+}
 RESIZED = {**QUOTAS, "interpolation": "bilinear"}
-PAIR = {"weights": "model", "confidence": "energy_softmax", "calib": "none"}
+PAIR = {"weights": "model", "policies": "quotas", "confidence": "energy_softmax", "calib": "none"}
 OPERATIONS = Unit("FLOPs by the papers' counter", counter="papers")
 DOUBLED = Unit("10^8 FLOPs (twice the papers' counter)", counter="papers", operations=0.5e8, digits=8)
 MSDNET = Procedure(

@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from adaptive.exit_tables import ExitFigures
+from adaptive.curve import plot_curve
+from adaptive.findings import Findings
 from adaptive.headline import Headline
 from adaptive.policy import OperatingPoint, Policy
-from adaptive.report import Findings, plot_curve, write_report
+from adaptive.reliability import ConfidenceFigures
+from adaptive.report import write_report
 from adaptive.routing import Routing
-from adaptive.timing import FILLED, Comparison, Measurement
+from adaptive.timing import FILLED, Measurement
 from utils import to_json, write_text
 
 
@@ -94,13 +96,17 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Findings):
-    """The results of one evaluation and how they were obtained; `policy` is the chosen one.
+    """The results of one evaluation and how they were obtained; `policies` are the chosen ones.
 
-    `unit_costs` [K] are the costs of exits 0..k in the unit of dynamic.txt; by default multiply-adds.
+    Of each there is one of `headlines`; the first is to be deployed. `confidence` says what that of every
+    exit is worth. `unit_costs` [K] are the costs of exits 0..k in the unit of dynamic.txt; by default
+    multiply-adds.
     """
 
     provenance: Provenance
-    policy: Policy | None = None
+    policies: Sequence[Policy] = ()
+    headlines: Sequence[Headline] = ()
+    confidence: Sequence[ConfidenceFigures] = ()
     unit: Unit = MACS
     unit_costs: Sequence[float] = ()
 
@@ -111,12 +117,14 @@ class Record(Findings):
             _write_json(folder / f"{name}.json", content)
         if self.points:
             write_text(folder / "dynamic.txt", "".join(map(self._pair, self.points)))
-        if self.policy:
-            self.policy.save(folder / "policy.json")
+        for i, policy in enumerate(self.policies):
+            policy.save(folder / (f"policy-{i + 1}.json" if i else "policy.json"))
 
     def plain(self) -> dict[str, Any]:
-        """The existing tables as plain types: anytime, dynamic, routing, runtime."""
+        """The existing tables as plain types: anytime, front, dynamic, routing, runtime."""
         tables: dict[str, Any] = {"anytime": [asdict(row) for row in self.exits]}
+        if self.front:
+            tables["front"] = [asdict(row) for row in self.front]
         if self.points:
             tables["dynamic"] = [self._row(point) for point in self.points]
         if self.routing:
@@ -133,7 +141,10 @@ class Record(Findings):
         """Writes record.json, the curve and the page."""
         about = self.provenance
         headline = {"headline": asdict(self.headline)} if self.headline else {}
-        _write_json(folder / "record.json", {"provenance": asdict(about), **headline, **self.plain()})
+        others = {"headlines": [asdict(one) for one in self.headlines]} if len(self.headlines) > 1 else {}
+        confidence = {"confidence": [asdict(row) for row in self.confidence]}
+        content = {"provenance": asdict(about), **headline, **others, **confidence, **self.plain()}
+        _write_json(folder / "record.json", content)
         title = f"{about.network} on {about.data_set}"
         plot_curve(folder / "curve.png", self, title)
         subtitle = f"{len(self.exits)} exits, {about.num_test} test images"
@@ -174,92 +185,3 @@ _KEYS = {
 def _renamed(row: Measurement | Routing, *left_out: str) -> dict[str, Any]:
     names = [field.name for field in fields(row) if field.name not in left_out]
     return {_KEYS.get(name, name): getattr(row, name) for name in names}
-
-
-def anytime_lines(exits: Sequence[ExitFigures]) -> list[str]:
-    """Every exit: cost, loss and accuracy."""
-    lines = ["exit     MACs, M      loss   top-1 %   top-5 %"]
-    for row in exits:
-        accuracy = f"{100 * row.acc1:10.2f}{100 * row.acc5:10.2f}"
-        lines.append(f"{row.exit:4}{row.macs / 1e6:12.2f}{row.loss:10.4f}{accuracy}")
-    return lines
-
-
-def dynamic_lines(points: Sequence[OperatingPoint]) -> list[str]:
-    """About eight of the operating points of a sweep, evenly spaced."""
-    lines = ["row  policy                 MACs, M   top-1 %   leave at each exit, %"]
-    for i in range(0, len(points), max(1, len(points) // 8)):
-        point = points[i]
-        shares = " ".join(f"{100 * share:5.1f}" for share in point.shares)
-        figures = f"{point.macs / 1e6:10.2f}{100 * point.accuracy:10.2f}   {shares}"
-        lines.append(f"{i:3}  {point.policy.name:20}{figures}")
-    return lines
-
-
-def headline_lines(headline: Headline) -> list[str]:
-    """The chosen policy: why this one, what is expected of it, and what it does beside the static network."""
-    point = headline.point
-    policy = point.policy
-    assert policy.accuracy is not None and policy.macs is not None  # known of all that are found on calib
-    calib = f"{100 * policy.accuracy:.2f}", f"{policy.macs / 1e6:.2f}"
-    test = headline.accuracy.text(100), headline.macs.text(1e-6)
-    static = headline.static_accuracy.text(100), f"{headline.static_macs / 1e6:.2f}"
-    rows = [
-        ("", "top-1, %", "MACs, M", "leave at each exit, %"),
-        *[("expected from calib", *calib, _shares(policy))] * headline.calibrated,
-        ("test", *test, _shares(point)),
-        ("static network", *static, ""),
-    ]
-    return [
-        f"{headline.title}: {headline.reason}",
-        f"thresholds {' '.join(f'{value:.4g}' for value in policy.thresholds[:-1])} of {policy.confidence}",
-        *(f"{name:22}{accuracy:23}{macs:23}{shares}".rstrip() for name, accuracy, macs, shares in rows),
-        f"{headline.difference.text(100, ' points', '+')} for {headline.fewer_macs.text(unit='x')} fewer "
-        "MACs than the static network, which ends at the last exit without earlier heads; "
-        f"{headline.fewer_than_all.text(unit='x')} fewer than all exits (95 % intervals over images)",
-    ]
-
-
-def _shares(point: OperatingPoint | Policy) -> str:
-    return " ".join(f"{100 * share:5.1f}" for share in point.shares)
-
-
-def routing_lines(routing: Routing) -> list[str]:
-    """What deferring did at one operating point, and how well each kind of confidence ranks the samples."""
-    point, met, best = routing.point, routing.four_way, routing.oracle
-    deferred = sum(met.values())
-    lines = [
-        f"{point.policy.name}, {point.policy.confidence}: {100 * point.accuracy:.2f} % of {routing.samples} "
-        f"images right at {point.macs / 1e6:.2f} M multiply-adds "
-        f"({routing.flops / 1e8:.4f} x 10^8 FLOPs by the published count)",
-        f"{routing.samples - deferred} stay at exit 0, {deferred} ({100 * routing.deferred:.2f} %) are "
-        f"deferred; of these {met['wrong_right']} are corrected, {met['right_wrong']} degraded, "
-        f"{met['right_right']} right and {met['wrong_wrong']} wrong before and after",
-        f"oracle: {100 * best['accuracy']:.2f} % at {best['macs'] / 1e6:.2f} M",
-        "how well confidence tells what an exit knows (AUROC, by exit):",
-    ]
-    for kind, by_exit in routing.auroc.items():
-        values = ["-" if value is None else f"{value:.3f}" for value in by_exit]
-        lines.append(f"  {kind:15}" + "".join(f"{value:>8}" for value in values))
-    return lines
-
-
-def runtime_lines(runtime: Comparison) -> list[str]:
-    """Everything that was timed, and what early exit gains."""
-    lines = [
-        f"measured on {runtime.num_images} test images",
-        "policy                      images/s  micro-batch   p50 ms   p95 ms   MACs, M   top-1 %",
-    ]
-    for row in runtime.table:
-        latencies = (row.latency_p50_ms, row.latency_p95_ms)
-        waits = "".join("        -" if value is None else f"{value:9.2f}" for value in latencies)
-        speed = f"{row.contestant:27}{row.images_per_s:9.0f}{row.micro_batch:13}{waits}"
-        lines.append(f"{speed}{row.macs / 1e6:10.2f}{100 * row.accuracy:10.2f}")
-    for point in runtime.points:
-        differ = ", ".join(f"{count} ({order})" for order, count in point.mismatches.items())
-        lines.append(
-            f"{point.point}: {point.over_static.text(unit='x')} the images/s of the static network, for "
-            f"{point.macs_ratio:.2f}x fewer MACs; {point.over_plain.text(unit='x')} all exits, plain; "
-            f"exits unlike the simulation: {differ}"
-        )
-    return lines

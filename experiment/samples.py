@@ -1,56 +1,156 @@
 """What the exits of a subject say about its images: those to report on, those to choose thresholds on."""
 
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from adaptive.calibration import TemperatureFit
 from adaptive.exit_tables import ExitTables
+from adaptive.policy import Policy
+from adaptive.reading import Reading
 from datasets import Split, ordered_loader
-from engine import evaluate
+from engine import evaluate, evaluate_readings
 from experiment.subject import Subject
-from utils import Compute, UserError, seed_everything
+from utils import Compute, UserError, gather, seed_everything
 
 
-def tables(subject: Subject, images: Dataset, title: str) -> ExitTables:
-    """What every exit predicts for every image."""
+@dataclass(frozen=True)
+class Seen:
+    """What the exits say about the images of an evaluation.
+
+    `test` are the tables to report on, read by `reading`, `own` the same images with the exits' own answers;
+    `places` [N] says which of the test images they are. `calib` are tables to choose thresholds on, None
+    where none are chosen, and `origin` says of which images.
+    """
+
+    reading: Reading
+    test: ExitTables
+    own: ExitTables
+    places: Tensor
+    calib: ExitTables | None
+    origin: str
+
+    def read_by(self, policy: Policy) -> ExitTables:
+        """The test images as a policy reads them."""
+        return self.test if policy.reading == self.reading else self.own
+
+
+def see(subject: Subject) -> Seen:
+    """Runs every exit on all images that the evaluation needs."""
+    exits, test = subject.recipe.exits, subject.splits.test
+    calibrated = exits.mode != "anytime" and subject.policy is None
+    if calibrated:
+        check_calibration(subject)  # before any image is read
+    reading = subject.policy.reading if subject.policy else reading_of(subject)
+    readings = [reading] if reading == Reading(reading.confidence) else [reading, Reading()]
+    loader = ordered_loader(test, subject.recipe.runtime, subject.compute)
+    read = evaluate_readings(subject.network, loader, subject.compute, readings=readings, title="test")
+    whole, own = read[0], read[-1]
+    places = torch.arange(len(whole))
+    if not calibrated:
+        return Seen(reading, whole, own, places, None, "none")
+    part, calib, origin = calibrate(subject, whole, reading)
+    places = reported(subject, len(whole))
+    return Seen(reading, part, own.part(places), places, calib, origin)
+
+
+def reading_of(subject: Subject) -> Reading:
+    """How the flags have logits read; temperatures are fitted on the calibration images."""
+    exits = subject.recipe.exits
+    reading = Reading(exits.confidence, exits.answer)
+    if not exits.temperature:
+        return reading
+    check_calibration(subject)
+    if exits.calib == "none":
+        raise UserError("--temperature true: there are no images to fit temperatures on (--calib none)")
+    if exits.calib == "half_test":
+        test = subject.splits.test
+        if not isinstance(test, Split):
+            raise UserError("--temperature true with --calib half_test: a stream has no images by index")
+        images: Dataset = Subset(test, halves(len(test), subject.recipe.data.seed)[0].tolist())
+    else:
+        images, _ = calibration_images(subject)
+    fit, loader = TemperatureFit(), ordered_loader(images, subject.recipe.runtime, subject.compute)
+    evaluate_readings(
+        subject.network, loader, subject.compute, readings=[reading], title="temperatures", watch=fit.add
+    )
+    whole = TemperatureFit.merged(gather(fit, subject.compute))
+    return replace(reading, temperatures=whole.temperatures())
+
+
+def tables(subject: Subject, images: Dataset, title: str, reading: Reading | None = None) -> ExitTables:
+    """What every exit predicts for every image, by default as the flags say without temperatures."""
     loader = ordered_loader(images, subject.recipe.runtime, subject.compute)
-    confidence = subject.recipe.exits.confidence
-    return evaluate(subject.network, loader, subject.compute, reading=confidence, title=title)
+    exits = subject.recipe.exits
+    reading = reading or Reading(exits.confidence, exits.answer)
+    return evaluate(subject.network, loader, subject.compute, reading=reading, title=title)
 
 
 def check_calibration(subject: Subject) -> None:
-    """Raises ValueError where thresholds are to be chosen on held-out images and there are none."""
-    if subject.recipe.exits.calib == "held_out" and len(subject.splits.calib) == 0:
+    """Raises ValueError where held-out images are needed, or known to be held out, and are not."""
+    exits = subject.recipe.exits
+    if exits.calib == "held_out" and exits.assures and subject.held_out is None:
+        unknown = "which images the network was trained on is not known, so none can test a guarantee"
+        raise UserError(f"--calib held_out: {unknown}; use --calib half_test")
+    if exits.calib == "held_out" and len(subject.splits.calib) == 0:
         other = "use --calib half_test, or train_augmented as L2W and Dyn-Perceiver do"
         raise UserError(f"no images were held out for calibration (--num_calib 0); {other}")
 
 
-def calibrate(subject: Subject, test: ExitTables) -> tuple[ExitTables, ExitTables, str]:
-    """Tables to report on, tables to choose thresholds on, and a description of the latter's images."""
-    check_calibration(subject)
+def halves(number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two halves of `number` test images at random, as indices: to choose thresholds on, to report on."""
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+    return order[: number // 2], order[number // 2 :]
+
+
+def reported(subject: Subject, number: int) -> Tensor:
+    """Which of `number` test images `calibrate` reports on, as indices, in the order of its tables."""
+    half_test = subject.recipe.exits.calib == "half_test"
+    return halves(number, subject.recipe.data.seed)[1] if half_test else torch.arange(number)
+
+
+def calibration_images(subject: Subject) -> tuple[Dataset, str]:
+    """The images, of the training set, to choose thresholds on, and a description of them."""
     train, calib, kind = subject.splits.train, subject.splits.calib, subject.recipe.exits.calib
+    origin = f"{len(calib)} images held out of the training set, evaluation transform"
+    if kind == "held_out":
+        unknown = " (of a checkpoint without a stored split: the network was probably trained on them)"
+        return calib, origin + unknown * (subject.held_out is None)
+    if not isinstance(train, Split):
+        raise UserError("--calib train_augmented needs training images by index; a stream has none")
+    seed = subject.recipe.data.seed
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    first = order[: 101 * subject.recipe.runtime.batch_size]
+    seed_everything(seed, 0, subject.compute.rank)  # augmentation draws from it
+    return (
+        Subset(train, first.tolist()),
+        f"{len(first)} training images with training augmentation, the published procedure",
+    )
+
+
+def calibrate(
+    subject: Subject, test: ExitTables, reading: Reading | None = None
+) -> tuple[ExitTables, ExitTables, str]:
+    """Tables to report on, tables to choose thresholds on, and a description of the latter's images.
+
+    `test` are all test images, read by `reading`.
+    """
+    check_calibration(subject)
+    kind = subject.recipe.exits.calib
     if kind == "none":
         return test, test, "no images, as they are given; expected figures are of the test images"
-    generator = torch.Generator().manual_seed(subject.recipe.data.seed)
     if kind == "half_test":
-        order, half = torch.randperm(len(test), generator=generator), len(test) // 2
-        origin = f"{half} random test images, not reported on"
-        return test.part(order[half:]), test.part(order[:half]), origin
-    origin = f"{len(calib)} images held out of the training set, evaluation transform"
-    if kind == "train_augmented":
-        if not isinstance(train, Split):
-            raise UserError("--calib train_augmented needs training images by index; a stream has none")
-        first = torch.randperm(len(train), generator=generator)[: 101 * subject.recipe.runtime.batch_size]
-        calib = Subset(train, first.tolist())
-        origin = f"{len(calib)} training images with training augmentation, the published procedure"
-        seed_everything(subject.recipe.data.seed, 0, subject.compute.rank)  # augmentation draws from it
-    elif subject.held_out is None:
-        origin += " (of a checkpoint without a stored split: the network was probably trained on them)"
+        if len(test) < 2:
+            raise UserError(f"--calib half_test: of {len(test)} test images no half can be taken")
+        half, others = halves(len(test), subject.recipe.data.seed)
+        return test.part(others), test.part(half), f"{len(half)} random test images, not reported on"
+    images, origin = calibration_images(subject)
     if subject.compute.rank == 0:
         print(f"thresholds are chosen on {origin}")
-    return test, tables(subject, calib, "calibrate"), origin
+    return test, tables(subject, images, "calibrate", reading), origin
 
 
 def test_images(subject: Subject, number: int) -> tuple[Tensor, Tensor]:

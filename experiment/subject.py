@@ -2,12 +2,13 @@
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from adaptive.confidence import confidence_function
 from adaptive.exits import Exits
 from adaptive.flops import check_side
+from adaptive.policy import Policy
+from adaptive.reading import Reading
 from datasets import PREFIXES, Data, Splits, View, open_splits
 from experiment.cascade import CascadeFiles, read_cascade
 from experiment.open import IMAGES, Opened, open_network
@@ -39,8 +40,8 @@ class Subject:
     """A network on its data.
 
     `held_out` are the training images that the network has not seen, None if unknown; `assembled` says that
-    the network is a cascade put together here; `unit` is that of costs in dynamic.txt, and `procedure_line`
-    says what is done as published, if anything is.
+    the network is a cascade put together here; `unit` is that of costs in dynamic.txt, `procedure_line` says
+    what is done as published, if anything is, and `policy` is the one to evaluate, if it comes from a file.
     """
 
     opened: Opened
@@ -51,6 +52,7 @@ class Subject:
     assembled: bool
     unit: Unit
     procedure_line: str
+    policy: Policy | None = None
 
     @property
     def network(self) -> MultiExitModel:
@@ -110,7 +112,7 @@ def open_evaluation(given: Given) -> Subject:
     if flags.get("calib") == "held_out" and recipe.data.num_calib == 0:
         flags["calib"] = "half_test"  # where nothing is held out, thresholds are published from test images
     recipe = Recipe.of(said, flags, values, options=options)
-    confidence_function(recipe.exits.confidence)  # a wrong name fails before images are read
+    Reading(recipe.exits.confidence, recipe.exits.answer)  # a wrong name fails before images are read
     compute = start_compute(recipe.runtime)
     held_out = stored.held_out if _same_split(stored, recipe.data) else None
     # As published: all training images can be sampled.
@@ -126,6 +128,10 @@ def open_evaluation(given: Given) -> Subject:
         device=compute.device,
     )
     check_side(opened.network, splits.view.size)
+    policy = Policy.load(recipe.exits.policy).check(opened) if recipe.exits.policy else None
+    if policy:
+        exits = replace(recipe.exits, confidence=policy.confidence, answer=policy.answer)
+        recipe = replace(recipe, exits=exits)
     return Subject(
         opened,
         splits,
@@ -135,6 +141,7 @@ def open_evaluation(given: Given) -> Subject:
         assembled=isinstance(file, CascadeFiles),
         unit=row.unit if row else MACS,
         procedure_line=evaluation_line(wanted, row, recipe, name),
+        policy=policy,
     )
 
 

@@ -54,7 +54,7 @@ class Folders(Images):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return read_image(self.base[index]), self.labels[index]
 
-    def name(self, index: int) -> str:
+    def file(self, index: int) -> str:
         """The path of an image."""
         return self.base[index]
 

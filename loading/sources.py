@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import ConcatDataset
 from torchvision import datasets as vision
@@ -74,6 +73,8 @@ def _resized(images: np.ndarray) -> np.ndarray:
 
 def _open_digits(_: "Data") -> Source:
     """scikit-learn's 1,797 digits of 8 x 8 pixels and 17 greys; every fifth of a class is for test."""
+    from sklearn.datasets import load_digits  # takes a second to import
+
     digits = load_digits()
     images, labels = _resized(np.rint(digits.images * 255 / 16).astype(np.uint8)), digits.target
     # NumPy has frozen this generator, so the split never changes

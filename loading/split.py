@@ -37,7 +37,14 @@ class Images(Dataset):
         row = self.indices[index]
         if isinstance(self.base, Images):
             return self.base.name(row)
-        return self.base.samples[row][0] if isinstance(self.base, ImageFolder) else f"{self.title}[{row}]"
+        return self.file(index) or f"{self.title}[{row}]"
+
+    def file(self, index: int) -> str:
+        """The path of an image; "" for one that is in no file of its own."""
+        row = self.indices[index]
+        if isinstance(self.base, Images):
+            return self.base.file(row)
+        return self.base.samples[row][0] if isinstance(self.base, ImageFolder) else ""
 
     @cached_property
     def labels(self) -> Sequence[int]:

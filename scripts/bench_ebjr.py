@@ -1,6 +1,6 @@
 """How fast a cascade of two networks answers images: the published way, the teacher alone, really routed.
 
-    python scripts/bench_ebjr.py "$DATA/cifar10_test.npz" STUDENT.pth TEACHER.pth
+    python scripts/bench_ebjr.py "$DATA/cifar10_test.npz" STUDENT.pth TEACHER.pth [--policy policy.json]
 
 The published way is batch 1: student, a test in Python, teacher. Student, teacher and cascade run at their
 fastest micro-batch, as trained and as deployed (batch norm folded, channels-last), all in turn in one run.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from common import matrix_products, print_table, read_flags, warm_times, word
+from common import check_policy_alone, matrix_products, policy_for, print_table, read_flags, warm_times, word
 
 import torch
 from torch import Tensor
@@ -47,8 +47,9 @@ class Flags:
     images: Path = word("an .npz file of 32 x 32 test images")
     student: str = word("NAME:weights=FILE, or a checkpoint of ours")
     teacher: str = word("the same")
-    confidence: str = option("energy_softmax", "by which the student defers")
-    threshold: float = option(2.46, "below which it does")
+    confidence: str | None = option(None, "by which the student defers; default: energy_softmax")
+    threshold: float | None = option(None, "below which it does; default: 2.46")
+    policy: str = option("", "a saved policy of the cascade, which says both")
     classes: int = option(10, low=2)
     rounds: int = option(5, "of which the median is shown", low=1)
     product: int = option(2048, "side of the matrices", low=1)
@@ -57,12 +58,23 @@ class Flags:
 @torch.inference_mode()
 def published(model: MultiExitModel, policy: Policy, images: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Logits [N, C] and exits [N], image by image: deferred to the teacher below the threshold."""
-    answers, exits = [], []
+    answers = []
+    exits = []
     for image in images.split(1):
-        k, logits = next((k, y) for k, y in model.each_exit(image) if policy.decide(k, y).leaves.item())
-        answers.append(logits)
+        memory = None
+        for k, logits in model.each_exit(image):
+            answer, leaves, memory = policy.decide(k, logits, memory)
+            if leaves.item():
+                break
+        answers.append(answer)
         exits.append(k)
     return torch.cat(answers), torch.tensor(exits)
+
+
+def by_hand(flags: Flags) -> Policy:
+    """The policy of confidence and threshold."""
+    threshold = 2.46 if flags.threshold is None else flags.threshold
+    return Policy.of([threshold, EVERYBODY], flags.confidence or "energy_softmax")
 
 
 def contestants_of(deployed: dict[str, Deployed], policy: Policy) -> dict[str, Contestant]:
@@ -93,12 +105,13 @@ def report(rows: dict[str, Measurement], peaks: dict[str, float]) -> None:
 def main(argv: list[str]) -> None:
     """Prints a table of all variants, and the cascade's gain over the teacher."""
     flags = read_flags(Flags, argv, __doc__)
+    check_policy_alone(flags, "confidence", "threshold")
     data = load_npz(flags.images, flags.classes)
     images = torch.from_numpy(data.images).permute(0, 3, 1, 2).contiguous() / 255
-    policy = Policy.of([flags.threshold, EVERYBODY], flags.confidence)
     files = [text if "weights=" in text else f"weights={text}" for text in (flags.student, flags.teacher)]
     view = View(32, (0.0,) * 3, (1.0,) * 3)
     model = open_network(read_cascade(files), num_classes=flags.classes, view=view).network
+    policy = policy_for(flags.policy, model) or by_hand(flags)
     deployed = {
         "plain": Deployed(model, model, images, images),
         "tuned": Deployed.of(model, images, channels_last=True),

@@ -1,12 +1,14 @@
 """Images per second of real early exit and of all exits, over batch sizes; or its latency at batch 1.
 
     python scripts/bench_runtime.py [--checkpoint FILE] [--model msdnet_cifar_lin5] [--shares 50 20 15 10 5]
+    python scripts/bench_runtime.py --checkpoint FILE --policy policy.json
     python scripts/bench_runtime.py --latency [--model reg800m_perceiver_t128] [--baselines resnet18 ...]
 
-With a checkpoint: its weights, its test images, and the thresholds of the cheapest setting that is as
-accurate as the last exit on calib. Without: random weights and images, and thresholds by which the given
-shares (percent) of the images leave at each exit. Floor: the ideal ratio is that of the multiply-adds.
-Every line is measured in the same run; policies take turns, and the median of the rounds is shown.
+With a checkpoint: its weights, its test images, and the policy given, or else the thresholds of the cheapest
+setting that is as accurate as the last exit on calib. Without: random weights and images, and thresholds by
+which the given shares (percent) of the images leave at each exit. Floor: the ideal ratio is that of
+the multiply-adds. Every line is measured in the same run; policies take turns, and the median of the rounds
+is shown.
 
 With --latency: milliseconds for one image to leave at each exit after all earlier exits have been evaluated,
 beside one-exit networks (registered, or torchvision's own as torchvision/NAME), both as built and tuned.
@@ -18,27 +20,35 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from common import largest_difference, network_options, print_table, read_known, timed
+from common import (
+    check_policy_alone,
+    largest_difference,
+    network_options,
+    print_table,
+    read_known,
+    timed,
+)
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from adaptive.flops import exit_costs
+from adaptive.flops import count, exit_costs
 from adaptive.inference import fold_batch_norm, run_adaptive
 from adaptive.policy import Policy
-from adaptive.rules import choose, policies_of, rules_of
 from adaptive.thresholds import EVERYBODY, NOBODY, quota_thresholds
 from adaptive.timing import Deployed, early_contestants, measure, percentile, static_contestants
+from experiment.evaluation import deployed_policy
 from experiment.options import Given
 from experiment.record import describe_machine
-from experiment.samples import calibrate, tables, test_images
+from experiment.samples import test_images
 from experiment.subject import NAMED, open_evaluation
 from models import MultiExitModel, create_model, tune
 from models.bases import SingleExit
-from utils import option, run_main
+from utils import UserError, option, run_main
 
 SIZES = (1, 8, 64, 256)
+SHARES = (50, 20, 15, 10, 5)  # percent, for five exits
 BASELINES = ("torchvision/regnet_y_800mf", "torchvision/regnet_y_400mf")
 BURST = 4  # calls in a row at batch 1; the first of them, whose caches others have filled, is not counted
 CPU = torch.device("cpu")
@@ -62,25 +72,24 @@ class Flags:
     data_set: str = option("", "its data set, where timm fetches that")
     data_path: str = option("", "its images, unless they are DIGITS; folder or .npz file")
     eval_data_path: str = option("", "its test images, if they are elsewhere")
+    policy: str = option("", "a saved policy of the checkpoint")
     model: str = option("", "default: msdnet_cifar_lin5, with --latency reg800m_perceiver_t128")
     input_size: int | None = option(None, "default: the network's, with --latency 224")
     latency: bool = option(False, "batch 1 instead of throughput")
     baselines: tuple[str, ...] = option(BASELINES, "one-exit networks for --latency")
     images: int = option(2048, low=1)
-    shares: tuple[float, ...] = option((50, 20, 15, 10, 5), "percent of the images for each exit")
+    shares: tuple[float, ...] = option((), "percent of the images for each exit; default: 50 20 15 10 5")
     rounds: int | None = option(None, "default: 3, with --latency 50", low=1)
 
 
 def trained_subject(flags: Flags) -> tuple[MultiExitModel, Tensor, Policy]:
     """Network, images and policy of a checkpoint."""
     data = {name: value for name in NAMED if (value := getattr(flags, name))}
-    subject = open_evaluation(Given({"checkpoint": flags.checkpoint, "num_workers": 1, **data}, {}))
-    test, calib, _ = calibrate(subject, tables(subject, subject.splits.test, "test"))
-    costs = exit_costs(subject.network, subject.shape)
-    exits = subject.recipe.exits
-    policies = policies_of(rules_of(exits, costs), calib, costs, exits.confidence)
-    policy = policies[choose(policies, exits, calib.means()["acc1"][-1]).rows[0]]
-    accuracy = 100 * policy.simulate(test, costs).accuracy
+    values = {"checkpoint": flags.checkpoint, "policy": flags.policy, "num_workers": 1, **data}
+    subject = open_evaluation(Given(values, {}))
+    costs = count(subject.network, subject.shape)
+    policy, seen = deployed_policy(subject, costs)
+    accuracy = 100 * policy.simulate(seen.read_by(policy), costs.stages).accuracy
     print(f"{flags.checkpoint}: {policy.name}, simulated accuracy {accuracy:.2f} % on all test images")
     return subject.network, test_images(subject, flags.images)[0], policy
 
@@ -93,7 +102,8 @@ def random_subject(flags: Flags, options: dict[str, Any]) -> tuple[MultiExitMode
     side = flags.input_size or (224 if "imagenet" in flags.model else 32)
     images = torch.randn(flags.images, 3, side, side)
     confidence = confidence_of(model, images, Policy.of([EVERYBODY]))
-    return model, images, Policy.of(quota_thresholds(confidence, torch.tensor(flags.shares) / 100))
+    quotas = torch.tensor(flags.shares or SHARES) / 100
+    return model, images, Policy.of(quota_thresholds(confidence, quotas))
 
 
 @torch.inference_mode()
@@ -227,6 +237,9 @@ def report_latency(flags: Flags, options: dict[str, Any]) -> None:
 def main(argv: list[str]) -> None:
     """Prints the tables of throughput, or the table of latencies."""
     flags, words = read_known(Flags, argv, __doc__)
+    check_policy_alone(flags, "shares", "latency")
+    if flags.policy and not flags.checkpoint:
+        raise UserError(f"--policy {flags.policy}: name the network it was made for: --checkpoint FILE")
     default = "reg800m_perceiver_t128" if flags.latency else "msdnet_cifar_lin5"
     flags = replace(flags, model=flags.model or default)
     report = report_latency if flags.latency else report_throughput

@@ -27,9 +27,10 @@ import installed  # noqa: F401
 import torch
 from torch import Tensor
 
+from adaptive.policy import Policy
 from adaptive.timing import interleaved
 from experiment.options import Parser, fill, options_of, parse, underscored
-from models import nearest
+from models import MultiExitModel, nearest
 from utils import UserError
 
 Flags = TypeVar("Flags")
@@ -79,6 +80,23 @@ def read_flags(group: type[Flags], argv: Sequence[str], about: str | None) -> Fl
 def network_options(group: type, model: str, words: Sequence[str]) -> dict[str, Any]:
     """Options of the registered network `model`, such as --nBlocks 2, beside the flags of a group."""
     return parse([group], ["--model", model, *words]).options
+
+
+def check_policy_alone(flags: Any, *replaced: str) -> None:
+    """Raises ValueError where a flag that `--policy` replaces is given beside it.
+
+    Without being given, these are None or empty.
+    """
+    for name in replaced if flags.policy else ():
+        value = getattr(flags, name)
+        if not (value is None or value is False or value in ((), "")):
+            words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(f"--policy {flags.policy} and --{name} {words}: give one of them")
+
+
+def policy_for(file: str, network: MultiExitModel) -> Policy | None:
+    """The saved policy of a file, None without a file; ValueError if it was made for another network."""
+    return Policy.load(file).check_network(network) if file else None
 
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -8,7 +8,7 @@ Networks are written as for eval_dynamic.py, whose other flags apply; each runs 
 Thresholds are chosen on one half of the test images among all combinations of quantiles, for the least cost
 or the best accuracy there, and reported on the other half. `--popular` with `--mixes` weighs the images so
 that these classes are that share of the traffic, and asks for the least cost at most `--drop` below the
-accuracy of the last network.
+accuracy of the last network. `--policy` names a saved policy of all networks in a row, to compare with.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 
 from adaptive.exit_tables import ExitTables
-from adaptive.flops import single_costs
+from adaptive.flops import count, single_costs
+from adaptive.policy import Policy
 from adaptive.thresholds import EVERYBODY, NOBODY, cheapest, exit_of, within_budget
+from datasets import ordered_loader
+from engine import evaluate
 from experiment.recipe import read_command
 from experiment.samples import calibrate, tables
 from experiment.subject import EVALUATION, Subject, open_evaluation
@@ -45,6 +48,7 @@ class Flags:
     mixes: tuple[float, ...] = option((), "their shares of the traffic")
     drop: float = option(0.005, "accuracy that may be lost, a fraction")
     steps: int = option(41, "quantiles tried per exit", low=2)
+    policy: str = option("", "a saved policy of all networks in a row")
 
 
 class Point(NamedTuple):
@@ -97,6 +101,26 @@ class Cascade:
         return operate(self.test, weigh(self.test), self.limits[best], self.costs)
 
 
+class Saved:
+    """A saved policy of all networks in a row, whose thresholds are not chosen here.
+
+    Reads the images as the policy does. Raises ValueError for the policy of another network.
+    """
+
+    def __init__(self, file: str, subject: Subject) -> None:
+        self.policy = Policy.load(file).check(subject.opened)
+        loader = ordered_loader(subject.splits.test, subject.recipe.runtime, subject.compute)
+        reading = self.policy.reading
+        found = evaluate(subject.network, loader, subject.compute, reading=reading, title="policy")
+        self.test = calibrate(subject, found)[0]  # the same half as that of the cascades
+        self.costs = self.policy.leaving(count(subject.network, subject.shape).stages)
+
+    def point(self, weigh: Weigh) -> Point:
+        """The point on the test half."""
+        limits = self.test.confidence.new_tensor(self.policy.thresholds)
+        return operate(self.test, weigh(self.test), limits, self.costs)
+
+
 def stages_of(texts: Sequence[str], networks: int) -> dict[str, list[int]]:
     """The numbers of the networks in each cascade, as in "0,2"; ValueError where there is no such network."""
     stages = {text: [int(number) for number in text.split(",")] for text in texts}
@@ -113,9 +137,12 @@ def show(name: str, point: Point) -> None:
     print(f"  {name:14}{figures}   leave at each, %: {shares}")
 
 
-def show_budgets(cascades: dict[str, Cascade], budgets: Sequence[float]) -> None:
-    """For every budget, what each cascade that can afford its first network gains."""
+def show_budgets(cascades: dict[str, Cascade], budgets: Sequence[float], saved: Saved | None) -> None:
+    """For every budget, what each cascade that can afford its first network gains; first, a saved policy."""
     weigh = partial(traffic, popular=(), share=None)
+    if saved:
+        print(f"policy {saved.policy.name!r}")
+        show("saved", saved.point(weigh))
     for budget in budgets:
         print(f"at most {budget / 1e6:.1f} M per image")
         for name, one in cascades.items():
@@ -123,12 +150,14 @@ def show_budgets(cascades: dict[str, Cascade], budgets: Sequence[float]) -> None
                 show(name, one.choose(weigh, partial(within_budget, budget=budget)))
 
 
-def show_mixes(cascades: dict[str, Cascade], flags: Flags) -> None:
+def show_mixes(cascades: dict[str, Cascade], flags: Flags, saved: Saved | None) -> None:
     """For every mix of the traffic, what each cascade costs that stays close to its last network."""
     for mix in flags.mixes:
         weigh = partial(traffic, popular=flags.popular, share=mix)
         classes = f"{100 * mix:.0f} % of the traffic are classes {list(flags.popular)}"
         print(f"{classes}: least cost within {100 * flags.drop} points")
+        if saved:
+            show("saved", saved.point(weigh))
         for name, one in cascades.items():
             last = weigh(one.calib)[one.calib.correct[-1]].sum().item()
             show(name, one.choose(weigh, partial(cheapest, accuracy=last - flags.drop)))
@@ -155,6 +184,7 @@ def main(argv: list[str]) -> None:
         raise UserError("name the cascades to compare, as in --cascades 0,2 0,1,2")
     stages = stages_of(flags.cascades, len(flags.networks))
     subject = open_networks(flags, words)
+    saved = Saved(flags.policy, subject) if flags.policy else None
     other, half, _ = calibrate(subject, tables(subject, subject.splits.test, "test"))
     alone = single_costs(subject.network, subject.shape)
     kind = subject.recipe.exits.confidence
@@ -163,8 +193,8 @@ def main(argv: list[str]) -> None:
         accuracy = 100 * other.means()["acc1"][k]
         print(f"network {k}: {accuracy:.2f} %, {alone[k] / 1e6:.2f} M, {network}")
     cascades = {text: Cascade(row, (half, other), alone, flags.steps) for text, row in stages.items()}
-    show_budgets(cascades, flags.budgets)
-    show_mixes(cascades, flags)
+    show_budgets(cascades, flags.budgets, saved)
+    show_mixes(cascades, flags, saved)
 
 
 if __name__ == "__main__":

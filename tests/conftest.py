@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 import eval_dynamic
 import main_earlyExit
-from adaptive import flops, report
+from adaptive import curve, flops
+from experiment import classifier, subject
 from models import MultiExitModel, State, create_model, model_options
 from utils import run_main
 
@@ -87,6 +88,14 @@ def no_launcher():
     with pytest.MonkeyPatch.context() as patch:
         for name in LAUNCHERS:
             patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_flushing():
+    """Files are not flushed to the disk, which takes long: what is read back is the same, short of a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
@@ -325,8 +334,8 @@ def counted() -> dict[tuple, object]:
 
 @pytest.fixture
 def costs_once(counted, monkeypatch):
-    """Evaluations count what an architecture costs once in all, which takes longer than to evaluate it on few
-    images."""
+    """Runs count what an architecture costs, and check that it reads images of a side, once in all: both take
+    longer than to evaluate it on few images."""
 
     def remembered(function):
         def find(network, shape):
@@ -337,10 +346,13 @@ def costs_once(counted, monkeypatch):
 
         return find
 
-    for function in (flops.count, flops.single_costs):
-        # A script that is run as one imports from the first; in the second they are imported already.
-        for module in (flops, eval_dynamic):
-            monkeypatch.setattr(module, function.__name__, remembered(function))
+    count = remembered(flops.count)
+    # A script that is run as one imports from the first; in the second it is imported already.
+    for module in (flops, eval_dynamic):
+        monkeypatch.setattr(module, "count", count)
+    check_side = remembered(flops.check_side)
+    for module in (classifier, subject):
+        monkeypatch.setattr(module, "check_side", check_side)
 
 
 @pytest.fixture
@@ -353,7 +365,7 @@ def no_pictures(monkeypatch):
         else:
             target.write("<svg></svg>")
 
-    monkeypatch.setattr(report, "_save_curve", draw)
+    monkeypatch.setattr(curve, "_save_curve", draw)
 
 
 # Files and messages

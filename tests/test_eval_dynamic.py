@@ -35,6 +35,9 @@ def test_every_result_is_written(evaluated):
         "curve.png",
         "report.html",
         "policy.json",
+        "policy-2.json",
+        "samples.csv",
+        "monitor.json",
         "record.json",
     }
     assert {path.name for path in evaluated.iterdir()} == names
@@ -91,7 +94,7 @@ def test_real_early_exit_agrees_with_the_simulation(evaluated):
 def test_a_budget_is_met_by_a_setting_chosen_on_calib(trained, evaluated, tmp_path, evaluate_into, capsys):
     least, most = (row["macs"] for row in read_json(evaluated / "anytime.json"))
     budget = (least + most) / 2
-    flags = ["--mode", "dynamic", "--calib", "half_test", "--budget", budget]
+    flags = ["--mode", "dynamic", "--calib", "half_test", "--policies", "quotas", "--budget", budget]
     evaluate_into(tmp_path, trained / "checkpoint-last.pth", *flags)
     rows, found = read_json(tmp_path / "dynamic.json"), read_json(tmp_path / "record.json")["headline"]
     good = [row for row in rows if row["calib_macs"] <= budget]
@@ -248,7 +251,13 @@ def test_a_run_that_held_nothing_out_is_evaluated(trained, tmp_path, calib, eval
         ("--row -1", r"--row: -1 is below the least value accepted, 0"),
         ("--accuracy 1.5", r"--accuracy: 1.5 is above the greatest value accepted, 1"),
         ("--accuracy nan", r"--accuracy: nan is below the least value accepted, 0"),
-        ("--accuracy 0.9 --budget 2e7", r"--budget 2e\+07 and --accuracy 0.9: give one of them"),
+        ("--latency 5min", "--latency 5min: accepted: times above 0 such as 5ms, 0.005s or 5"),
+        ("--exit_error 0.1", "--exit_error is met with a guarantee only: add --confidence_level 0.95"),
+        (
+            "--accuracy 0.9 --confidence_level 0.9",
+            "--accuracy cannot be guaranteed; accepted: --budget, --drop",
+        ),
+        ("--policy policy.json --budget 2e7", "--policy policy.json and --budget: give one of them"),
         ("--router_threshold 1.5", r"threshold 1.5 of max_prob: accepted: from 0 to 1; 1e8: nobody leaves"),
         ("--router_threshold nan", r"--router_threshold: nan is not accepted: give a finite number"),
         ("--confidence entropy --router_threshold 0.2", r"threshold 0.2 of entropy: accepted: to 0; 1e8"),
@@ -288,7 +297,7 @@ def test_goals_out_of_reach_are_refused_as_soon_as_that_is_known(
     flags = ["--checkpoint", tmp_path / "blind.pth", "--data_path", images, "--output_dir", tmp_path, *RUN]
     line = error_of(evaluate, *flags, "--mode", "dynamic", "--accuracy", 0.99)
     assert re.fullmatch(r"an accuracy of 0.99 is above the best setting's 0.\d+", line)
-    monkeypatch.setattr(eval_dynamic, "read_tables", None)  # costs alone tell
+    monkeypatch.setattr(eval_dynamic, "see", None)  # costs alone tell
     line = error_of(evaluate, *flags, "--budget", 1)
     assert re.match(r"a budget of 1 multiply-adds is below the cheapest setting's \d", line)
 
@@ -315,3 +324,35 @@ def test_a_file_does_not_decide_what_is_opened_or_fetched(trained, images, tmp_p
     line = error_of(evaluate, "--checkpoint", tmp_path / "x.pth", "--data_path", tmp_path / "none", *RUN)
     assert line.startswith(f"no CIFAR10 in {tmp_path}/none, --download true fetches it")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_policy_with_temperatures_and_recall_comes_back_from_its_file(
+    trained, tmp_path, evaluate_into, capsys, error_of, images
+):
+    file = trained / "checkpoint-last.pth"
+    goals = shlex.split(
+        "--answer best --temperature true --latency 10s --drop 0.5 --mode dynamic --budget 1e9"
+    )
+    first = read_json(evaluate_into(tmp_path / "first", file, *goals) / "record.json")
+    assert [one["name"] for one in first["headlines"]] == ["budget 1000 M", "latency 1e+04 ms", "drop 50 %"]
+    assert "expected latency: " in capsys.readouterr().out
+    policy = read_json(tmp_path / "first" / "policy-2.json")
+    assert policy["answer"] == "best" and len(policy["temperatures"]) == 2 and policy["latency_ms"] > 0
+    assert policy["made"]["command"].startswith("python") and policy["made"]["num_images"] == 8
+    saved = ["--policy", tmp_path / "first" / "policy-2.json"]
+    again = read_json(evaluate_into(tmp_path / "again", file, *saved, "--mode", "dynamic") / "record.json")
+    assert again["headline"]["accuracy"] == first["headlines"][1]["accuracy"]
+    assert again["headline"]["macs"] == first["headlines"][1]["macs"] and "dynamic" not in again
+    assert read_json(tmp_path / "again" / "policy.json") == policy
+    line = error_of(evaluate, "--checkpoint", file, "--data_path", images, *RUN, *saved, "--weights", "model")
+    assert re.fullmatch(r"policy 'search' is for weights \w{12}, the network has \w{12}", line)
+
+
+def test_a_guarantee_that_few_images_cannot_give_is_said(trained, tmp_path, evaluate_into, capsys):
+    flags = shlex.split("--drop 0.05 --confidence_level 0.95 --mode dynamic --calib half_test")
+    found = evaluate_into(tmp_path, trained / "checkpoint-last.pth", *flags)
+    given = read_json(found / "policy.json")["guarantee"]
+    assert not given["feasible"] and given["images"] == 5 and given["smallest_bound"] > 0.05
+    printed = capsys.readouterr().out
+    assert given["statement"] in printed and given["assumption"] in printed
+    assert given["statement"] in (found / "report.html").read_text()

@@ -19,6 +19,7 @@ import main_earlyExit
 from experiment import classifier
 from models import create_model
 
+pytestmark = pytest.mark.usefixtures("costs_once")
 ROOT = Path(__file__).resolve().parents[1]
 train = main_earlyExit.main
 PLAIN = shlex.split("--mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 --smoothing 0")
@@ -203,9 +204,7 @@ def test_a_bad_test_image_costs_no_training(images, tmp_path, error_of, on, read
     assert lines[0] == lines[1] and "test/acc1/exit1" in lines[0][1]
 
 
-def test_a_run_ends_with_its_figures_and_a_command_that_runs(
-    tmp_path, monkeypatch, capsys, on, no_pictures, costs_once
-):
+def test_a_run_ends_with_its_figures_and_a_command_that_runs(tmp_path, monkeypatch, capsys, on, no_pictures):
     monkeypatch.chdir(tmp_path)
     train(on("--epochs", 1, "--warmup_epochs", 0))
     first, *_, figures, folder, command = capsys.readouterr().out.splitlines()
@@ -268,10 +267,28 @@ def test_a_script_ends_with_one_line_for_its_user():
     assert re.fullmatch(r"error: unknown flag --epoch; did you mean --epochs, .*\?\n", end.stderr)
 
 
-def test_a_mistake_under_torchrun_is_one_line_of_one_process(on):
-    launch = shlex.split("scripts/launch.py --standalone --nproc_per_node 2 main_earlyExit.py")
-    end = script(*launch, *on("--smoothing", 1), env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert (end.returncode, end.stdout) == (2, "")
+# What an entry script does with processes and mistakes, without what takes it seconds to import.
+ENTRY = """
+import sys
+sys.path.insert(0, {root!r})
+import torch, torch.distributed as dist
+from utils import Runtime, UserError, run_main, start_compute
+def main(argv):
+    compute, total = start_compute(Runtime(device="cpu")), torch.ones(1)
+    dist.all_reduce(total)
+    if compute.rank == 0:
+        print(argv, int(total), compute.world_size, flush=True)
+    raise UserError("--smoothing: 1 is above the greatest value accepted, 0.9999")
+run_main(main)
+"""
+
+
+def test_torchrun_starts_two_processes_whose_mistake_is_one_line(tmp_path):
+    path = tmp_path / "entry.py"
+    path.write_text(ENTRY.format(root=str(ROOT)))
+    launch = shlex.split("scripts/launch.py --standalone --nproc_per_node 2")
+    end = script(*launch, path, "--smoothing", 1, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (end.returncode, end.stdout) == (2, "['--smoothing', '1'] 2 2\n")
     assert end.stderr == "error: --smoothing: 1 is above the greatest value accepted, 0.9999\n"
 
 

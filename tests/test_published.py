@@ -159,11 +159,23 @@ def test_a_published_flag_that_does_nothing_is_refused_with_a_reason(name):
     [
         "--model reg800m_perceiver_t128 --depth_factor 1 1 1 2 --lr 1e-3 --epochs 300",
         "--model resnet50_0375_perceiver_t128 --depth_factor 1 1 1 1 --lr 6e-4 --epochs 300",
-        "--model mobilenetV3_0x75_perceiver_t128 --depth_factor 1 1 1 3 --lr 1e-3 --epochs 600",
     ],
 )
-def test_published_recipes_in_two_processes(images, tmp_path, capfd, in_processes, read_log, flags):
+def test_published_recipes_train(images, tmp_path, in_processes, read_log, flags):
+    """Those of the other backbones in two processes too, without what the next test looks at."""
+    words = f"{flags} {RECIPE} --data_path {images} --output_dir {tmp_path} --batch_size 4 --input_size 32"
+    words += " --epochs 1 --save_ckpt_num 0 --disable_eval true"
+    in_processes(2, main_earlyExit.main, [*shlex.split(words), *RUN])
+    (line,) = read_log(tmp_path)
+    assert line["epoch"] == 1 and all(np.isfinite(value) for value in line.values())
+    content = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
+    assert content["arch"]["options"]["input_size"] == 32 and content["step"] == 19 // (2 * 4)
+    assert {float(state["step"]) for state in content["optimizer"]["state"].values()} == {2.0}
+
+
+def test_a_published_recipe_in_two_processes(images, tmp_path, capfd, in_processes, read_log):
     out = tmp_path / "out"
+    flags = "--model mobilenetV3_0x75_perceiver_t128 --depth_factor 1 1 1 3 --lr 1e-3 --epochs 600"
     words = shlex.split(
         f"{flags} {RECIPE} --data_path {images} --output_dir {out} --batch_size 4 --input_size 32"
     )
@@ -201,9 +213,9 @@ def test_published_recipes_in_two_processes(images, tmp_path, capfd, in_processe
     assert "19 training images with training augmentation, the published procedure" in printed
     (line,) = [line for line in printed.splitlines() if line.startswith("as published for Dyn-Perceiver: ")]
     assert line.endswith(
-        "33 quotas, thresholds from 101 augmented training batches (--weights model --quota_sweep dyn_perceiver "
+        "33 quotas, thresholds from 101 augmented training batches (--weights model --policies quotas --quota_sweep dyn_perceiver "
         "--quota_scales 0.85 1.0 0.5 --calib train_augmented, dynamic.txt in GFLOPs); --procedure ours: "
-        "--weights auto --quota_sweep msdnet --calib held_out, dynamic.txt in MACs"
+        "--weights auto --policies search --quota_sweep msdnet --calib held_out, dynamic.txt in MACs"
     )
 
 
@@ -231,14 +243,14 @@ def test_a_published_file_is_evaluated_without_naming_its_network(checkpoint, th
 
 @pytest.mark.parametrize("words", ["", "--num_calib 0"])
 def test_the_published_procedure_samples_all_training_images(checkpoint, thousand, tmp_path, capsys, words):
-    data = ["--data_path", thousand, "--calib", "train_augmented", "--batch_size", 9, *words.split()]
+    data = ["--data_path", thousand, "--calib", "train_augmented", "--batch_size", 3, *words.split()]
     if words:  # which the training script does of itself
-        data = ["--data_path", thousand, "--batch_size", 9, *words.split(), "--mode", "dynamic", *RUN]
+        data = ["--data_path", thousand, "--batch_size", 3, *words.split(), "--mode", "dynamic", *RUN]
         into = ["--output_dir", tmp_path, "--resume", checkpoint]
         main_earlyExit.main(["--eval", "true", *map(str, [*data, *into])])
     else:
         evaluate(checkpoint, tmp_path, *data, *DYNAMIC)
-    origin = "909 training images with training augmentation, the published procedure"
+    origin = "303 training images with training augmentation, the published procedure"
     printed = capsys.readouterr().out
     assert f"thresholds are chosen on {origin}\n" in printed
     assert bool(words) == ("\nas published for Dyn-Perceiver: 33 quotas" in printed)

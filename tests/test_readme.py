@@ -58,6 +58,14 @@ SMALLER = [
     (r"--model cifar_resnet --depth", "--depth 8"),
     (r"--model timm_ee", "--backbone resnet10t --pretrained false --head_width 8"),
     (r"^eval_dynamic.py.*(dyn_regnet|dp_c10)", "--mode dynamic --flops false"),
+    (r"--budget 20e6", "--budget 4e6 --mode dynamic"),
+    (r"--latency 5ms", "--latency 10s --mode dynamic"),
+    (r"^eval_dynamic.py.*(--confidence_level|--policy )", "--mode dynamic"),
+    (r"^scripts/(compare_policies|measure_confidence).py", "--halves 2"),
+    (
+        r"^scripts/bench_monitor.py",
+        "--streams 4 --length 50 --changes 0 20 --after 30 --reference 20 --shifted_images 8",
+    ),
     (r"--networks timm/", "--networks" + 2 * " timm/resnet10t:weights=weights/resnet50.pth"),
     (r"^scripts/bench_runtime.py(?!.*--latency)", "--images 8 --rounds 1"),
     (
@@ -83,6 +91,10 @@ PARSED = [
     (r"weights/reg800m_t128.pth.*--quota_sweep|reg800m_t128.pth.*--quota_sweep", "tests/test_published.py"),
     (r"^scripts/eval_ebjr_imagenet.py", "weights are packages that are not installed"),
     (r"^scripts/convert_checkpoint.py", "tests/scripts/test_convert_checkpoint.py"),
+    (
+        r"^scripts/(bench_monitor|bench_search|check_guarantees|compare_policies|measure_confidence).py",
+        "their tests in tests/scripts: they draw images hundreds of times",
+    ),
 ]
 NOT_OURS = {"-m pytest", "ruff", "pyrefly"}  # what a recipe may start besides our scripts
 
@@ -110,7 +122,9 @@ FILES = {
     r"msdnet-step4": small_msdnet,
 }
 ONE_EXIT = r"runs/(student|teacher|special|small|large)"  # these runs are of a network with one exit
-A_FILE = re.compile(r"[\w./-]*\.(?:pth\.tar|pth|npz)\b|\b(?:FILE|STUDENT|TEACHER)\b|\bruns/\w+(?:/[\w.-]+)?")
+A_FILE = re.compile(
+    r"[\w./-]*\.(?:pth\.tar|pth|pt|npz)\b|\b(?:FILE|STUDENT|TEACHER)\b|\bruns/\w+(?:/[\w.-]+)?"
+)
 
 
 # Blocks
@@ -306,6 +320,8 @@ class Runner:
     def parse(self, path: str, words: list[str]) -> None:
         """Checks that a script has the flags of a command, and that their values are such as it accepts."""
         text = self.run_script(path, *words, "--help")
+        if "eval_dynamic.py" in text:  # which has the other flags
+            text += self.run_script("eval_dynamic.py", "--model", "ebjr", "--help")
         for word in words:
             name = word.partition("=")[0]
             assert not name.startswith("--") or re.search(rf"{name}\b", text), f"{path} has no flag {name}"

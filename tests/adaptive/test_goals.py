@@ -58,6 +58,13 @@ def test_without_a_policy_as_accurate_as_the_whole_network_the_most_accurate_is_
     assert choice.reason.startswith("the most accurate setting, since none reaches 89.00 %, 1 point below")
 
 
+def test_half_an_image_of_accuracy_is_not_worth_a_higher_cost():
+    flat = [replace(policy, accuracy=0.85 - 0.001 * i) for i, policy in enumerate(POLICIES[::-1])]
+    assert Menu(flat, 0.9, images=1000).choose(Goal("drop", 0)).policy is flat[0]
+    assert Menu(flat, 0.9, images=300).choose(Goal("drop", 0)).policy is flat[1]
+    assert Menu(flat, 0.9, images=100).choose(Goal("drop", 0)).policy is flat[3]
+
+
 @pytest.mark.parametrize(
     ("goal", "message"),
     [

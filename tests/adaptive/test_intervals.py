@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from adaptive.intervals import Estimate, mean_estimates, median_ratio
+from adaptive.intervals import Estimate, mean_estimates, median_ratio, share_estimates, spread
 
 
 def test_interval_of_a_share_is_the_binomial_one():
@@ -14,6 +14,17 @@ def test_interval_of_a_share_is_the_binomial_one():
     assert share.low == pytest.approx(0.85 - half, abs=0.004)
     assert share.high == pytest.approx(0.85 + half, abs=0.004)
     assert mean_estimates(right[None]) == [share]  # the same every time
+
+
+def test_shares_are_drawn_as_means_are():
+    """A count is all that matters of samples that have a property or not."""
+    right = torch.stack([torch.arange(400) < count for count in (340, 13, 400, 0)])
+    means, shares = mean_estimates(right), share_estimates([340, 13, 400, 0], 400)
+    for mean, share in zip(means, shares, strict=True):
+        assert share.value == mean.value
+        assert (share.low, share.high) == pytest.approx((mean.low, mean.high), abs=1 / 400)
+    assert shares[0].low < 0.85 < shares[0].high and shares[2:] == [Estimate(1, 1, 1), Estimate(0, 0, 0)]
+    assert share_estimates([340, 13, 400, 0], 400) == shares  # the same every time
 
 
 def test_differences_are_paired():
@@ -50,3 +61,9 @@ def test_ratio_of_rounds_varies_as_its_median_does():
 
 def test_a_quotient_turns_the_bounds_round():
     assert Estimate(2, 1, 4).below(8) == Estimate(4, 2, 8)
+
+
+def test_the_spread_of_rounds_leaves_out_their_tails():
+    found = spread(torch.arange(101).flip(0))
+    assert (found.value, found.low, found.high) == (50, 2.5, 97.5)
+    assert spread(torch.tensor([0.25])) == Estimate(0.25, 0.25, 0.25)

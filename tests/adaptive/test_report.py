@@ -1,19 +1,21 @@
+import json
 import os
 import re
 from dataclasses import replace
-from itertools import pairwise
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
-from matplotlib.text import Annotation, Text
 
+from adaptive.classes import ClassRow
+from adaptive.confidence import EVERYBODY, NOBODY
 from adaptive.exit_tables import ExitFigures
+from adaptive.findings import Findings
+from adaptive.front import FrontRow
 from adaptive.headline import Headline
 from adaptive.intervals import Estimate
 from adaptive.policy import OperatingPoint, Policy
-from adaptive.report import Findings, plot_curve, write_report
+from adaptive.report import write_report
 from adaptive.routing import Routing
 from adaptive.timing import Comparison, Measurement, TimedPoint
 
@@ -148,7 +150,7 @@ def test_headline_is_the_policy_chosen_on_calib_against_the_static_network(tmp_p
     )
     assert "picked by test accuracy" not in page
     assert "<h2>row 2 (close)</h2>" in page and "It is the cheapest of 3 settings." in page
-    assert "Thresholds of energy_softmax: 0.9 0.8 at exits 0 to 1." in page
+    assert "Thresholds of energy_softmax: 0.9, 0.8 at exits 0 to 1." in page
     assert "calibration images: 68.90 % for 201.00 M; on 5,000 test images: 69.90 % for 200.00 M" in page
 
 
@@ -171,80 +173,6 @@ def test_speed_is_told_with_the_accuracy_on_the_images_it_was_measured_on(tmp_pa
     assert "Measured speed" not in page_of(tmp_path)
 
 
-def drawn(findings, tmp_path, monkeypatch):
-    """The figure of the findings, as it is saved."""
-    figures = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append(figure) or path.touch())
-        plot_curve(tmp_path / "curve.png", findings, "title")
-    figures[0].draw_without_rendering()
-    return figures[0]
-
-
-def test_the_curve_shows_no_figures_of_some_of_the_images(tmp_path, monkeypatch):
-    """Speeds are of 1,797 images, the curve of all 5,000."""
-    (axes,) = drawn(Findings(EXITS, ROWS, runtime=RUNTIME, headline=HEADLINE), tmp_path, monkeypatch).axes
-    places = np.concatenate([one.get_offsets() for one in axes.collections])
-
-    def near(macs, accuracy):
-        return np.isclose(places, (macs, accuracy)).all(axis=1).any()
-
-    assert near(0.2, 69.9) and not near(0.4, 70.1)
-
-
-def sweep(accuracies, costs):
-    return [
-        row(f"p={i}", accuracy, 1e6 * cost)
-        for i, (accuracy, cost) in enumerate(zip(accuracies, costs, strict=True))
-    ]
-
-
-def exits_at(accuracies, costs, alone=None):
-    rows = zip(accuracies, costs, alone or [0.8 * cost for cost in costs], strict=True)
-    figures = [(round(1e6 * cost), round(1e6 * single), 1, accuracy, 1) for accuracy, cost, single in rows]
-    return [ExitFigures(k, *row) for k, row in enumerate(figures)]
-
-
-STEEP = sweep([0.944, 0.95, 0.95, 0.964, 0.964, *[0.961] * 34], [6.4, 7.5, 8.8, 9.2, 10, *range(12, 46)])
-SMOOTH = sweep([0.6 + 0.3 * (1 - 0.9**i) for i in range(39)], range(5, 44))
-ZIGZAG = sweep([0.7 + 0.1 * (i % 2) for i in range(10)], range(5, 55, 5))
-WALL = sweep([0.79, 0.87, 0.74], [35, 50, 50])
-BESIDE = sweep([0.6, 0.63, 0.72], [7, 13, 48])
-
-
-@pytest.mark.parametrize(
-    ("exits", "points"),
-    [
-        (exits_at([0.944, 0.95, 0.972, 0.964, 0.961], [5.9, 12.6, 24.5, 40.1, 58]), STEEP),
-        (exits_at([0.6, 0.75, 0.85, 0.88, 0.9], [5, 12, 24, 33, 43]), SMOOTH),
-        (exits_at([0.7 + 0.01 * k for k in range(12)], range(5, 65, 5)), ZIGZAG),
-        (exits_at([0.79, 0.87, 0.74], [35, 50, 50], [35, 38, 28]), WALL),
-        (exits_at([0.6, 0.63, 0.72], [7, 13, 48], [7, 6, 39]), BESIDE),
-    ],
-    ids=["steep", "smooth", "zigzag", "wall", "beside other markers"],
-)
-def test_legend_and_names_do_not_cover_the_curve(tmp_path, monkeypatch, exits, points):
-    chosen = replace(HEADLINE, accuracy=Estimate(0.75, 0.72, 0.78), macs=Estimate(25e6, 24e6, 26e6))
-    figure = drawn(Findings(exits, points, ROUTING, headline=chosen), tmp_path, monkeypatch)
-    (axes,) = figure.axes
-    names = [one for one in axes.texts if isinstance(one, Annotation)]
-    assert {one.get_text() for one in names} == {"row 2"} | {f"exit {k}" for k in range(len(exits))}
-    # Of a name with a leader line, the name alone.
-    boxes = [*map(Text.get_window_extent, names), figure.legends[0].get_window_extent()]
-    steps = np.linspace(0, 1, 500)[:, None]
-    places = [axes.transData.transform(one.get_offsets()) for one in axes.collections]
-    for line in axes.lines:
-        corners = axes.transData.transform(line.get_xydata())
-        places += [start + steps * (end - start) for start, end in pairwise(corners)]
-    everything = np.concatenate(places)
-    for box in boxes:
-        inside = (everything >= box.min) & (everything <= box.max)
-        assert not inside.all(axis=1).any(), box
-    frame = figure.bbox
-    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-
-
 @pytest.mark.usefixtures("no_pictures")
 def test_shares_show_eight_evenly_spaced_rows_by_cost(tmp_path):
     page = page_of(tmp_path, points=[row(f"p={i}", 0.5, (20 - i) * 1e6) for i in range(15)])
@@ -265,45 +193,8 @@ def test_one_exit_and_no_rows(tmp_path, exits, rows):
     assert [card[:2] for card in cards] == [("Top-1 accuracy", f"{100 * exits[-1].acc1:.2f} %")]
 
 
-def test_plot_writes_png_and_svg(tmp_path):
-    for name in ("curve.png", "curve.svg"):
-        plot_curve(tmp_path / name, Findings(EXITS, ROWS, runtime=RUNTIME, headline=HEADLINE), "a $b$ <c>")
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    svg = (tmp_path / "curve.svg").read_text()
-    for text in (
-        "exit 0",
-        "exit 1",
-        "exit 2",
-        "row 2",
-        "chosen",
-        "per image (G)",
-        "a $b$ &lt;c&gt;",
-    ):
-        assert f"{text}</text>" in svg
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["curve.png", "curve.svg"]
-
-
-def test_labels_keep_apart(tmp_path):
-    exits = [replace(EXITS[0], exit=k, acc1=0.6 + 0.001 * k, macs=10_000_000 + 100_000 * k) for k in range(3)]
-    exits.append(replace(EXITS[0], exit=3, acc1=0.9, macs=90_000_000))
-    plot_curve(tmp_path / "curve.svg", Findings(exits), "")
-    svg = (tmp_path / "curve.svg").read_text()
-    places = [
-        tuple(map(float, found)) for found in re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>exit \d<', svg)
-    ]
-    assert len(places) == 4
-    pairs = [(a, b) for i, a in enumerate(places) for b in places[:i]]
-    assert all(abs(a[0] - b[0]) > 30 or abs(a[1] - b[1]) > 10 for a, b in pairs)
-
-
 def test_equal_results_give_equal_files(tmp_path):
     assert page_of(tmp_path) == page_of(tmp_path)
-
-
-def test_plot_refuses_an_unknown_format(tmp_path):
-    with pytest.raises(ValueError, match="txt"):
-        plot_curve(tmp_path / "curve.txt", Findings(EXITS, ROWS), "")
-    assert not list(tmp_path.iterdir())
 
 
 def test_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
@@ -332,3 +223,85 @@ def test_page_says_what_deferring_does(tmp_path):
     assert "which corrects 13 answers and degrades 2." in page
     assert "oracle" in page and "exit alone</text>" in page
     assert "oracle" not in page_of(tmp_path)
+
+
+HOSTILE = "</script><b>x"
+POLICIES = [
+    Policy((NOBODY, 0.5 + i / 100, EVERYBODY), "energy_softmax", off=(0,), accuracy=0.7, macs=2e7)
+    for i in range(4)
+]
+FRONT = [
+    FrontRow(policy, Estimate(0.7 + i / 50, 0.69, 0.8), 1e7 * (i + 1), [0.0, 0.4, 0.6], f"{HOSTILE} {i}")
+    for i, policy in enumerate(POLICIES)
+]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_slider_starts_at_the_chosen_policy_and_needs_no_script_to_show_it(tmp_path):
+    point = OperatingPoint(POLICIES[1], 0.72, 2e7, [0.0, 0.4, 0.6])
+    page = page_of(tmp_path, front=FRONT, headline=replace(HEADLINE, point=point))
+    assert (
+        'min="0" max="3" step="1" value="1"' in page and '<div class="control" id="control" hidden>' in page
+    )
+    assert '<code data-show="command">&lt;/script&gt;&lt;b&gt;x 1</code>' in page
+    for cells in (
+        ["exit 0", "off", "0.0 %"],
+        ["exit 1", "0.51", "40.0 %"],
+        ["exit 2", "all others", "60.0 %"],
+    ):
+        name, threshold, share = cells
+        assert f"<td>{name}</td><td data-threshold>{threshold}</td><td data-share>{share}</td>" in page
+    assert "Thresholds of energy_softmax: off, 0.51 at exits 0 to 1" in page
+    assert "the circle the policy chosen above" in page and "This is the policy chosen above." in page
+    assert "latency" not in page.split("<script")[0]  # it is not known
+    elsewhere = page_of(tmp_path, front=FRONT, headline=HEADLINE)
+    assert "is none of them: shown first is the nearest in cost" in elsewhere
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_stops_are_json_that_ends_no_script(tmp_path):
+    page = page_of(tmp_path, front=FRONT)
+    assert page.count("</script>") == page.count("<script") == 2 and HOSTILE not in page
+    stops = json.loads(re.search(r'id="stops">(.*?)</script>', page).group(1))
+    assert [stop["command"] for stop in stops] == [row.command for row in FRONT]
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+    assert "<script" not in page_of(tmp_path, front=FRONT[:1])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_guarantee_is_told_with_its_assumption(tmp_path):
+    facts = {"risk": "drop", "bound": 0.01, "method": "ltt", "images": 2500, "observed": 0.0043}
+    given = SimpleNamespace(
+        **facts, delta=0.05, smallest_bound=0.0012, feasible=True, statement="So < much.", assumption="If."
+    )
+    page = page_of(tmp_path, guarantee=given)
+    assert '<h2>Guarantee</h2>\n<p>So &lt; much.</p>\n<p class="soft">If.</p>' in page
+    for text in ("1.00 %", "0.43 % of 2,500 calibration images that only test it", "Learn then Test"):
+        assert f"<dd>{text}</dd>" in page
+    assert "at most 5.00 %" in page and "<dd>0.12 %</dd>" in page
+    given = SimpleNamespace(**{**vars(given), "delta": None, "method": "crc", "feasible": False})
+    page = page_of(tmp_path, guarantee=given)
+    assert "<h2>No guarantee</h2>" in page and "Chance that it fails" not in page
+    assert "conformal risk control" in page
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_calibration_of_every_exit_is_drawn(tmp_path):
+    bins = [SimpleNamespace(count=30, confidence=0.8, accuracy=0.6)]
+    page = page_of(tmp_path, reliability=[SimpleNamespace(ece=0.2, auroc=None, bins=bins)] * 3)
+    assert page.count('<circle class="dot" cx="80.0" cy="40.0"') == 3
+    assert "30 images: confidence 0.800, accuracy 0.600" in page and "of exit 2: ECE 20.00 %" in page
+    assert "How far confidence" not in page_of(tmp_path)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_classes_are_ranked_and_many_are_shortened(tmp_path):
+    rows = [ClassRow(f"<c{i}>", 1000 + i, [0.5, 0.6, 0.7], [0.1, 0.0, 0.9], 1 - i / 100) for i in range(25)]
+    page = page_of(tmp_path, classes=rows[:3])
+    assert "All 3 classes, by accuracy" in page
+    shown = re.findall(r"<td>&lt;(c\d+)&gt;</td><td>([\d,]+)</td><td>(.*?)</td>", page)
+    assert shown[0] == ("c2", "1,002", "98.00 %") and [row[0] for row in shown] == ["c2", "c1", "c0"]
+    page = page_of(tmp_path, classes=rows)
+    assert "The 10 classes with the lowest and the 10 with the highest accuracy of 25" in page
+    shown = [row[0] for row in re.findall(r"<td>&lt;(c\d+)&gt;</td>()", page)]
+    assert shown == [f"c{i}" for i in [*range(24, 14, -1), *range(9, -1, -1)]]

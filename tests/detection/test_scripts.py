@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from adaptive.policy import Policy
 from detection import detectors
 from detection.train import Detection, Job
 
@@ -112,15 +113,27 @@ def pair(detection, tmp_path_factory):
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("words", [[], ["--limit", "1"]], ids=["all", "limit"])
-def test_a_cascade_of_two_detectors_is_evaluated(script, shapes, pair, capsys, words):
-    script("eval_detection_cascade").main([str(shapes), *pair, "--val_split", "val", *words])
-    lines = capsys.readouterr().out.splitlines()
-    assert ("AP50" in lines[2]) == (not words)
-    rows = [line.split() for line in lines[3:12]]
-    assert [row[0] for row in rows] == [*["0", "10", "20", "30", "40", "50", "70", "100"], "teacher"]
-    costs = [float(row[3]) for row in rows[:-1]]
-    assert costs == sorted(costs) and costs[0] < costs[-1]
-    assert rows[7][4:] == rows[8][2:]  # all deferred: the teacher's precision
-    last = r"run for real at .*: \d+\.0 % deferred to the teacher, .* ms an image, 0 differ"
-    assert re.fullmatch(last, lines[-1])
+def test_a_cascade_of_two_detectors_is_evaluated_and_runs_by_its_saved_policy(
+    script, shapes, pair, capsys, tmp_path
+):
+    path, ends = str(tmp_path / "out" / "policy.json"), []
+    main, files = script("eval_detection_cascade").main, [str(shapes), *pair, "--val_split", "val"]
+    for words in (["--output_dir", str(tmp_path / "out")], ["--limit", "1", "--policy", path]):
+        main([*files, *words])
+        lines = capsys.readouterr().out.splitlines()
+        assert ("AP50" in lines[2]) == ("--limit" not in words)
+        rows = [line.split() for line in lines[3:12]]
+        assert [row[0] for row in rows] == [*["0", "10", "20", "30", "40", "50", "70", "100"], "teacher"]
+        costs = [float(row[3]) for row in rows[:-1]]
+        assert costs == sorted(costs) and costs[0] < costs[-1]
+        assert rows[7][4:] == rows[8][2:]  # all deferred: the teacher's precision
+        last = r"(run for real at .*): \d+\.0 % deferred to the teacher, .* ms an image, 0 differ"
+        ends.append(re.fullmatch(last, lines[-1])[1])
+    assert ends[0] == ends[1]
+    policy = Policy.load(path)
+    assert policy.name == "30 % deferred" and policy.confidence == "energy_softmax"
+    assert policy.made.num_images == 2 and sum(policy.shares) == 1 and policy.macs > 0
+    with pytest.raises(ValueError, match="policy.json and --confidence margin: give one of them$"):
+        main([*files, "--policy", path, "--confidence", "margin"])
+    with pytest.raises(ValueError, match=r"^policy '30 % deferred' is for weights \w{12}, the network"):
+        main([str(shapes), *pair[::-1], "--val_split", "val", "--policy", path])

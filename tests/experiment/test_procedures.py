@@ -65,7 +65,13 @@ def test_the_documents_have_the_table():
     assert "`--decay_embeddings true` for a Dynamic Perceiver" in text
 
 
-QUOTAS = {"weights": "model", "confidence": "max_prob", "quota_sweep": "msdnet", "quota_scales": ()}
+QUOTAS = {
+    "weights": "model",
+    "policies": "quotas",
+    "confidence": "max_prob",
+    "quota_sweep": "msdnet",
+    "quota_scales": (),
+}
 RESIZED = {**QUOTAS, "interpolation": "bilinear"}
 
 
@@ -91,6 +97,7 @@ RESIZED = {**QUOTAS, "interpolation": "bilinear"}
             "EBJR on CIFAR-10",
             {
                 "weights": "model",
+                "policies": "quotas",
                 "confidence": "energy_softmax",
                 "calib": "none",
                 "router_threshold": (2.46,),
@@ -104,6 +111,7 @@ RESIZED = {**QUOTAS, "interpolation": "bilinear"}
             "EBJR on CIFAR-100",
             {
                 "weights": "model",
+                "policies": "quotas",
                 "confidence": "energy_softmax",
                 "calib": "none",
                 "router_threshold": (4.6195,),
@@ -256,9 +264,11 @@ def test_an_msdnet_is_evaluated_as_published_by_the_training_script(
     words = ["--mode", "dynamic", "--output_dir", str(tmp_path), "--data_path", str(images), *RUN]
     main_earlyExit.main(["--eval", "true", "--resume", str(path), *words])
     printed = capsys.readouterr().out
-    line = r"as published for MSDNet: 39 quotas, thresholds from held-out images \(--weights model --interpolation bilinear, dynamic.txt in F.*; "
+    line = r"as published for MSDNet: 39 quotas, thresholds from held-out images \(--weights model --policies quotas --interpolation bilinear, dynamic.txt in F.*; "
     assert re.search(
-        line + r"--procedure ours: --weights auto --interpolation bicubic, dynamic.txt in MACs\n", printed
+        line
+        + r"--procedure ours: --weights auto --policies search --interpolation bicubic, dynamic.txt in MACs\n",
+        printed,
     )
     exits, rows = read_json(tmp_path / "anytime.json"), read_json(tmp_path / "dynamic.json")
     log = read_log(trained)[-1]
@@ -304,7 +314,7 @@ def test_where_nothing_is_held_out_half_of_the_test_images_choose(trained, tmp_p
     words += ["--procedure", "published", "--mode", "dynamic", "--output_dir", str(tmp_path), *RUN]
     eval_dynamic.main(words)
     assert (
-        "--weights model --interpolation bilinear --calib half_test, dynamic.txt in"
+        "--weights model --policies quotas --interpolation bilinear --calib half_test, dynamic.txt in"
         in capsys.readouterr().out
     )
     assert "10 random test images" in read_json(tmp_path / "record.json")["provenance"]["calib"]
@@ -365,4 +375,4 @@ def test_no_images_for_thresholds_need_thresholds(pair, error_of):
         ["--router_threshold", "1", "--shares", "0.5"],
     ):
         line = error_of(eval_dynamic.main, *words, *more)
-        assert line == "--calib none: give thresholds (--router_threshold), no --shares and no --row"
+        assert line == "--calib none: give thresholds (--router_threshold) and no other goal or policy"

@@ -4,21 +4,23 @@ from dataclasses import replace
 import torch
 
 from adaptive.exit_tables import ExitFigures
+from adaptive.front import FrontRow
+from adaptive.guarantee import Guarantee
 from adaptive.headline import Headline
 from adaptive.intervals import Estimate
 from adaptive.policy import OperatingPoint, Policy
 from adaptive.routing import Routing
+from adaptive.thresholds import EVERYBODY
 from adaptive.timing import Comparison, Measurement, TimedPoint
-from experiment.record import (
-    Provenance,
-    Record,
+from experiment.lines import (
     anytime_lines,
-    describe_machine,
     dynamic_lines,
+    front_lines,
     headline_lines,
     routing_lines,
     runtime_lines,
 )
+from experiment.record import Provenance, Record, describe_machine
 
 
 def test_anytime_lines_hold_every_exit():
@@ -115,6 +117,18 @@ def test_routing_is_said_in_counts_and_shares():
     assert "oracle: 96.60 % at 33.00 M" in text and "0.919" in text
 
 
+def test_columns_of_the_front_stand_apart_and_below_their_titles():
+    policy = Policy((0.5, EVERYBODY))
+    rows = [FrontRow(policy, Estimate(0.7025, 0.6575, 0.7475), 5.9e6, [1.0, 0.0], "")]
+    rows += [FrontRow(policy, Estimate(1.0, 1.0, 1.0), 123.4e6, [1.0, 0.0], "")]
+    title, *lines = front_lines(rows)
+    assert lines[0].split()[-5:] == ["70.25", "[65.75,", "74.75]", "100.0", "0.0"]
+    assert lines[1].split() == ["123.40", "100.00", "[100.00,", "100.00]", "100.0", "0.0"]
+    assert len(lines[0]) == len(lines[1])
+    start = title.index("leave at")
+    assert [line[start:] for line in lines] == ["100.0   0.0"] * 2
+
+
 HEADLINE = Headline(
     name="row 7",
     reason="the most accurate of 9 settings within 20 M multiply-adds; all 39 were judged on calib",
@@ -195,7 +209,7 @@ def test_what_is_not_known_yet_is_not_written(tmp_path):
         "acc1": 0.625,
         "acc5": 0.875,
     }
-    policy = Policy((0.5, -1e8), "margin", "p=1", 0.5, 150.0, (0.75, 0.25))
+    policy = Policy((0.5, -1e8), "margin", "p=1", accuracy=0.5, macs=150.0, shares=(0.75, 0.25))
     point = OperatingPoint(policy, 0.625, 200.0, [0.5, 0.5])
     replace(record, points=[point]).save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"anytime.json", "dynamic.json", "dynamic.txt"}
@@ -224,7 +238,8 @@ def test_the_whole_record_is_written(tmp_path):
     record = Record(
         exits=EXITS,
         points=[ROUTING.point],
-        policy=ROUTING.point.policy,
+        policies=[ROUTING.point.policy, Policy((0.75, -1e8))],
+        headlines=[HEADLINE] * 2,
         routing=ROUTING,
         runtime=RUNTIME,
         headline=HEADLINE,
@@ -233,6 +248,7 @@ def test_the_whole_record_is_written(tmp_path):
     record.save(tmp_path)
     record.report(tmp_path)
     assert Policy.load(tmp_path / "policy.json") == ROUTING.point.policy
+    assert Policy.load(tmp_path / "policy-2.json").thresholds == (0.75, -1e8)
     routing, runtime = read(tmp_path, "routing"), read(tmp_path, "runtime")
     assert list(routing)[9:] == ["samples", "routed", "four_way", "oracle", "auroc", "flops"]
     assert routing["policy"] == "threshold 2.46" and routing["routed"] == 0.272
@@ -243,6 +259,7 @@ def test_the_whole_record_is_written(tmp_path):
     assert runtime["points"][0]["speedup_interval"] == [2.25, 2.4] and "seconds" not in runtime["table"][0]
     whole = read(tmp_path, "record")
     assert whole["headline"]["fewer_macs"] == {"value": 3.0, "low": 2.857, "high": 3.158}
+    assert whole["headlines"] == [whole["headline"]] * 2
     assert whole["headline"]["reason"] == HEADLINE.reason and whole["headline"]["name"] == "row 7"
     assert whole["routing"] == routing and whole["runtime"] == runtime
     assert whole["provenance"]["source"] == "some.pth" and len(whole["anytime"]) == 2
@@ -257,3 +274,20 @@ def test_the_machine_is_described():
     assert f"{torch.get_num_threads()} threads, torch {torch.__version__}" in text and not text.startswith(
         ","
     )
+
+
+def test_a_guarantee_is_said_once_also_of_a_policy_from_a_file():
+    given = Guarantee("drop", 0.1, 0.05, "ltt", True, 9, 0, 0.01, 0.02, "It holds.", "No more.", "Of these.")
+    point = replace(HEADLINE.point, policy=replace(HEADLINE.point.policy, guarantee=given))
+    told = [
+        headline_lines(replace(HEADLINE, point=point, reason=reason))[2:5]
+        for reason in ("read from p.json", "It holds. No more.")
+    ]
+    assert told[0] == ["It holds.", "No more.", "Of these."] and told[1][0] == "Of these."
+
+
+def test_long_names_leave_the_columns_of_timings_below_their_titles():
+    long = "guaranteed disagreement 30 %, throughput order"
+    named = replace(RUNTIME, table=[replace(row, contestant=long) for row in RUNTIME.table] + RUNTIME.table)
+    rows = runtime_lines(named)[1 : 2 + len(named.table)]
+    assert len({len(row) for row in rows}) == 1

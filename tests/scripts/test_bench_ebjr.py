@@ -1,9 +1,14 @@
 """The benchmark of cascades answers the images in every way it compares."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from adaptive.inference import run_adaptive
-from adaptive.policy import Policy
+from adaptive.policy import Policy, model_hash
+from experiment import open_network
+from experiment.cascade import read_cascade
 from models import create_model
 
 
@@ -31,3 +36,38 @@ def test_the_published_way_gives_the_same_answers(script):
     found = script("bench_ebjr").published(model, policy, images, 1)
     assert torch.equal(found[1], exits)
     torch.testing.assert_close(found[0], logits)
+
+
+def test_the_published_way_remembers_what_the_policy_does(script):
+    torch.manual_seed(0)
+    networks = [{"name": "cifar_resnet", "options": {"depth": 8}}] * 2
+    model, images = create_model("ebjr", 10, networks=networks).eval(), torch.randn(8, 3, 32, 32)
+    policy = Policy((2.0, -1e8), "agreement", answer="mean")
+    logits, exits = run_adaptive(model, images, policy)
+    found = script("bench_ebjr").published(model, policy, images, 1)
+    assert torch.equal(found[1], exits)
+    torch.testing.assert_close(found[0], logits)
+
+
+def test_a_saved_policy_decides(checkpoints, npz, printed, script, monkeypatch, tmp_path):
+    student, path = f"weights={checkpoints['cifar_resnet']}", tmp_path / "p.json"
+    cascade = open_network(read_cascade([student, student])).network
+    policy = Policy((0.25, -1e8), "margin", "mine", model_hash=model_hash(cascade))
+    policy.save(path)
+    used = []
+
+    def note(deployed, policy):
+        used.append(policy)
+        raise InterruptedError
+
+    monkeypatch.setattr(script("bench_ebjr"), "contestants_of", note)
+    words = ["bench_ebjr", npz, student, student]
+    for more in (["--policy", path], ["--threshold", "0.5", "--confidence", "margin"], []):
+        with pytest.raises(InterruptedError):
+            printed(*words, *more)
+    assert used == [policy, Policy((0.5, -1e8), "margin"), Policy((2.46, -1e8), "energy_softmax")]
+    with pytest.raises(ValueError, match=r"p\.json and --threshold 0\.5: give one of them$"):
+        printed(*words, "--policy", path, "--threshold", 0.5)
+    replace(policy, model_hash="0" * 64).save(path)
+    with pytest.raises(ValueError, match="^policy 'mine' is for weights 000000000000, the network has"):
+        printed(*words, "--policy", path)

@@ -1,11 +1,16 @@
 """What the benchmark of real early exit times is the network's answer."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 import torchvision
 from torch import nn
 from torch.testing import assert_close
 
 from adaptive.inference import fold_batch_norm
+from adaptive.policy import Policy, model_hash
+from experiment import open_network
 from models import create_model
 
 
@@ -55,3 +60,31 @@ def test_top_1_is_the_published_one_of_the_published_network(script):
     assert reported[-1] == "74.59 (published)" and network.num_exits == len(reported) == 4
     assert subject(name, {"depth_factor": [1, 1, 1, 3]})[1] == reported
     assert subject(name, {"depth_factor": [1, 1, 1, 1]})[1] == ["-"] * 4
+
+
+def test_a_saved_policy_is_timed(checkpoints, script, capsys, tmp_path):
+    module, path, file = script("bench_runtime"), tmp_path / "p.json", checkpoints["msdnet"]
+    network = open_network(file).network
+    policy = Policy((1e8, -1e8), "entropy", "mine", answer="mean", model_hash=model_hash(network))
+    policy.save(path)
+    flags = module.Flags(checkpoint=file, policy=str(path), images=4)
+    _, images, found = module.trained_subject(flags)
+    assert found == policy and len(images) == 4
+    assert f"{file}: mine, simulated accuracy" in capsys.readouterr().out
+    replace(policy, model_hash="0" * 64).save(path)
+    with pytest.raises(ValueError, match="^policy 'mine' is for weights 000000000000, the network has"):
+        module.trained_subject(flags)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--checkpoint c --policy p --shares 50 50", "--policy p and --shares 50.0 50.0: give one of them"),
+        ("--checkpoint c --policy p --latency", "--policy p and --latency True: give one of them"),
+        ("--policy p", "--policy p: name the network it was made for: --checkpoint FILE"),
+    ],
+)
+def test_policies_beside_other_flags_are_refused(printed, words, line):
+    with pytest.raises(ValueError) as error:
+        printed("bench_runtime", *words.split())
+    assert str(error.value) == line

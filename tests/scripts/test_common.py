@@ -2,12 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
-from common import largest_difference, network_options, print_table, read_flags, read_known, timed, word
+from common import (
+    check_policy_alone,
+    largest_difference,
+    network_options,
+    policy_for,
+    print_table,
+    read_flags,
+    read_known,
+    timed,
+    word,
+)
 
 import pytest
 import torch
 
+from adaptive.policy import Policy
 from utils import option
 
 
@@ -76,3 +88,30 @@ def test_differences_and_times():
     assert largest_difference(torch.tensor([1.0, 3.0]), torch.tensor([1.0, -4.0])) == 7 / 4
     found, seconds = timed(lambda: 3)
     assert found == 3 and seconds >= 0
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"confidence": "margin"}, "--policy p.json and --confidence margin: give one of them"),
+        ({"threshold": 0.0}, "--policy p.json and --threshold 0.0: give one of them"),
+        ({"shares": (50.0, 50.0)}, "--policy p.json and --shares 50.0 50.0: give one of them"),
+        ({"latency": True}, "--policy p.json and --latency True: give one of them"),
+    ],
+)
+def test_a_policy_is_not_given_beside_what_it_replaces(given, line):
+    free = {"confidence": None, "threshold": None, "shares": (), "latency": False}
+    check_policy_alone(SimpleNamespace(**free, policy="p.json"), *free)
+    check_policy_alone(SimpleNamespace(**free | given, policy=""), *free)
+    with pytest.raises(ValueError) as error:
+        check_policy_alone(SimpleNamespace(**free | given, policy="p.json"), *free)
+    assert str(error.value) == line
+
+
+def test_a_policy_is_read_for_its_network(tmp_path):
+    path, network = str(tmp_path / "p.json"), SimpleNamespace(num_exits=2)
+    assert policy_for("", network) is None
+    Policy((0.5, -1e8)).save(path)
+    assert policy_for(path, network) == Policy((0.5, -1e8))
+    with pytest.raises(ValueError, match="is for 2 exits, the network has 3"):
+        policy_for(path, SimpleNamespace(num_exits=3))

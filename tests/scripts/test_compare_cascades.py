@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from adaptive.exit_tables import ExitTables
+from adaptive.policy import Policy
 from adaptive.thresholds import cheapest
 
 
@@ -63,3 +64,16 @@ def test_cascades_are_compared(checkpoints, printed):
 def test_what_cannot_be_compared_is_said(checkpoints, printed, name, words, message):
     with pytest.raises(ValueError, match=message):
         run(printed, checkpoints[name], *words)
+
+
+def test_a_saved_policy_is_compared(checkpoints, printed, tmp_path):
+    path, words = tmp_path / "p.json", ["--cascades", "0,1", "--popular", "0", "--mixes", "0.5", "--policy"]
+    Policy((1e8, -1e8), "entropy", "mine", off=(0,)).save(path)
+    here = ["--num_workers", "0"]
+    lines = run(printed, checkpoints["cifar_resnet"], *words, path, *here).splitlines()
+    alone = next(line.split() for line in lines if line.startswith("network 1: "))
+    start = lines.index("policy 'mine'")
+    first, second = (line.split() for line in lines if line.startswith("  saved "))
+    assert lines[start + 1].split() == first and "50 % of the traffic" in lines[start + 2]
+    assert first[1] == alone[2] and first[3] == second[3] == alone[4]  # network 1 alone
+    assert first[-2:] == ["0.0", "100.0"]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from adaptive.policy import Policy
 from models import create_model
 
 
@@ -21,17 +22,29 @@ def evaluate(script, printed, monkeypatch):
     return lambda *words: printed("eval_ebjr_imagenet", *words)
 
 
-def test_a_row_for_every_confidence(evaluate, tmp_path):
+@pytest.fixture
+def folder(tmp_path):
+    """Four images of any kind."""
     rng = np.random.default_rng(0)
     for i, size in enumerate([(40, 40), (48, 40), (40, 40), (40, 48)]):
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    lines = evaluate(tmp_path, "--images", 4).splitlines()
+    return tmp_path
+
+
+def test_a_row_for_every_confidence_and_a_line_for_a_policy(evaluate, folder):
+    path = folder / "policy.json"
+    Policy((1e8, -1e8), "margin", "mine", off=(0,)).save(path)
+    lines = evaluate(folder, "--images", 4, "--policy", path).splitlines()
     networks = [line for line in lines if line.startswith("network ")]
     assert "4,652,008 parameters" in networks[0] and "6,092,072 parameters" in networks[1]
     kinds = [line.split()[0] for line in lines[-5:]]
     assert kinds == ["max_prob", "margin", "entropy", "energy_logits", "energy_softmax"]
     shares = [word for share in (0, 5, 10, 20, 30, 40, 50, 100) for word in (str(share), "%")]
     assert lines[-6].split() == ["confidence", *shares, "AUROC"]
+    second = next(line for line in lines if line.startswith("network 1: ")).split()
+    (line,) = (line for line in lines if line.startswith("policy "))
+    right, cost = second[6], float(second[4])  # of the second network alone
+    assert line == f"policy 'mine': {right} % at {cost:.3f} G, 100.0 % deferred"
 
 
 def test_another_number_of_images_is_said(evaluate, tmp_path):

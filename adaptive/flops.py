@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 from adaptive.costs import StageCosts
+from adaptive.operators import Operators
 from models import MultiExitModel, create_model, model_options, tune
 from utils import UserError
 
@@ -59,7 +59,9 @@ def check_side(model: MultiExitModel, side: int) -> None:
 def _failure(model: MultiExitModel, side: int) -> str:
     """Why a network fails on images of this side, or ""; no arithmetic is done."""
     try:
-        _twin(model, "meta")(torch.empty(2, 3, side, side, device="meta"))
+        twin = _twin(model, "meta")
+        with Operators():
+            twin(torch.empty(2, 3, side, side, device="meta"))
     except (RuntimeError, AssertionError, ValueError) as error:
         return str(error).splitlines()[0]
     return ""
@@ -79,23 +81,19 @@ def count(model: MultiExitModel, input_shape: tuple[int, int, int]) -> Costs:
     def add(*call: Any) -> None:
         total["papers"] += _papers_cost(*call)
 
-    with (
-        _SeenOperators() as seen,
-        FlopCounterMode(display=False) as counter,
-        register_module_forward_hook(add),
-    ):
+    with Operators() as operators, register_module_forward_hook(add):
         state = twin.begin(images)
         for k in range(twin.num_exits):
             features, state = twin.trunk(k, state)
-            trunks.append(counter.get_total_flops())
+            trunks.append(operators.total)
             state = twin.carry(k, state, twin.head(k, features))
-            heads.append(counter.get_total_flops())
+            heads.append(operators.total)
             papers.append(total["papers"])
     # torch counts two operations for one multiply-add
     starts, macs = [0, *(count // 2 for count in heads[:-1])], [count // 2 for count in heads]
     trunks = [count // 2 - start for count, start in zip(trunks, starts, strict=True)]
     heads = [total - start - trunk for total, start, trunk in zip(macs, starts, trunks, strict=True)]
-    return Costs(macs, papers, seen.uncounted(), StageCosts.of(model, trunks, heads))
+    return Costs(macs, papers, _uncounted(operators.seen), StageCosts.of(model, trunks, heads))
 
 
 def single_costs(model: MultiExitModel, input_shape: tuple[int, int, int]) -> list[float]:
@@ -187,21 +185,10 @@ def _twin(model: MultiExitModel, device: str) -> MultiExitModel:
     return twin
 
 
-class _SeenOperators(TorchDispatchMode):
-    """Remembers the names of all operators that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[Any] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.add(func._overloadpacket)
-        return func(*args, **(kwargs or {}))
-
-    def uncounted(self) -> list[str]:
-        """Operators that look costly and have no formula in torch's registry."""
-        unknown = (str(op) for op in self.seen if op not in flop_registry)
-        return sorted(op for op in unknown if _LOOKS_COSTLY.search(op))
+def _uncounted(seen: set[Any]) -> list[str]:
+    """Operators that look costly and have no formula in torch's registry."""
+    unknown = (str(op) for op in seen if op not in flop_registry)
+    return sorted(op for op in unknown if _LOOKS_COSTLY.search(op))
 
 
 def _papers_cost(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:

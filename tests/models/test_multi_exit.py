@@ -4,22 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from adaptive.operators import Operators
 from models import create_model, join, list_models, registry, take
-
-
-class Products(TorchDispatchMode):
-    """Counts what torch's formulas count, without their split by module, which takes as long as the network."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -30,7 +17,7 @@ def test_every_name_builds_and_answers_on_the_meta_device(name, is_cifar, on_met
     assert list(again.state_dict()) == list(net.state_dict())
     side = 32 if is_cifar(name) else 224
     costs = []
-    with Products() as counter:
+    with Operators() as counter:
         for k, logits in net.requires_grad_(False).each_exit(torch.empty(2, 3, side, side, device="meta")):
             assert k == len(costs) and logits.shape == (2, 1000)
             costs.append(counter.total)

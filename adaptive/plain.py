@@ -79,9 +79,15 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
             return wrong(f"a list of {len(kinds)}")
         pairs = zip(kinds, value, strict=True)
         return tuple(_typed(part, one, f"{where}[{i}]") for i, (part, one) in enumerate(pairs))
+    if get_origin(kind) is dict:  # of names
+        if not isinstance(value, dict):
+            return wrong("an object")
+        return {name: _typed(get_args(kind)[1], part, f"{where}.{name}") for name, part in value.items()}
     if get_origin(kind) is Literal:
         known = get_args(kind)
         return value if type(value) is str and value in known else wrong(f"{', '.join(known)}")
+    if kind is Any:
+        return value
     accepted, fits = _PLAIN[kind]
     return kind(value) if fits(value) else wrong(accepted)
 

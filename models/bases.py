@@ -1,6 +1,6 @@
 """What families have in common: one exit, exits along a chain of layers, a network around another."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class Wrapped(MultiExitModel):
         self.num_exits = network.num_exits
         self.loss_weights = network.loss_weights
         self.embeddings = network.embeddings
+        self.training = network.training
 
     def begin(self, images: Tensor) -> State:
         """As the network's."""
@@ -90,3 +91,11 @@ class Wrapped(MultiExitModel):
     def carry(self, k: int, state: State, logits: Tensor) -> State:
         """As the network's."""
         return self.network.carry(k, state, logits)
+
+    def reads_logits(self, k: int) -> bool:
+        """As in the network."""
+        return self.network.reads_logits(k)
+
+    def stages_before(self, k: int) -> Iterable[int]:
+        """As in the network."""
+        return self.network.stages_before(k)

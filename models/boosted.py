@@ -6,7 +6,7 @@ from torch import Tensor
 
 from models.bases import Wrapped
 from models.errors import UserError
-from models.multi_exit import State
+from models.multi_exit import MultiExitModel, State
 from models.registry import create_model, register
 
 
@@ -46,6 +46,10 @@ class Boosted(Wrapped):
         """Keeps the answer for the next exit."""
         inner = super().carry(k, state[0], logits)
         return inner, None if k == self.num_exits - 1 else logits
+
+    # Of all exits before, whatever the network itself needs.
+    reads_logits = MultiExitModel.reads_logits
+    stages_before = MultiExitModel.stages_before
 
 
 register(Boosted, "boosted/", "any registered network with boosted exits")

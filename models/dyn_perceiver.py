@@ -179,7 +179,7 @@ class DynPerceiver(MultiExitModel, Tunable):
         """What exit k reads: the mean token [B, C] (exits 0, 1), the mean of the last map (2), both (3)."""
         if k == 0:
             x = self.cnn_stem(state)
-            z = self.latent.expand(len(x), -1, -1)  # (B, N, C)
+            z = self.latent.expand(x.shape[0], -1, -1)  # (B, N, C)
             z = self.self_att1(self._read(1, z, x))
             for i in (2, 3):
                 x, z = self._latent_stage(i, x, z)

@@ -5,7 +5,9 @@ two networks or more. Routing thresholds the exits' confidence, as in every netw
 with the student never reaches the teacher, whose answer otherwise replaces the student's.
 """
 
+import math
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -152,7 +154,7 @@ class View(Tunable):
         super().__init__()
         self.size = member.size
         self.side = round((member.size or 0) / (member.crop or 1))
-        self.in_bytes = False
+        self.resize = in_floats
         own_mean = member.mean or mean
         own_std = member.std or std
         self.same = (*own_mean, *own_std) == (*mean, *std)
@@ -167,27 +169,51 @@ class View(Tunable):
 
     def choose_kernels(self, *, on_cpu: bool, training: bool) -> None:
         """A CPU has a kernel for bytes, which rounds as PIL does."""
-        self.in_bytes = on_cpu
+        self.resize = in_bytes if on_cpu else in_floats
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] to [B, 3, size, size]: short side to `size / crop` pixels, then a centre crop."""
         short = min(images.shape[-2:])
         if self.size and self.side != short:
             sides = [int(self.side * side / short) for side in images.shape[-2:]]
-            images = self.resized(images, sides)
+            levels = (images.float() * self.given_std + self.given_mean).mul(255).round()
+            resized = self.resize(levels, sides) / 255
+            images = ((resized - self.given_mean) / self.given_std).to(images.dtype)
         if self.size and max(images.shape[-2:]) > self.size:
             top, left = (round((side - self.size) / 2) for side in images.shape[-2:])
             images = images[:, :, top : top + self.size, left : left + self.size]
         return images if self.same else images * self.scale + self.shift
 
-    def resized(self, images: Tensor, sides: list[int]) -> Tensor:
-        """[B, 3, H, W] to these sides, of 8-bit pixels as published networks were trained on."""
-        levels = (images.float() * self.given_std + self.given_mean).mul(255).round()
-        if self.in_bytes:
-            levels = F.interpolate(levels.to(torch.uint8), sides, mode="bicubic", antialias=True).float()
-        else:
-            levels = F.interpolate(levels, sides, mode="bicubic", antialias=True).round().clamp(0, 255)
-        return ((levels / 255 - self.given_mean) / self.given_std).to(images.dtype)
+
+# Bicubic resizing of 8-bit pixels 0..255 in float32, [B, 3, H, W] to these sides: published networks were
+# trained on such.
+
+
+def in_floats(levels: Tensor, sides: list[int]) -> Tensor:
+    """By the kernel that every device has."""
+    return F.interpolate(levels, sides, mode="bicubic", antialias=True).round().clamp(0, 255)
+
+
+def in_bytes(levels: Tensor, sides: list[int]) -> Tensor:
+    """By the kernel of CPUs."""
+    return F.interpolate(levels.to(torch.uint8), sides, mode="bicubic", antialias=True).float()
+
+
+def in_products(levels: Tensor, sides: list[int]) -> Tensor:
+    """By products with matrices, which all runtimes compute alike: what `in_bytes` gives, nearly always."""
+    down, across = (_resizing(*pair) for pair in zip(levels.shape[2:], sides, strict=True))
+    rows = (levels @ across.mT + 0.5).floor().clamp(0, 255)
+    return (down @ rows + 0.5).floor().clamp(0, 255)
+
+
+@cache
+def _resizing(old: int, new: int) -> Tensor:
+    """The matrix [new, old] that resizes a column of pixels, in the 16 bits that the kernel for bytes has."""
+    with torch.inference_mode(False):
+        columns = torch.eye(old)[None, None]
+        matrix = F.interpolate(columns, (new, old), mode="bicubic", antialias=True)[0, 0]
+        unit = 2.0 ** int(math.log2((2**15 - 0.5) / matrix.max()))
+        return (matrix * unit).round() / unit
 
 
 class ClassMap(nn.Module):
@@ -220,7 +246,7 @@ class ClassMap(nn.Module):
         """[B, outputs of the network] to [B, num_classes]."""
         if self.same:
             return logits
-        known = logits.new_full((len(logits), self.num_classes), NO)
+        known = logits.new_full((logits.shape[0], self.num_classes), NO)
         known = known.index_copy(1, self.meanings, logits.index_select(1, self.outputs))
         return known.masked_fill(self.none[logits.argmax(1)][:, None], NO)
 

@@ -30,6 +30,7 @@ def test_a_network_around_another_changes_what_it_overrides(small):
     net, images = small("msdnet")
     louder = Louder(net)
     assert louder.num_exits == net.num_exits and louder.loss_weights == net.loss_weights
+    assert not louder.reads_logits(0) and louder.training == net.training
     for k, (ours, theirs) in enumerate(zip(louder(images), net(images), strict=True)):
         assert torch.equal(ours, (k + 1) * theirs)
 

@@ -5,7 +5,7 @@ from adaptive.confidence import CONFIDENCES
 from adaptive.flops import exit_costs, single_costs
 from adaptive.inference import run_adaptive, run_single
 from models import create_model, tune
-from models.ebjr import NO, ClassMap, Member, View
+from models.ebjr import NO, ClassMap, Member, View, in_bytes, in_products
 
 PAIR = (
     Member("cifar_resnet", {"depth": 8}),
@@ -119,6 +119,12 @@ def test_kernels_for_resizing_differ_by_a_level_where_nothing_overshoots():
     tune(view, "cpu")
     assert view(images).shape == (2, 3, 20, 20)
     torch.testing.assert_close(view(images), anywhere, rtol=0, atol=1.01 / 255)
+
+
+@pytest.mark.parametrize("side", [16, 48])
+def test_products_resize_as_the_kernel_for_bytes(side):
+    levels = torch.randint(0, 256, (4, 3, 32, 40), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(in_products(levels, [side, 24]), in_bytes(levels, [side, 24]))
 
 
 def test_a_specialised_network_answers_for_its_classes_or_not_at_all():

@@ -13,6 +13,8 @@ from adaptive.exit_tables import exit_figures
 from adaptive.flops import Costs, as_published, count, print_costs
 from adaptive.reliability import ConfidenceFigures, confidence_figures, reliability
 from adaptive.rules import rules_of
+from deploy.backends import Exported, with_backend
+from deploy.export import check_target, export_policies
 from experiment.checkpoint import save
 from experiment.confidence_lines import confidence_lines
 from experiment.evaluation import find, judge, show, stage_times, time_policies
@@ -42,7 +44,12 @@ def evaluate_checkpoint(given: Given) -> None:
     if exits.mode != "anytime" and not subject.policy:
         rules = rules_of(exits, costs.macs)
         check_guarantees(exits, costs.stages)
+    if exits.export:
+        check_target(Path(exits.export), compiled=exits.export_compiled)
     introduce(subject)
+    subject, why = with_backend(subject)
+    if why:
+        print(why)
     times = stage_times(subject) if exits.latency and exits.mode != "anytime" else None
     seen = see(subject)
     if subject.compute.rank > 0:
@@ -66,6 +73,15 @@ def evaluate_checkpoint(given: Given) -> None:
         tell(record, runtime_lines(record.runtime), folder)
     show(record, subject, seen, folder).report(folder)
     print(f"wrote the tables, curve.png and report.html to {folder}")
+    if exits.export:
+        print(export_policies(record, subject, seen, evaluated_int8(subject)))
+
+
+def evaluated_int8(subject: Subject) -> Path | None:
+    """The exported folder whose stages in int8 have made the tables, if they did."""
+    backend = subject.backend
+    in_int8 = isinstance(backend, Exported) and backend.precision == "int8"
+    return backend.exports.without((), "int8") if in_int8 else None
 
 
 def opening(subject: Subject, seen: Seen, costs: Costs) -> Record:

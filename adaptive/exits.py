@@ -79,15 +79,25 @@ class Exits:
     router_threshold: tuple[float, ...] = option((), "policy: thresholds of all exits but the last")
     row: tuple[int, ...] = option((), "policies: rows of dynamic.json, from 0", low=0)
     policy: str = option("", "policy file to evaluate; nothing is calibrated then")
+    backend: Literal["auto", "eager", "compile", "onnxruntime", "openvino"] = option(
+        "eager", "what runs the network, also for tables and thresholds; auto: the fastest, measured"
+    )
+    precision: Literal["fp32", "bf16", "int8"] = option("fp32", "of weights and activations in the backend")
     runtime_images: int = option(2000, "runtime: how many of the test images to time", low=1)
     micro_batch: int | None = option(
         None, "runtime: images per call; default: the fastest of 16 to 256, measured", low=1
     )
     fold_bn: bool = option(True, "runtime: fold batch norm into the convolutions")
+    export: str = option("", "folder to export the network with the first policy to; runs without PyTorch")
+    export_compiled: bool = option(False, "export: also compile its stages for this processor; takes minutes")
 
     def __post_init__(self) -> None:
         if self.policy:
             self._refuse_other_policies()
+        if self.export and self.mode == "anytime":
+            raise UserError(f"--export {self.export}: --mode anytime finds no policy to export")
+        if self.export_compiled and not self.export:
+            raise UserError("--export_compiled true: give the folder, --export DIR")
         for text in self.latency:
             milliseconds(text)  # refuses what is no time
         if self.assures:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from adaptive.pipeline import Answers, Pipeline, stages_of
+from adaptive.pipeline import Answers, Pipeline, Stage, stages_of
 from adaptive.policy import Policy
 from models import MultiExitModel
 from utils import UserError
@@ -39,9 +39,28 @@ def run_adaptive(
         raise UserError("no images to run")
     if micro_batch < 1:  # in either order: a slip is a slip
         raise UserError(f"micro_batch is {micro_batch}; accepted: 1 and more")
+    policy = Policy.of(thresholds, confidence)
     size = micro_batch if order == "throughput" else None
-    batches = images.split(size or len(images))
-    answers = stream_adaptive(model, batches, thresholds, confidence, micro_batch=size)
+    return run_stages(stages_of(model, policy.off), policy, images, size)
+
+
+@torch.inference_mode()
+def all_logits(model: MultiExitModel, images: Tensor, size: int = 64) -> Tensor:
+    """Logits [K, N, C] of all exits for images [N, 3, H, W], `size` of them at a time."""
+    parts = [torch.stack(model(part)) for part in images.split(size)]
+    return torch.cat(parts, dim=1)
+
+
+@torch.inference_mode()
+def run_stages(
+    stages: Sequence[Stage], policy: Policy, images: Tensor, micro_batch: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `run_adaptive`, for the stages of the exits that are on, however they run.
+
+    Without `micro_batch`, the images are one batch.
+    """
+    batches = images.split(micro_batch or len(images))
+    answers = _stream(Pipeline(stages, policy, micro_batch), batches)
     ids, logits, exits = (torch.cat(parts) for parts in zip(*answers, strict=True))
     back = ids.argsort()
     return logits[back], exits[back]

@@ -20,12 +20,15 @@ class Estimate:
 
     def text(self, scale: float = 1, unit: str = "", sign: str = "") -> str:
         """The figure times `scale` with its unit, and the interval; `sign` as in format specifications."""
-        value, low, high = (f"{scale * one:{sign}.2f}" for one in (self.value, self.low, self.high))
-        return f"{value}{unit} [{low}, {high}]"
+
+        def shown(figure: float) -> str:
+            return f"{scale * figure:{sign}.2f}"
+
+        return f"{shown(self.value)}{unit} [{shown(self.low)}, {shown(self.high)}]"
 
     def below(self, numerator: float) -> "Estimate":
         """`numerator` divided by the figure, which is positive."""
-        return Estimate(*(numerator / bound for bound in (self.value, self.high, self.low)))
+        return Estimate(numerator / self.value, numerator / self.high, numerator / self.low)
 
 
 def spread(values: Tensor) -> Estimate:
@@ -45,10 +48,7 @@ def mean_estimates(values: Tensor, *, seed: int = 0) -> list[Estimate]:
     shares = (counts.double() / counts.sum()).numpy()
     drawn = np.random.default_rng(seed).multinomial(counts.sum().item(), shares, size=DRAWS)
     means = drawn / values.shape[1] @ columns.numpy().T  # [DRAWS, R]
-    bounds = np.quantile(means, TAILS, axis=0).T.tolist()
-    return [
-        Estimate(mean, *pair) for mean, pair in zip(values.double().mean(1).tolist(), bounds, strict=True)
-    ]
+    return _estimates(values.double().mean(1).tolist(), means)
 
 
 def share_estimates(counts: Sequence[int], total: int, *, seed: int = 0) -> list[Estimate]:
@@ -58,8 +58,13 @@ def share_estimates(counts: Sequence[int], total: int, *, seed: int = 0) -> list
     """
     shares = np.array(counts) / total
     drawn = np.random.default_rng(seed).binomial(total, shares, size=(DRAWS, len(shares)))
-    bounds = np.quantile(drawn / total, TAILS, axis=0).T.tolist()
-    return [Estimate(share, *pair) for share, pair in zip(shares.tolist(), bounds, strict=True)]
+    return _estimates(shares.tolist(), drawn / total)
+
+
+def _estimates(values: list[float], drawn: np.ndarray) -> list[Estimate]:
+    """Figures with the intervals of those drawn anew, [DRAWS, R]."""
+    low, high = np.quantile(drawn, TAILS, axis=0).tolist()
+    return [Estimate(*figures) for figures in zip(values, low, high, strict=True)]
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0) -> Estimate:

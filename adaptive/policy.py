@@ -36,8 +36,8 @@ class Made:
     """Where a policy comes from; what is not known is empty.
 
     `data_set` and `images` say what its thresholds were chosen on, `num_images` images in all. `command` is
-    the shell line, `commit` that of this repository, `versions` those of the packages. There is no date:
-    equal results give equal files.
+    the shell line, `commit` that of this repository, `versions` those of the packages, `precision` that in
+    which the network ran. There is no date: equal results give equal files.
     """
 
     command: str = ""
@@ -47,6 +47,7 @@ class Made:
     machine: str = ""
     commit: str = ""
     versions: tuple[str, ...] = ()
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)

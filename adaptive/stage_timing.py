@@ -1,15 +1,17 @@
 """What the stages of a network cost in measured milliseconds, and the latency of policies that follows."""
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
+from adaptive.backend import Eager
 from adaptive.confidence import EVERYBODY, NOBODY
 from adaptive.costs import StageCosts
 from adaptive.exit_tables import ExitTables
@@ -18,6 +20,7 @@ from adaptive.policy import Policy
 from adaptive.reading import Reading
 from adaptive.timing import Deployed, percentile, round_times
 from models import MultiExitModel, State
+from models.bases import Wrapped
 from utils import UserError
 
 WARM_UP = 10  # unmeasured rounds
@@ -69,29 +72,41 @@ def measure_stages(
 ) -> StageTimes:
     """Times the trunks and heads of the tuned network, with `batch` images a call, over several rounds.
 
-    A round times three calls of `run_adaptive` on the same images: through all exits, the same cut into
-    stages by the clock, and one that leaves at the first exit. A head's time includes what decides (the
-    confidence by `reading`, the host's wait for the device) and passes the images on. What a call costs
-    wherever it ends is in the first trunk, as `begin` is. Caches hold what the last stages left there, as for
-    images that come now and then: behind others that left early, the first stages of a small network are up
-    to a quarter faster. Raises ValueError for fewer images than a call has.
+    Caches hold what the last stages left there, as for images that come now and then: behind others that left
+    early, the first stages of a small network are up to a quarter faster. Raises ValueError for fewer images
+    than a call has.
     """
-    model = deployed.tuned
     images = deployed.tuned_images
     if not 1 <= batch <= len(images):
         raise UserError(f"batch {batch}: accepted: 1 to {len(images)}, the number of images")
     calls = images.split(batch)[: len(images) // batch]
-    watched = _Watched(model, images.device)
+    by = _by_marks if isinstance(deployed.backend, Eager) else _by_calls
+    times = by(deployed, calls, rounds, Reading.of(reading))
+    return replace(times, machine=machine)
+
+
+def _by_marks(deployed: Deployed, calls: Sequence[Tensor], rounds: int, reading: Reading) -> StageTimes:
+    """Times of stages that run in PyTorch.
+
+    A round times three calls of `run_adaptive` on the same images: through all exits, the same cut into
+    stages by the clock, and one that leaves at the first exit. A head's time includes what decides (the
+    confidence by `reading`, the host's wait for the device) and passes the images on. What a call costs
+    wherever it ends is in the first trunk, as `begin` is.
+    """
+    model = deployed.tuned
+    batch = len(calls[0])
+    device = calls[0].device
+    watched = _Watched(model, device)
     last = model.num_exits - 1
-    through = Policy.by(Reading.of(reading), [NOBODY] * last + [EVERYBODY])
-    at_once = Policy.by(Reading.of(reading), [EVERYBODY] * (last + 1))
+    through = Policy.by(reading, [NOBODY] * last + [EVERYBODY])
+    at_once = Policy.by(reading, [EVERYBODY] * (last + 1))
     wholes = []
     firsts = []
     cuts = []
     for i in range(WARM_UP + rounds):
         part = calls[i % len(calls)]
         runs = {name: partial(run_adaptive, model, part, name) for name in (through, at_once)}
-        whole, first = round_times(runs, runs, rounds=1, device=images.device).values()
+        whole, first = round_times(runs, runs, rounds=1, device=device).values()
         wholes += whole
         firsts += first
         cuts.append(watched.cut(part, through))
@@ -105,7 +120,7 @@ def measure_stages(
     middle = stages.sum((1, 2)).argsort()[rounds // 4 : rounds - rounds // 4]
     each = tuple(_costs(model, one) for one in stages)
     whole_ms = scale * percentile(wholes[WARM_UP:], 0.5)
-    return StageTimes(_costs(model, stages[middle].mean(0)), each, whole_ms, batch, machine)
+    return StageTimes(_costs(model, stages[middle].mean(0)), each, whole_ms, batch)
 
 
 def _costs(model: MultiExitModel, stages: np.ndarray) -> StageCosts:
@@ -113,14 +128,52 @@ def _costs(model: MultiExitModel, stages: np.ndarray) -> StageCosts:
     return StageCosts.of(model, trunks, heads, "ms")
 
 
-class _Watched(MultiExitModel):
+def _by_calls(deployed: Deployed, calls: Sequence[Tensor], rounds: int, reading: Reading) -> StageTimes:
+    """Times of stages that run in one piece, from calls that leave at each exit, and from each exit alone.
+
+    A head's time is what switching its exit off saves: the head itself, what decides, and the hand-over to
+    the next stage, with which its own is then merged. That of the last exit is in its trunk.
+    """
+    model = deployed.tuned
+    backend = deployed.backend
+    batch = len(calls[0])
+    last = model.num_exits - 1
+    runs = []
+    for k in range(last + 1):
+        policy = Policy.by(reading, [NOBODY] * k + [EVERYBODY] * (last + 1 - k))
+        runs += [backend.early(policy, "latency"), backend.alone(k)]
+    taken = []
+    for i in range(WARM_UP + rounds):
+        part = calls[i % len(calls)]
+        turn = {place: partial(run, part, batch) for place, run in enumerate(runs)}
+        times = round_times(turn, turn, rounds=1, device=part.device)
+        taken.append(list(times.values()))
+    seconds = np.array(taken[WARM_UP:]).reshape(rounds, last + 1, 2)
+    leaving, alone = 1e3 / batch * np.moveaxis(seconds, 2, 0)  # (rounds, K) each
+    stages = np.diff(leaving, prepend=0.0)
+    middle = np.diff(np.median(leaving, 0), prepend=0.0).clip(0)
+    heads = np.minimum(_saved(model, middle, np.median(alone, 0)), middle)
+    costs, *each = (_costs(model, np.stack([row - heads, heads], 1)) for row in (middle, *stages))
+    whole_ms = float(np.median(leaving[:, -1]))
+    return StageTimes(costs, tuple(each), whole_ms, batch)
+
+
+def _saved(model: MultiExitModel, stages: np.ndarray, alone: np.ndarray) -> np.ndarray:
+    """What switching each exit off saves, [K], by the times [K] of stages and of each exit alone."""
+    exits = range(model.num_exits)
+    before = np.zeros((len(exits), len(exits)))
+    for k in exits:
+        for j in model.stages_before(k):
+            before[k, j] = not model.reads_logits(j)
+    needed = [sum(stages[[*model.stages_before(k), k]]) for k in exits]
+    return nnls(before, np.maximum(needed - alone, 0))[0]
+
+
+class _Watched(Wrapped):
     """A network that notes the time where trunks begin and end."""
 
     def __init__(self, model: MultiExitModel, device: torch.device) -> None:
-        super().__init__()
-        self.model = model
-        self.num_exits = model.num_exits
-        self.training = model.training
+        super().__init__(model)
         self.device = device
         self.marks: list[float] = []
 
@@ -137,27 +190,12 @@ class _Watched(MultiExitModel):
         torch.get_device_module(self.device).synchronize(self.device)
         self.marks.append(time.perf_counter())
 
-    def begin(self, images: Tensor) -> State:
-        return self.model.begin(images)
-
     def trunk(self, k: int, state: State) -> tuple[Tensor, State]:
         if k > 0:  # the first begins with the call
             self.mark()
-        found = self.model.trunk(k, state)
+        found = super().trunk(k, state)
         self.mark()
         return found
-
-    def head(self, k: int, features: Tensor) -> Tensor:
-        return self.model.head(k, features)
-
-    def carry(self, k: int, state: State, logits: Tensor) -> State:
-        return self.model.carry(k, state, logits)
-
-    def reads_logits(self, k: int) -> bool:
-        return self.model.reads_logits(k)
-
-    def stages_before(self, k: int) -> Iterable[int]:
-        return self.model.stages_before(k)
 
 
 def latency_of(policy: Policy, tables: ExitTables, times: StageTimes) -> Latency:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptive.backend import Backend, Eager, Run, static
 from adaptive.costs import StageCosts
 from adaptive.exit_tables import first_not_finite
 from adaptive.flops import count
-from adaptive.inference import ORDERS, fold_batch_norm, run_adaptive, run_single
+from adaptive.inference import ORDERS, all_logits, fold_batch_norm
 from adaptive.intervals import Estimate, median_ratio
 from adaptive.policy import Policy
 from models import MultiExitModel
@@ -23,7 +24,6 @@ from utils import UserError
 MICRO_BATCHES = (16, 32, 64, 128, 256)
 _ALL_PLAIN = "all exits, plain"
 FILLED = 4  # how often the images at hand fill a micro-batch that is worth a try
-Run = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,14 @@ class Contestant:
 class Deployed:
     """A network as trained and `tuned` for deployment, and the images [N, 3, H, W] that each reads.
 
-    Tuned: batch norms folded, channels-last, half precision ...
+    Tuned: batch norms folded, channels-last, half precision ... It runs eagerly unless it `runs` elsewhere.
     """
 
     plain: MultiExitModel
     tuned: MultiExitModel
     images: Tensor
     tuned_images: Tensor
+    runs: Backend | None = None
 
     @classmethod
     def of(
@@ -67,6 +68,16 @@ class Deployed:
         tuned = fold_batch_norm(model) if fold_bn else copy.deepcopy(model)
         tuned = tuned.to(dtype=dtype, memory_format=layout)
         return cls(model, tuned, images, images.to(dtype=dtype or images.dtype, memory_format=layout))
+
+    @classmethod
+    def by(cls, backend: Backend, model: MultiExitModel, images: Tensor) -> "Deployed":
+        """A network as trained, deployed by a backend."""
+        return cls(model, backend.network(), images, images, backend)
+
+    @cached_property
+    def backend(self) -> Backend:
+        """What runs the tuned network."""
+        return self.runs or Eager(self.tuned)
 
     @cached_property
     def costs(self) -> StageCosts:
@@ -172,48 +183,32 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 def static_contestants(deployed: Deployed) -> dict[str, Contestant]:
     """Baselines of early exit: all exits on all images, as trained and tuned, and each exit alone, tuned."""
-    plain, tuned, images = deployed.plain, deployed.tuned, deployed.tuned_images
-    together, alone = deployed.costs.leaving(), deployed.costs.alone()
+    plain = deployed.plain
+    tuned = deployed.tuned
+    images = deployed.tuned_images
+    together = deployed.costs.leaving()
+    alone = deployed.costs.alone()
     last = plain.num_exits - 1
-    as_trained = _static(lambda part: plain(part)[-1], last)
-    everything = _static(lambda part: tuned(part)[-1], last)
+    as_trained = static(lambda part, _: plain(part)[-1], last)
+    everything = static(lambda part, _: tuned(part)[-1], last)
     contestants = {
         _ALL_PLAIN: Contestant("plain", as_trained, deployed.images, together),
         "all exits": Contestant("static", everything, images, together),
     }
     for k in range(plain.num_exits):
-        run = _static(partial(run_single, tuned, k=k), k)
+        run = deployed.backend.alone(k)
         contestants[f"exit {k} alone"] = Contestant("static", run, images, alone)
     return contestants
 
 
-def _static(answer: Callable[[Tensor], Tensor], k: int) -> Run:
-    """A contestant's `run` from images to logits [B, C], a part at a time; all leave at exit k."""
-
-    @torch.inference_mode()
-    def run(images: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        logits = [answer(part) for part in images.split(size)]
-        return torch.cat(logits), images.new_full((len(images),), k, dtype=torch.int64)
-
-    return run
-
-
 def early_contestants(deployed: Deployed, policy: Policy) -> dict[str, Contestant]:
     """Early exit of the tuned network in both orders, by the name of the order."""
-
-    def throughput(images: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        return run_adaptive(deployed.tuned, images, policy, order="throughput", micro_batch=size)
-
-    def latency(images: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        answers = [run_adaptive(deployed.tuned, part, policy) for part in images.split(size)]
-        logits, exits = zip(*answers, strict=True)
-        return torch.cat(logits), torch.cat(exits)
-
-    images, costs = deployed.tuned_images, policy.leaving(deployed.costs)
-    return {
-        "throughput": Contestant("throughput", throughput, images, costs),
-        "latency": Contestant("latency", latency, images, costs),
-    }
+    costs = policy.leaving(deployed.costs)
+    found = {}
+    for order in ("throughput", "latency"):
+        run = deployed.backend.early(policy, order)
+        found[order] = Contestant(order, run, deployed.tuned_images, costs)
+    return found
 
 
 def measure(
@@ -243,7 +238,8 @@ def measure(
             _, row, value = found
             where = f"exit {int(exits[row])} for image {row} of those timed"
             raise UserError(f"{name} gives the logit {value} at {where}")
-        exits, speed = exits.cpu(), len(targets) / percentile(times[name], 0.5)
+        exits = exits.cpu()
+        speed = len(targets) / percentile(times[name], 0.5)
         latencies = (None, None) if one.kind == "throughput" else _single_latencies(one, singles, device)
         macs = torch.tensor(one.costs, dtype=torch.float64)[exits].mean().item()
         accuracy = (logits.argmax(1) == targets).double().mean().item()
@@ -262,9 +258,7 @@ def compare_orders(
         for order, contestant in early_contestants(deployed, policy).items():
             contestants[f"{name}, {order} order"] = contestant
     rows = measure(contestants, targets, micro_batch=micro_batch, often=often)
-    with torch.inference_mode():
-        parts = [torch.stack(deployed.plain(part)) for part in deployed.images.split(64)]
-    logits = torch.cat(parts, dim=1)
+    logits = all_logits(deployed.plain, deployed.images)
     points = [_timed_point(name, policy, rows, logits) for name, policy in policies.items()]
     return Comparison(len(targets), rows, points)
 
@@ -274,7 +268,8 @@ def _timed_point(name: str, policy: Policy, rows: list[Measurement], logits: Ten
     by_name = {row.contestant: row for row in rows}
     simulated = policy.exit_of(policy.reading.confidences(logits)).cpu()
     orders = {order: by_name[f"{name}, {order} order"] for order in ORDERS}
-    pooled, last = orders["throughput"], by_name[f"exit {len(logits) - 1} alone"]
+    pooled = orders["throughput"]
+    last = by_name[f"exit {len(logits) - 1} alone"]
     gain = median_ratio(last.seconds, pooled.seconds)
     over_plain = median_ratio(by_name[_ALL_PLAIN].seconds, pooled.seconds)
     mismatches = {order: int((row.exits != simulated).sum()) for order, row in orders.items()}

@@ -76,6 +76,8 @@ def stage_times(subject: Subject) -> StageTimes:
 
 def deployed(subject: Subject, images: Tensor) -> Deployed:
     """The network as trained and as deployed, and images for both."""
+    if subject.backend:
+        return Deployed.by(subject.backend, subject.network, images)
     return Deployed.of(
         subject.network,
         images,
@@ -133,7 +135,13 @@ def sign(policy: Policy, subject: Subject, seen: Seen) -> Policy:
     assert seen.calib is not None
     data_set = subject.recipe.data.data_set
     images = content_hash({f"{data_set}: {seen.origin}": seen.calib.targets})
-    origin = made(subject.compute.device, data_set=data_set, images=seen.origin, num_images=len(seen.calib))
+    origin = made(
+        subject.compute.device,
+        data_set=data_set,
+        images=seen.origin,
+        num_images=len(seen.calib),
+        precision=subject.recipe.exits.precision,
+    )
     return replace(policy, model_hash=model_hash(subject.network), calib_hash=images, made=origin)
 
 

@@ -23,6 +23,7 @@ def made(
     data_set: str = "",
     images: str = "",
     num_images: int = 0,
+    precision: str = "fp32",
     argv: Sequence[str] | None = None,
 ) -> Made:
     """How a policy of this process is made, from `num_images` `images` of a data set on a device.
@@ -37,6 +38,7 @@ def made(
         machine=describe_machine(device),
         commit=commit_of(ROOT),
         versions=versions(),
+        precision=precision,
     )
 
 

@@ -72,12 +72,13 @@ class Provenance:
     machine: str
     procedure: str = "ours"
     unit: str = MACS.name
+    backend: str = "eager"
 
     def facts(self) -> list[tuple[str, str]]:
         """How each number was obtained: pairs of label and text."""
         speed = (
-            f"{self.machine}; medians of rounds in turn, which the intervals are over; per kind the fastest "
-            f"micro-batch of those that the images fill {FILLED} times"
+            f"{self.machine}; {self.backend}; medians of rounds in turn, which the intervals are over; per "
+            f"kind the fastest micro-batch of those that the images fill {FILLED} times"
         )
         macs = (
             f"multiply-adds run for one image, earlier heads included; uncounted: {self.uncounted or 'none'}"

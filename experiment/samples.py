@@ -47,7 +47,7 @@ def see(subject: Subject) -> Seen:
     reading = subject.policy.reading if subject.policy else reading_of(subject)
     readings = [reading] if reading == Reading(reading.confidence) else [reading, Reading()]
     loader = ordered_loader(test, subject.recipe.runtime, subject.compute)
-    read = evaluate_readings(subject.network, loader, subject.compute, readings=readings, title="test")
+    read = evaluate_readings(subject.running, loader, subject.compute, readings=readings, title="test")
     whole, own = read[0], read[-1]
     places = torch.arange(len(whole))
     if not calibrated:
@@ -66,19 +66,23 @@ def reading_of(subject: Subject) -> Reading:
     check_calibration(subject)
     if exits.calib == "none":
         raise UserError("--temperature true: there are no images to fit temperatures on (--calib none)")
-    if exits.calib == "half_test":
-        test = subject.splits.test
-        if not isinstance(test, Split):
-            raise UserError("--temperature true with --calib half_test: a stream has no images by index")
-        images: Dataset = Subset(test, halves(len(test), subject.recipe.data.seed)[0].tolist())
-    else:
-        images, _ = calibration_images(subject)
+    images = images_to_fit(subject, "--temperature true")
     fit, loader = TemperatureFit(), ordered_loader(images, subject.recipe.runtime, subject.compute)
     evaluate_readings(
-        subject.network, loader, subject.compute, readings=[reading], title="temperatures", watch=fit.add
+        subject.running, loader, subject.compute, readings=[reading], title="temperatures", watch=fit.add
     )
     whole = TemperatureFit.merged(gather(fit, subject.compute))
     return replace(reading, temperatures=whole.temperatures())
+
+
+def images_to_fit(subject: Subject, what: str) -> Dataset:
+    """The images that `calibrate` chooses thresholds on, for `what` is fitted before."""
+    if subject.recipe.exits.calib != "half_test":
+        return calibration_images(subject)[0]
+    test = subject.splits.test
+    if not isinstance(test, Split):
+        raise UserError(f"{what} with --calib half_test: a stream has no images by index")
+    return Subset(test, halves(len(test), subject.recipe.data.seed)[0].tolist())
 
 
 def tables(subject: Subject, images: Dataset, title: str, reading: Reading | None = None) -> ExitTables:
@@ -86,7 +90,7 @@ def tables(subject: Subject, images: Dataset, title: str, reading: Reading | Non
     loader = ordered_loader(images, subject.recipe.runtime, subject.compute)
     exits = subject.recipe.exits
     reading = reading or Reading(exits.confidence, exits.answer)
-    return evaluate(subject.network, loader, subject.compute, reading=reading, title=title)
+    return evaluate(subject.running, loader, subject.compute, reading=reading, title=title)
 
 
 def check_calibration(subject: Subject) -> None:
@@ -114,21 +118,23 @@ def reported(subject: Subject, number: int) -> Tensor:
 
 def calibration_images(subject: Subject) -> tuple[Dataset, str]:
     """The images, of the training set, to choose thresholds on, and a description of them."""
-    train, calib, kind = subject.splits.train, subject.splits.calib, subject.recipe.exits.calib
+    calib, kind = subject.splits.calib, subject.recipe.exits.calib
     origin = f"{len(calib)} images held out of the training set, evaluation transform"
     if kind == "held_out":
         unknown = " (of a checkpoint without a stored split: the network was probably trained on them)"
         return calib, origin + unknown * (subject.held_out is None)
+    images = augmented_images(subject, "--calib train_augmented")
+    return images, f"{len(images)} training images with training augmentation, the published procedure"
+
+
+def augmented_images(subject: Subject, what: str) -> Subset:
+    """Random training images with training augmentation, 101 batches at most."""
+    train, seed = subject.splits.train, subject.recipe.data.seed
     if not isinstance(train, Split):
-        raise UserError("--calib train_augmented needs training images by index; a stream has none")
-    seed = subject.recipe.data.seed
+        raise UserError(f"{what} needs training images by index; a stream has none")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    first = order[: 101 * subject.recipe.runtime.batch_size]
     seed_everything(seed, 0, subject.compute.rank)  # augmentation draws from it
-    return (
-        Subset(train, first.tolist()),
-        f"{len(first)} training images with training augmentation, the published procedure",
-    )
+    return Subset(train, order[: 101 * subject.recipe.runtime.batch_size].tolist())
 
 
 def calibrate(
@@ -155,11 +161,28 @@ def calibrate(
 
 def test_images(subject: Subject, number: int) -> tuple[Tensor, Tensor]:
     """At most `number` test images [N, 3, H, W], evenly spread, and their targets [N], on the device."""
-    test, device = subject.splits.test, subject.compute.device
-    if isinstance(test, Split):  # files may be sorted by class
-        number = min(number, len(test))
-        test = Subset(test, torch.linspace(0, len(test) - 1, number).long().tolist())
-    loader = ordered_loader(test, subject.recipe.runtime, Compute(device))
+    return _spread(subject, subject.splits.test, number)
+
+
+def calib_images(subject: Subject, number: int) -> Tensor:
+    """At most `number` images [N, 3, H, W] for int8: of those that thresholds are chosen on.
+
+    A guarantee needs images that nothing has seen, the ranges of int8 neither: then training images.
+    """
+    check_calibration(subject)
+    if subject.recipe.exits.assures:
+        return _spread(subject, augmented_images(subject, "a guarantee in int8"), number)[0]
+    if subject.recipe.exits.calib == "none":
+        raise UserError("--precision int8: there are no images to calibrate it on (--calib none)")
+    return _spread(subject, images_to_fit(subject, "--precision int8"), number)[0]
+
+
+def _spread(subject: Subject, images: Dataset, number: int) -> tuple[Tensor, Tensor]:
+    if isinstance(images, (Split, Subset)):  # files may be sorted by class
+        number = min(number, len(images))
+        images = Subset(images, torch.linspace(0, len(images) - 1, number).long().tolist())
+    device = subject.compute.device
+    loader = ordered_loader(images, subject.recipe.runtime, Compute(device))
     columns = zip(*islice(loader, -(-number // loader.batch_size)), strict=True)
-    images, targets = (torch.cat(column)[:number].to(device) for column in columns)
-    return images, targets
+    found, targets = (torch.cat(column)[:number].to(device) for column in columns)
+    return found, targets

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from adaptive.backend import Backend
 from adaptive.exits import Exits
 from adaptive.flops import check_side
 from adaptive.policy import Policy
@@ -42,6 +43,7 @@ class Subject:
     `held_out` are the training images that the network has not seen, None if unknown; `assembled` says that
     the network is a cascade put together here; `unit` is that of costs in dynamic.txt, `procedure_line` says
     what is done as published, if anything is, and `policy` is the one to evaluate, if it comes from a file.
+    `backend` is what runs the network, if not PyTorch as it is.
     """
 
     opened: Opened
@@ -53,11 +55,17 @@ class Subject:
     unit: Unit
     procedure_line: str
     policy: Policy | None = None
+    backend: Backend | None = None
 
     @property
     def network(self) -> MultiExitModel:
         """In evaluation mode, on the device."""
         return self.opened.network
+
+    @property
+    def running(self) -> MultiExitModel:
+        """The network where it runs."""
+        return self.backend.network() if self.backend else self.network
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -84,6 +92,7 @@ class Subject:
             machine=describe_machine(self.compute.device),
             procedure=self.recipe.network.procedure or OURS,
             unit=self.unit.name,
+            backend=f"{self.backend.name}, {self.backend.precision}" if self.backend else "eager",
         )
 
     def checkpoint(self) -> dict[str, Any]:

@@ -84,14 +84,15 @@ class Flags:
 
 def trained_subject(flags: Flags) -> tuple[MultiExitModel, Tensor, Policy]:
     """Network, images and policy of a checkpoint."""
-    data = {name: value for name in NAMED if (value := getattr(flags, name))}
-    values = {"checkpoint": flags.checkpoint, "policy": flags.policy, "num_workers": 1, **data}
+    values = {"checkpoint": flags.checkpoint, "policy": flags.policy, "num_workers": 1}
+    values |= {name: value for name in NAMED if (value := getattr(flags, name))}
     subject = open_evaluation(Given(values, {}))
     costs = count(subject.network, subject.shape)
     policy, seen = deployed_policy(subject, costs)
     accuracy = 100 * policy.simulate(seen.read_by(policy), costs.stages).accuracy
     print(f"{flags.checkpoint}: {policy.name}, simulated accuracy {accuracy:.2f} % on all test images")
-    return subject.network, test_images(subject, flags.images)[0], policy
+    images, _ = test_images(subject, flags.images)
+    return subject.network, images, policy
 
 
 def random_subject(flags: Flags, options: dict[str, Any]) -> tuple[MultiExitModel, Tensor, Policy]:
@@ -116,23 +117,28 @@ def by_batch(deployed: Deployed, policy: Policy, rounds: int) -> Iterator[tuple]
     """The rows of a table: all exits and early exit in both orders, by batch size."""
     contestants = {"all exits": static_contestants(deployed)["all exits"]}
     contestants |= early_contestants(deployed, policy)
-    simulated = policy.exit_of(confidence_of(deployed.tuned, deployed.tuned_images, policy)).cpu()
+    confidence = confidence_of(deployed.tuned, deployed.tuned_images, policy)
+    simulated = policy.exit_of(confidence).cpu()
     for size in SIZES:
         count = min(len(deployed.images), max(256, 32 * size))
         targets = torch.zeros(count, device=deployed.images.device)
         parts = {name: replace(one, images=one.images[:count]) for name, one in contestants.items()}
-        found = measure(parts, targets, micro_batch=size, rounds=rounds, singles=1)
-        everything, pooled, compacted = (row.images_per_s for row in found)
-        differ = [int((row.exits != simulated[:count]).sum()) for row in found[1:]]
-        unlike = f"{differ[0]} and {differ[1]} of {count}"
-        ratios = (pooled / everything, compacted, compacted / everything, found[0].macs / found[1].macs)
-        yield size, everything, pooled, *ratios, unlike
+        full, *early = measure(parts, targets, micro_batch=size, rounds=rounds, singles=1)
+        cells = []
+        for row in early:
+            cells += [row.images_per_s, row.images_per_s / full.images_per_s]
+        ideal = full.macs / early[0].macs
+        differ = [str(int((row.exits != simulated[:count]).sum())) for row in early]
+        unlike = f"{' and '.join(differ)} of {count}"
+        yield size, full.images_per_s, *cells, ideal, unlike
 
 
 def report_throughput(flags: Flags, options: dict[str, Any]) -> None:
     """A table for the network as it is, and one for each way to deploy it."""
-    chosen = trained_subject(flags) if flags.checkpoint else random_subject(flags, options)
-    model, images, policy = chosen
+    if flags.checkpoint:
+        model, images, policy = trained_subject(flags)
+    else:
+        model, images, policy = random_subject(flags, options)
     print(describe_machine(images.device))
     for title, deployed in {
         "eager, fp32": Deployed(model, model, images, images),
@@ -164,9 +170,10 @@ def latency_subject(name: str, options: dict[str, Any]) -> tuple[MultiExitModel,
     if name.startswith("torchvision/"):
         name = name.removeprefix("torchvision/")
         known = torchvision.models.get_model_weights(name)
-        reported = [f"{one.meta['_metrics']['ImageNet-1K']['acc@1']:.2f}" for one in known]
+        figures = [one.meta["_metrics"]["ImageNet-1K"]["acc@1"] for one in known]
+        reported = " or ".join(f"{figure:.2f}" for figure in figures)
         network = OneExit(torchvision.models.get_model(name))
-        return network, [f"{' or '.join(reported)} (torchvision docs, by weights)"]
+        return network, [f"{reported} (torchvision docs, by weights)"]
     depth, reported = PUBLISHED.get(name, (None, ()))
     options = {"depth_factor": depth, **options} if depth else options
     network = create_model(name, **options)
@@ -197,8 +204,8 @@ class ExitLatency:
     def burst(self) -> None:
         """Times a few calls of each in a row, without the first."""
         for call, times in zip(self.calls, self.times, strict=True):
-            spent = [timed(call)[1] for _ in range(BURST)]
-            times += [1e3 * seconds for seconds in spent[1:]]
+            spent_ms = [1e3 * timed(call)[1] for _ in range(BURST)]
+            times += spent_ms[1:]
 
     def cells(self) -> tuple:
         """The row of the table."""
@@ -212,15 +219,17 @@ def exits_of(name: str, options: dict[str, Any], image: Tensor) -> Iterator[Exit
     tune(model.eval(), CPU)
     tuned = fold_batch_norm(model).to(memory_format=torch.channels_last)
     tuned_image = image.to(memory_format=torch.channels_last)
-    for k, macs in enumerate(exit_costs(model, (3, image.shape[2], image.shape[3]))):
+    published = image.shape[2] == 224
+    for k, macs in enumerate(exit_costs(model, tuple(image.shape[1:]))):
         calls = [partial(answer, model, image, k), partial(answer, tuned, tuned_image, k)]
-        yield ExitLatency(name, k, macs, reported[k] if image.shape[2] == 224 else "-", calls, [[], []])
+        yield ExitLatency(name, k, macs, reported[k] if published else "-", calls, [[], []])
 
 
 def report_latency(flags: Flags, options: dict[str, Any]) -> None:
     """One table: exits of the first network and the other networks, as built and tuned."""
     torch.manual_seed(0)
-    image = torch.randn(1, 3, flags.input_size or 224, flags.input_size or 224)
+    side = flags.input_size or 224
+    image = torch.randn(1, 3, side, side)
     rows = list(exits_of(flags.model, options, image))
     for name in flags.baselines:
         rows += exits_of(name, {}, image)
@@ -230,7 +239,7 @@ def report_latency(flags: Flags, options: dict[str, Any]) -> None:
             row.burst()
     print(describe_machine(CPU))
     tuning = f"tuned = batch norm folded, channels-last (logits within {differ:.0e})"
-    print(f"\nbatch 1, {image.shape[2]} pixels, fp32, ms; {tuning}")
+    print(f"\nbatch 1, {side} pixels, fp32, ms; {tuning}")
     print_table(LATENCY_HEADS, [row.cells() for row in rows])
 
 

@@ -15,7 +15,7 @@ leave early, nothing is promised: a risk of 0.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -69,23 +69,33 @@ class Tally:
 
     def cells(self, demand: Demand) -> tuple:
         """The row of the table."""
-        above, unseen, free = (
-            100 * np.mean(np.array(risks) > demand.bound)
-            for risks in (self.risks, self.unseen, self.free_risks)
-        )
+
+        def above(risks: list[float]) -> float:
+            return 100 * np.mean(np.array(risks) > demand.bound).item()
+
         delta = f"{demand.delta:g}" if demand.method == "ltt" else "-"
-        figures = (above, unseen, 100 * np.mean(self.risks), 100 - 100 * np.mean(self.early))
-        savings = (1 / np.mean(self.costs), free, 1 / np.mean(self.free_costs))
-        return demand.risk, demand.method, 100 * demand.bound, delta, *figures, *savings
+        return (
+            demand.risk,
+            demand.method,
+            100 * demand.bound,
+            delta,
+            above(self.risks),
+            above(self.unseen),
+            100 * np.mean(self.risks),
+            100 - 100 * np.mean(self.early),
+            1 / np.mean(self.costs),
+            above(self.free_risks),
+            1 / np.mean(self.free_costs),
+        )
 
 
 def demands() -> list[Demand]:
     """All that is checked."""
-    means = [(risk, *level) for risk in ("drop", "harm", "disagreement") for level in LEVELS]
-    costs = [("cost", *level) for level in COSTS]
-    errors = [("error", *level) for level in LEVELS]
-    found = [Demand(*row) for row in means + errors + costs]
-    return found + [Demand(*row, "crc") for row in means[3:] + costs]
+    risks = "drop", "harm", "disagreement", "error"
+    found = [Demand(risk, *level) for risk in risks for level in LEVELS]
+    found += [Demand("cost", *level) for level in COSTS]
+    by_crc = "harm", "disagreement", "cost"
+    return found + [replace(one, method="crc") for one in found if one.risk in by_crc]
 
 
 def sweep(calib: ExitTables, costs: StageCosts, reading: Reading) -> list[Policy]:
@@ -99,14 +109,16 @@ def finds_of(flags: Flags, costs: StageCosts, reading: Reading) -> dict[str, Fin
     """How policies are found, by the risk that is to be low."""
     if flags.policies == "quotas":
         return dict.fromkeys(RISKS, partial(sweep, costs=costs, reading=reading))
-    harmless, accurate = (partial(risk_front, one, costs=costs, reading=reading) for one in ("harm", "cost"))
+    harmless = partial(risk_front, "harm", costs=costs, reading=reading)
+    accurate = partial(risk_front, "cost", costs=costs, reading=reading)
     return dict.fromkeys(RISKS, harmless) | {"cost": accurate}
 
 
 def free_policy(outcomes: Outcomes, demand: Demand) -> Policy:
     """The cheapest policy whose risk on these images is at most the bound; for a cost, the dearest."""
     cost = outcomes.cost.mean(1).numpy()
-    good = np.flatnonzero((outcomes.risk(demand.risk) <= demand.bound) & (cost < 1))
+    held = outcomes.risk(demand.risk) <= demand.bound
+    good = np.flatnonzero(held & (cost < 1))
     if not len(good):
         return never_early(outcomes.policies[0])
     order = cost[good].argmax() if demand.risk == "cost" else cost[good].argmin()
@@ -123,8 +135,10 @@ class Round:
 
     def __init__(self, pool: ExitTables, costs: StageCosts, drawn: Tensor, find: Find) -> None:
         half = len(drawn) // 2
-        self.pool, self.costs = pool, costs
-        self.finding, self.testing = pool.part(drawn[:half]), pool.part(drawn[half:])
+        self.pool = pool
+        self.costs = costs
+        self.finding = pool.part(drawn[:half])
+        self.testing = pool.part(drawn[half:])
         everything = ExitTables.cat([self.finding, self.testing])
         self.found = Outcomes.of(find(self.finding), self.finding, costs)
         self.tested = Outcomes.of(self.found.policies, self.testing, costs)
@@ -142,7 +156,8 @@ class Round:
 
     def certain(self, demand: Demand) -> Policy | None:
         """The policy that is certified, if any is."""
-        found, tested = self.found, self.tested
+        found = self.found
+        tested = self.tested
         if demand.risk == "error":  # its exits depend on the demand
             policies = without_unsure_exits(found, demand)
             if not policies:
@@ -170,12 +185,14 @@ def main(argv: list[str]) -> None:
     """Prints one table."""
     flags, words = read_known(Flags, argv, __doc__)
     read = logits_of(flags.logits, words)
-    images, finds = read.tables(), finds_of(flags, read.costs, Reading(read.confidence))
+    images = read.tables()
+    finds = finds_of(flags, read.costs, Reading(read.confidence))
     generator = torch.Generator().manual_seed(flags.seed)
+    ways = list(dict.fromkeys(finds.values()))
     tallies = {demand: Tally() for demand in demands()}
     for _ in range(flags.rounds):
         drawn = torch.randint(len(images), (flags.draw,), generator=generator)
-        rounds = {find: Round(images, read.costs, drawn, find) for find in dict.fromkeys(finds.values())}
+        rounds = {find: Round(images, read.costs, drawn, find) for find in ways}
         for demand, tally in tallies.items():
             rounds[finds[demand.risk]].count(demand, tally)
     right = 100 * images.full_correct.double().mean().item()

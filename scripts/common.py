@@ -27,9 +27,11 @@ import installed  # noqa: F401
 import torch
 from torch import Tensor
 
+from adaptive.costs import StageCosts
 from adaptive.policy import Policy
 from adaptive.timing import interleaved
 from experiment.options import Parser, fill, options_of, parse, underscored
+from experiment.samples import Seen
 from models import MultiExitModel, nearest
 from utils import UserError
 
@@ -56,12 +58,11 @@ def read_known(group: type[Flags], argv: Sequence[str], about: str | None) -> tu
         allow_abbrev=False,
     )
     for entry, option in zip(fields(group), options_of(group), strict=True):
+        add = partial(parser.add_argument, help=option.about)
         if entry.default is MISSING:
-            several = "+" if option.many else None
-            parser.add_argument(option.name, type=option.kind, nargs=several, help=option.about)
+            add(option.name, type=option.kind, nargs="+" if option.many else None)
         elif option.kind is bool:
-            flag = f"--{option.name}"
-            parser.add_argument(flag, type=option.convert, nargs="?", const=True, help=option.about)
+            add(f"--{option.name}", type=option.convert, nargs="?", const=True)
         else:
             option.add_to(parser)
     given, rest = parser.parse_known_args(list(map(underscored, argv)))
@@ -99,6 +100,21 @@ def policy_for(file: str, network: MultiExitModel) -> Policy | None:
     return Policy.load(file).check_network(network) if file else None
 
 
+def rivals_of(policy: Policy, seen: Seen, costs: StageCosts) -> list[int]:
+    """The last exit, and the cheapest one that alone is as accurate as early exit, if that is another."""
+    goal = policy.simulate(seen.read_by(policy), costs).accuracy
+    *earlier, last = seen.own.correct.double().mean(1).tolist()
+    good = [k for k, right in enumerate(earlier) if right >= goal]
+    alone = costs.alone()
+    best = sorted(good, key=lambda k: alone[k])[:1]
+    return [len(earlier), *best]
+
+
+def percents(shares: Iterable[float], digits: int = 2) -> str:
+    """Fractions as percentages in a row."""
+    return " ".join(f"{100 * share:.{digits}f}" for share in shares)
+
+
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Prints aligned columns, the first to the left; heads carry cell formats, as in "images/s:.0f".
 
@@ -108,10 +124,10 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     lines = [names]
     for row in rows:
         cells = zip(row, formats, strict=True)
-        lines.append(tuple(one if isinstance(one, str) else format(one, kind) for one, kind in cells))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.append([one if isinstance(one, str) else format(one, kind) for one, kind in cells])
+    first_width, *widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for first, *others in lines:
-        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        cells = [first.ljust(first_width), *map(str.rjust, others, widths)]
         print("   ".join(cells).rstrip())
 
 

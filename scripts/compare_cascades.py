@@ -14,7 +14,7 @@ accuracy of the last network. `--policy` names a saved policy of all networks in
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import accumulate, product
 from typing import NamedTuple
 
 from common import read_known
@@ -71,8 +71,10 @@ def operate(tables: ExitTables, weights: Tensor, thresholds: Tensor, costs: Sequ
 def candidates(confidence: Tensor, steps: int) -> list[Tensor]:
     """Threshold combinations [K]: quantiles of every exit's confidence, including nobody and everybody."""
     levels = torch.linspace(0, 1, steps, dtype=torch.float64)
-    rows = [[*row.double().quantile(levels).tolist(), NOBODY] for row in confidence[:-1]]
-    return [torch.tensor([*limits, EVERYBODY], dtype=torch.float64) for limits in product(*rows)]
+    nobody = levels.new_tensor([NOBODY])
+    rows = [torch.cat([row.double().quantile(levels), nobody]) for row in confidence[:-1]]
+    everybody = levels.new_tensor([EVERYBODY])
+    return [torch.stack(limits) for limits in product(*rows, everybody)]
 
 
 def traffic(tables: ExitTables, popular: Sequence[int], share: float | None) -> Tensor:
@@ -80,7 +82,9 @@ def traffic(tables: ExitTables, popular: Sequence[int], share: float | None) -> 
     if share is None:
         return torch.full((len(tables),), 1 / len(tables), dtype=torch.float64)
     wanted = torch.isin(tables.targets, torch.tensor(popular))
-    return torch.where(wanted, share / wanted.sum(), (1 - share) / (~wanted).sum()).double()
+    often = share / wanted.sum()
+    rarely = (1 - share) / (~wanted).sum()
+    return torch.where(wanted, often, rarely).double()
 
 
 class Cascade:
@@ -90,7 +94,7 @@ class Cascade:
         self, stages: list[int], halves: tuple[ExitTables, ExitTables], alone: Sequence[int], steps: int
     ) -> None:
         self.calib, self.test = (half.of_exits(stages) for half in halves)
-        self.costs = torch.tensor([alone[i] for i in stages], dtype=torch.float64).cumsum(0).tolist()
+        self.costs = list(accumulate(float(alone[i]) for i in stages))
         self.limits = candidates(self.calib.confidence, steps if len(stages) < 4 else 11)
 
     def choose(self, weigh: Weigh, rule: Rule) -> Point:
@@ -132,9 +136,9 @@ def stages_of(texts: Sequence[str], networks: int) -> dict[str, list[int]]:
 
 def show(name: str, point: Point) -> None:
     """One line for a cascade."""
+    accuracy = 100 * point.accuracy
     shares = " ".join(f"{100 * share:5.1f}" for share in point.shares)
-    figures = f"{100 * point.accuracy:8.2f} %{point.macs / 1e6:10.2f} M"
-    print(f"  {name:14}{figures}   leave at each, %: {shares}")
+    print(f"  {name:14}{accuracy:8.2f} %{point.macs / 1e6:10.2f} M   leave at each, %: {shares}")
 
 
 def show_budgets(cascades: dict[str, Cascade], budgets: Sequence[float], saved: Saved | None) -> None:
@@ -165,8 +169,8 @@ def show_mixes(cascades: dict[str, Cascade], flags: Flags, saved: Saved | None) 
 
 def open_networks(flags: Flags, words: list[str]) -> Subject:
     """All networks as one cascade, on the images that the other words name."""
-    networks = ["--model", "ebjr", "--networks", *flags.networks]
-    subject = open_evaluation(read_command(EVALUATION, [*networks, "--calib", "half_test", *words]))
+    given = ["--model", "ebjr", "--networks", *flags.networks, "--calib", "half_test", *words]
+    subject = open_evaluation(read_command(EVALUATION, given))
     count = subject.network.num_exits
     if count != len(flags.networks):
         raise UserError(
@@ -189,9 +193,9 @@ def main(argv: list[str]) -> None:
     alone = single_costs(subject.network, subject.shape)
     kind = subject.recipe.exits.confidence
     print(f"thresholds from {len(half)} test images, figures of the other {len(other)}; {kind}")
+    right = other.means()["acc1"]
     for k, network in enumerate(flags.networks):
-        accuracy = 100 * other.means()["acc1"][k]
-        print(f"network {k}: {accuracy:.2f} %, {alone[k] / 1e6:.2f} M, {network}")
+        print(f"network {k}: {100 * right[k]:.2f} %, {alone[k] / 1e6:.2f} M, {network}")
     cascades = {text: Cascade(row, (half, other), alone, flags.steps) for text, row in stages.items()}
     show_budgets(cascades, flags.budgets, saved)
     show_mixes(cascades, flags, saved)

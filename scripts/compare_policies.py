@@ -14,6 +14,7 @@ file of logits is read where it exists, and written otherwise.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 from common import read_known
@@ -65,18 +66,20 @@ def by_rules(rules: Sequence[Rule]) -> Find:
 
 def methods_of(read: Logits, flags: Flags, sweep: str) -> list[Method]:
     """The methods compared, the quota rule first."""
-    plain, costs = Reading(read.confidence), read.costs.leaving()
+    plain = Reading(read.confidence)
+    costs = read.costs.leaving()
+    quotas = rules_of(Exits(quota_sweep=sweep), costs)
     accuracies = tuple((i + 0.5) / flags.mapped for i in range(flags.mapped))
     mapped = rules_of(Exits(mapped_accuracy=accuracies), costs)[-flags.mapped :]
     ways: list[tuple[str, Find, Reading]] = [
-        ("quota rule", by_rules(rules_of(Exits(quota_sweep=sweep), costs)), plain),
+        ("quota rule", by_rules(quotas), plain),
         ("equal accuracy", by_rules(mapped), plain),
         ("search", search_front, plain),
         ("search, best answer", search_front, replace(plain, answer="best")),
         ("search, mean answer", search_front, replace(plain, answer="mean")),
     ]
-    known = {reading: read.tables(reading) for reading in dict.fromkeys(way[2] for way in ways)}
-    return [Method(*way, known[way[2]]) for way in ways]
+    tables = cache(read.tables)
+    return [Method(name, find, reading, tables(reading)) for name, find, reading in ways]
 
 
 def chosen(policies: Sequence[Policy], budgets: Sequence[float], goal: float) -> list[Policy]:
@@ -84,7 +87,8 @@ def chosen(policies: Sequence[Policy], budgets: Sequence[float], goal: float) ->
 
     The cheapest or the most accurate one where there is none.
     """
-    accuracies, costs = zip(*((one.accuracy, one.macs) for one in policies), strict=True)
+    accuracies = [one.accuracy for one in policies]
+    costs = [one.macs for one in policies]
     rows = [within_budget(accuracies, costs, max(budget, min(costs))) for budget in budgets]
     rows.append(cheapest(accuracies, costs, min(goal, max(accuracies))))
     return [policies[row] for row in rows]
@@ -99,35 +103,39 @@ def judge(methods: Sequence[Method], costs: StageCosts, budgets: Sequence[float]
     for seed in range(rounds):
         seen, unseen = halves(len(methods[0].tables), seed)
         for method in methods:
-            fit, other = method.tables.part(seen), method.tables.part(unseen)
+            fit = method.tables.part(seen)
+            other = method.tables.part(unseen)
             goal = fit.full_correct.double().mean().item()
-            picked = chosen(method.find(fit, costs, method.reading), budgets, goal)
-            points = [policy.simulate(other, costs) for policy in picked]
+            policies = method.find(fit, costs, method.reading)
+            points = [policy.simulate(other, costs) for policy in chosen(policies, budgets, goal)]
             figures = [[point.accuracy, point.macs] for point in points]
             figures[-1][0] -= other.full_correct.double().mean().item()
             found.append(figures)
-    return torch.tensor(found, dtype=torch.float64).view(rounds, len(methods), len(budgets) + 1, 2)
+    return torch.tensor(found, dtype=torch.float64).view(rounds, len(methods), -1, 2)
 
 
 def table_lines(names: Sequence[str], found: Tensor, budgets: Sequence[float]) -> list[str]:
     """What `judge` found as a table in Markdown."""
     heads = [*(f"{budget / 1e6:.4g} M" for budget in budgets), "over the last exit", "times fewer"]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    accuracy, cost = 100 * found[..., 0], found[..., 1]
-    cells = [f"{one:.2f} %" for one in accuracy[:, 0, :-1].mean(0).tolist()]
-    paid = f"{cost[:, 0, -1].mean().item() / 1e6:.4g} M"
+    accuracy = 100 * found[..., :-1, 0].permute(1, 2, 0)  # [methods, budgets, rounds]
+    over_last = 100 * found[..., -1, 0].T
+    cost = found[..., -1, 1].T
+    cells = [f"{one:.2f} %" for one in accuracy[0].mean(-1).tolist()]
+    paid = f"{cost[0].mean().item() / 1e6:.4g} M"
     for m, name in enumerate(names):
         if m > 0:
-            cells = [spread(row).text(sign="+") for row in (accuracy[:, m, :-1] - accuracy[:, 0, :-1]).T]
-            paid = spread(cost[:, 0, -1] / cost[:, m, -1]).text()
-        full = spread(accuracy[:, m, -1]).text(sign="+")
+            cells = [spread(row).text(sign="+") for row in accuracy[m] - accuracy[0]]
+            paid = spread(cost[0] / cost[m]).text()
+        full = spread(over_last[m]).text(sign="+")
         lines.append(f"| {' | '.join([name, *cells, full, paid])} |")
     return lines
 
 
 def default_budgets(quota: Method, costs: StageCosts) -> list[float]:
     """Six budgets between the cheapest setting of the quota rule and all exits, in equal ratios."""
-    low, high = quota.find(quota.tables, costs, quota.reading)[0].macs, max(costs.leaving())
+    low = quota.find(quota.tables, costs, quota.reading)[0].macs
+    high = max(costs.leaving())
     return [low * (high / low) ** (i / 7) for i in range(1, 7)]
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
 
-from common import print_table, read_known
+from common import percents, print_table, read_known
 
 import torch
 from torch import Tensor
@@ -63,16 +63,20 @@ class Halves:
         """The halves to find policies on."""
         return [self.tables[reading].part(half) for half, _ in self.halves]
 
+    def others(self, reading: Reading) -> list[ExitTables]:
+        """The halves to judge them on."""
+        return [self.tables[reading].part(half) for _, half in self.halves]
+
     def points(self, reading: Reading, policies: Sequence[Policy]) -> list[OperatingPoint]:
         """What one policy after the other does on the other half."""
-        pairs = zip(policies, self.halves, strict=True)
-        return [policy.simulate(self.tables[reading].part(half), self.costs) for policy, (_, half) in pairs]
+        pairs = zip(policies, self.others(reading), strict=True)
+        return [policy.simulate(table, self.costs) for policy, table in pairs]
 
     def by_exit(self, reading: Reading, policies: Sequence[Policy]) -> tuple[Tensor, Tensor]:
         """How many leave at each exit, and how many of these are right, on the other halves: [H, K] each."""
-        left, right = [], []
-        for policy, (_, half) in zip(policies, self.halves, strict=True):
-            table = self.tables[reading].part(half)
+        left = []
+        right = []
+        for policy, table in zip(policies, self.others(reading), strict=True):
             exits = policy.exit_of(table)
             hits = table.correct.gather(0, exits[None])[0].double()
             left.append(exits.bincount(minlength=len(self.costs)).double())
@@ -82,7 +86,14 @@ class Halves:
     def quota(self, reading: Reading, budgets: Sequence[float]) -> list[OperatingPoint]:
         """What the quota rule does on the other halves, with a budget (multiply-adds) for each."""
         pairs = zip(self.calibs(reading), budgets, strict=True)
-        return self.points(reading, [within(*pair, reading, self.costs) for pair in pairs])
+        policies = [within(calib, budget, reading, self.costs) for calib, budget in pairs]
+        return self.points(reading, policies)
+
+    def over_quota(self, policies: Sequence[Policy], reading: Reading, other: Reading) -> str:
+        """What policies gain over the quota rule with another reading, where both cost the same on calib."""
+        pairs = zip(policies, self.calibs(reading), strict=True)
+        macs = [policy.simulate(calib, self.costs).macs for policy, calib in pairs]
+        return gains(self.points(reading, policies), self.quota(other, macs))
 
 
 def within(calib: ExitTables, budget: float, reading: Reading, costs: Sequence[float]) -> Policy:
@@ -91,12 +102,13 @@ def within(calib: ExitTables, budget: float, reading: Reading, costs: Sequence[f
     low, high = ENDS
     for _ in range(STEPS):  # the larger the ratio of quotas, the later samples leave
         middle = (low + high) / 2
-        limits = quota_thresholds(calib.confidence, geometric_quotas(math.exp(middle), len(costs)))
-        policy = Policy.by(reading, limits.tolist())
+        quotas = geometric_quotas(math.exp(middle), len(costs))
+        policy = Policy.by(reading, quota_thresholds(calib.confidence, quotas).tolist())
         if policy.simulate(calib, costs).macs > budget:
             high = middle
         else:
-            low, found = middle, policy
+            low = middle
+            found = policy
     return found
 
 
@@ -108,23 +120,27 @@ def gains(points: Sequence[OperatingPoint], others: Sequence[OperatingPoint]) ->
 
 def averages(points: Sequence[OperatingPoint]) -> list[float]:
     """Mean accuracy in percent, and mean cost in millions of multiply-adds."""
-    return [100 * fmean(point.accuracy for point in points), fmean(point.macs for point in points) / 1e6]
+    accuracy = fmean(point.accuracy for point in points)
+    macs = fmean(point.macs for point in points)
+    return [100 * accuracy, macs / 1e6]
 
 
 def report_answers(halves: Halves, budgets: Sequence[float]) -> None:
     """Answers and temperatures: top-1 of the last exit, and of the quota rule under each budget."""
     plain = Reading()
-    first, last = halves.costs[0], halves.costs[-1]
+    first = halves.costs[0]
+    last = halves.costs[-1]
     totals = [first + share * (last - first) for share in budgets]
     base = [halves.quota(plain, [total] * len(halves.halves)) for total in totals]
+    expected = halves.tables[plain].correct[-1].double()
     rows = []
-    for reading in halves.tables:
+    for reading, table in halves.tables.items():
         if reading.agreement:
             continue
-        right = [halves.tables[one].correct[-1].double() for one in (reading, plain)]
-        gain = mean_estimates((right[0] - right[1])[None])[0]
+        right = table.correct[-1].double()
+        gain = mean_estimates((right - expected)[None])[0]
         row = [f"{reading.answer}{', temperatures' * bool(reading.temperatures)}"]
-        row += [f"{100 * right[0].mean():.2f}", gain.text(100, sign="+")]
+        row += [f"{100 * right.mean():.2f}", gain.text(100, sign="+")]
         for total, others in zip(totals, base, strict=True):
             points = halves.quota(reading, [total] * len(halves.halves))
             row += [f"{averages(points)[0]:.2f}", gains(points, others)]
@@ -138,7 +154,8 @@ def report_answers(halves: Halves, budgets: Sequence[float]) -> None:
 
 def report_mapped(halves: Halves, accuracies: Sequence[float]) -> None:
     """Mapped accuracy: how right answers are that are given early, of maps from all and from those left."""
-    plain, rows = Reading(), []
+    plain = Reading()
+    rows = []
     for wanted, everybody in product(accuracies, (False, True)):
         policies = []
         for calib in halves.calibs(plain):
@@ -146,16 +163,11 @@ def report_mapped(halves: Halves, accuracies: Sequence[float]) -> None:
         left, right = halves.by_exit(plain, policies)
         early = (right.sum(0) / left.sum(0))[:-1]
         short = (right / left < wanted - 0.01)[:, :-1].double().mean()  # NaN, nobody left, is not below
-        points = halves.points(plain, policies)
-        macs = [
-            policy.simulate(calib, halves.costs).macs
-            for policy, calib in zip(policies, halves.calibs(plain), strict=True)
-        ]
-        shown = " ".join("-" if math.isnan(value) else f"{100 * value:.1f}" for value in early.tolist())
-        shares = " ".join(f"{100 * value:.0f}" for value in (left.sum(0) / left.sum()).tolist())
+        shown = percents(early.tolist(), 1).replace("nan", "-")
+        shares = percents((left.sum(0) / left.sum()).tolist(), 0)
         row = [f"{100 * wanted:g} %, {'everybody' if everybody else 'those left'}", shown, shares]
-        row += [100 * short.item(), *averages(points), gains(points, halves.quota(plain, macs))]
-        rows.append(row)
+        row += [100 * short.item(), *averages(halves.points(plain, policies))]
+        rows.append([*row, halves.over_quota(policies, plain, plain)])
     print("\nmapped accuracy; short: exits of a half whose answers are over a point less right than wanted")
     heads = ["wanted, map of", "right at each exit but the last, %", "leave at each exit, %", "short, %:.1f"]
     print_table([*heads, "top-1, %:.2f", "MACs, M:.2f", "over the quota rule at equal cost"], rows)
@@ -165,13 +177,13 @@ def report_patience(halves: Halves, answers: Sequence[str]) -> None:
     """Patience beside the quota rule by the largest probability, with the same answers at the same cost."""
     rows = []
     for answer in answers:
-        reading, other = Reading(AGREEMENT, answer), Reading(answer=answer)
+        reading = Reading(AGREEMENT, answer)
+        other = Reading(answer=answer)
         for policy in patience_policies(len(halves.costs), answer):
             policies = [policy] * len(halves.halves)
-            points = halves.points(reading, policies)
-            macs = [policy.simulate(calib, halves.costs).macs for calib in halves.calibs(reading)]
-            over = gains(points, halves.quota(other, macs))
-            rows.append([f"{policy.name}, {answer}", *averages(points), over])
+            figures = averages(halves.points(reading, policies))
+            over = halves.over_quota(policies, reading, other)
+            rows.append([f"{policy.name}, {answer}", *figures, over])
     print("\npatience")
     print_table(["policy, answer", "top-1, %:.2f", "MACs, M:.2f", "over the quota rule at equal cost"], rows)
 
@@ -186,10 +198,11 @@ def main(argv: list[str]) -> None:
     readings = [Reading("max_prob", answer, given) for given in ((), temperatures) for answer in ANSWERS]
     counters = [Reading(AGREEMENT, answer) for answer in ("exit", "mean")]
     halves = Halves(test, [*readings, *counters], flags.halves)
-    sizes = len(calib.targets), len(test.targets), flags.halves
-    print("{} calibration images, {} test images, {} halves of these".format(*sizes))
-    plain, scaled = readings[0], readings[len(ANSWERS)]
-    figures = confidence_figures(halves.tables[plain], halves.tables[scaled], temperatures)
+    images = f"{len(calib.targets)} calibration images, {len(test.targets)} test images"
+    print(f"{images}, {flags.halves} halves of these")
+    plain = halves.tables[readings[0]]
+    scaled = halves.tables[readings[len(ANSWERS)]]
+    figures = confidence_figures(plain, scaled, temperatures)
     print("\n".join(confidence_lines(figures)))
     report_answers(halves, flags.budgets)
     report_mapped(halves, flags.accuracies)

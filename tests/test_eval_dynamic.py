@@ -1,17 +1,25 @@
 """Evaluation by the command line: every exit, thresholds, real early exit, cascades, wrong input."""
 
+import asyncio
+import io
 import json
 import pickle
 import re
 import shlex
 import shutil
+from time import perf_counter
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import eval_dynamic
 import main_earlyExit
 from adaptive.flops import exit_costs
+from deploy import export, runner
+from deploy.manifest import Manifest
+from deploy.service import Limits, Service
 from models import create_model
 
 # What is counted and drawn is looked at in what `evaluated` leaves, which does both.
@@ -356,3 +364,54 @@ def test_a_guarantee_that_few_images_cannot_give_is_said(trained, tmp_path, eval
     printed = capsys.readouterr().out
     assert given["statement"] in printed and given["assumption"] in printed
     assert given["statement"] in (found / "report.html").read_text()
+
+
+class Blank:
+    """A runtime whose stages make zeros."""
+
+    def stage(self, files, classes):
+        def run(state):
+            rows = len(state[files.inputs[0].name])
+            made = {one.name: np.zeros((rows, *one.shape), one.dtype) for one in files.outputs}
+            return np.zeros((rows, classes), np.float32), made
+
+        return run
+
+
+def test_the_first_policy_is_exported_with_the_network(trained, tmp_path, evaluate_into, monkeypatch, capsys):
+    # Tracing takes long, and is tested elsewhere.
+    monkeypatch.setattr(export, "program_of", lambda stage: stage)
+    monkeypatch.setattr(export, "save_program", lambda program, path: path.touch())
+    monkeypatch.setattr(export, "save_onnx", lambda program, stage, path: path.touch())
+    monkeypatch.setattr(runner, "runtime", lambda *words: Blank())
+    out, folder = tmp_path / "out", tmp_path / "export"
+    words = "--mode", "dynamic", "--row", 3, 35, "--export", folder
+    evaluate_into(out, trained / "checkpoint-last.pth", *words)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"exported 2 stages to {folder}; its README.md says how to run them"
+    )
+    found = Manifest.load(folder)
+    assert found.class_names == ("dim", "lit") and found.view.size == 32
+    for name in ("policy.json", "policy-2.json", "monitor.json"):
+        copy = name.replace("monitor", "policy.reference")
+        assert (folder / copy).read_bytes() == (out / name).read_bytes()
+    assert found.menu == ("policy-2.json",) and "policy-2.reference.json" in found.files
+    service = Service(runner.Runner(folder), "fp32", Limits())
+    try:
+        image = io.BytesIO()
+        Image.new("RGB", (32, 32)).save(image, "PNG")
+        asyncio.run(service.answer(image.getvalue(), "image/png", perf_counter(), 60))
+        assert b"\ndynexit_drift_samples_total 1.0\n" in service.metrics.text()
+        service.switch("policy-2.json")
+        assert service.drift.samples == 0
+    finally:
+        service.close()
+
+
+def test_nothing_is_evaluated_for_a_folder_that_cannot_be_written(trained, tmp_path, error_of, on):
+    words = ["--checkpoint", trained / "checkpoint-last.pth", *on(network=[]), "--export", tmp_path]
+    (tmp_path / "a").touch()
+    assert error_of(evaluate, *words).startswith(f"{tmp_path} holds a, which no export wrote")
+    assert "anytime finds no policy to export" in error_of(evaluate, *words, "--mode", "anytime")
+    wrong = error_of(evaluate, *words[:-2], "--export_compiled", "true")
+    assert wrong == "--export_compiled true: give the folder, --export DIR"

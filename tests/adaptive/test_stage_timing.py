@@ -77,6 +77,40 @@ def test_every_trunk_and_head_has_its_own_time(deployed, batch):
     assert {count for _, count in deployed.tuned.seen} == {batch}  # never the last, smaller part
 
 
+class Elsewhere:
+    """Runs stages in one piece, by a clock: the exits alone save hand-overs of 0.5 and 0.25 seconds."""
+
+    name, precision = "elsewhere", "fp32"
+
+    def __init__(self, model):
+        self.model = model
+
+    def network(self):
+        return self.model
+
+    def _after(self, seconds):
+        def run(images, size):
+            assert len(images) == size
+            self.model.clock.now += seconds
+
+        return run
+
+    def early(self, policy, order):
+        return self._after((1, 3, 7)[policy.thresholds.index(-1e8)])
+
+    def alone(self, k):
+        return self._after((1, 2.5, 6.25)[k])
+
+
+def test_stages_in_one_piece_are_timed_by_what_exits_alone_save(deployed):
+    model = deployed.plain
+    times = measure_stages(Deployed.by(Elsewhere(model), model, deployed.images), rounds=3, machine="a clock")
+    assert times.costs.heads == pytest.approx([500, 250, 0])
+    assert times.costs.trunks == pytest.approx([500, 1750, 4000])
+    assert times.costs.alone() == pytest.approx([1000, 2500, 6250])
+    assert times.whole_ms == pytest.approx(7000) and times.rounds == (times.costs,) * 3
+
+
 def test_heads_that_later_stages_read_are_fixed(clock):
     model, images = Clocked(clock, chained=True).eval(), torch.randn(2, 3, 2, 2)
     times = measure_stages(Deployed(model, model, images, images), rounds=2)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from adaptive.evidence import Evidence
+from adaptive.mix import CHANGES, bet
 from adaptive.reference import (
     TIES,
     Floats,
@@ -29,30 +30,7 @@ from adaptive.reference import (
 )
 from utils import UserError
 
-CHUNK = 2048  # samples at once, for which a table of samples x bins is made
-TILTS = 0.5, 1, 2, 4
-STEPS = 8
-# From where to where on the scale of hardness samples may become rarer or more frequent, for example those
-# of one exit. What reaches the end of the scale is the complement of what does not.
-BLOCKS = np.array([(i, j) for i in range(STEPS) for j in range(i + 1, STEPS)]) / STEPS
-BLOCK_ODDS = 0.6, 1 / 0.6
 ODDS = 1.25, 1.5, 2, 3, 5  # bets on errors: how many times the odds of the limit
-
-
-def _changes() -> tuple[str, ...]:
-    """What wins each of the bets that `_mix_factors` makes."""
-    harder = "harder images than in calibration"
-    easier = "easier images than in calibration"
-    found = [harder] * (len(TILTS) + 1) + [easier] * (len(TILTS) + 1)
-    found += [f"{word} easy and {word} hard images than in calibration" for word in ("more", "fewer")]
-    for word, whole in (("fewer", harder), ("more", easier)):
-        for start, stop in (100 * BLOCKS).tolist():
-            part = f"{word} images of medium hardness (calibration's {start:g} to {stop:g} %)"
-            found.append(part if start else whole)
-    return tuple(found)
-
-
-CHANGES = _changes()
 
 
 @dataclass(frozen=True)
@@ -172,10 +150,7 @@ class Monitor:
         samples = hardness(exits, confidence, num_exits)
         answers = labels(correct, len(samples))
         bins = self.reference.bins(samples, self.rng.random(len(samples)))
-        for start in range(0, len(bins), CHUNK):
-            part = bins[start : start + CHUNK]
-            self.mix.update(_mix_factors(*_intervals(self.urn, part)))
-            self.urn += np.bincount(part, minlength=len(self.urn))
+        bet(self.mix, self.urn, bins)
         self.counts[0] += np.bincount(samples.real.astype(np.int64), minlength=num_exits)
         return self.update_risk(exits, answers)
 
@@ -253,39 +228,3 @@ def _risks(reference: Reference, rate: float, risk_limit: float | None, per_exit
         if limit < 1:
             risks.append(Risk(k, limit, Evidence(level, len(ODDS))))
     return risks
-
-
-def _intervals(urn: Ints, bins: Ints) -> tuple[Floats, Floats]:
-    """The part of 0..1 that is each sample's, [T] each, if a bin is as wide as it is likely then.
-
-    `bins` [T] are those of the next samples, `urn` [G] the weights before them, to which each one adds 1.
-    """
-    rows = np.arange(len(bins))
-    drawn = np.zeros((len(bins), len(urn)), dtype=np.int64)
-    drawn[rows[1:], bins[:-1]] = 1
-    weights = urn + drawn.cumsum(0)  # [T, G]
-    upper = weights.cumsum(1)
-    total = upper[:, -1]
-    return (upper - weights)[rows, bins] / total, upper[rows, bins] / total
-
-
-def _mix_factors(lower: Floats, upper: Floats) -> Floats:
-    """Logarithms of the factors [T, E] of all bets for samples at lower..upper [T] of 0 (easy) to 1 (hard).
-
-    A factor is the mean of a density there. Exponential tilts suit shifts, roots the ends of the scale; the
-    arcsine distribution and the parabola suit spreads that grow or shrink, blocks the share of some exits.
-    """
-    ends = np.stack([lower, upper])[..., None]  # [2, T, 1]
-    harder = [np.expm1(tilt * ends) / np.expm1(tilt) for tilt in TILTS] + [1 - np.sqrt(1 - ends)]
-    easier = [np.expm1(-tilt * ends) / np.expm1(-tilt) for tilt in TILTS] + [np.sqrt(ends)]
-    wider = 2 / np.pi * np.arcsin(np.sqrt(ends))
-    narrower = (3 - 2 * ends) * ends**2
-    start = BLOCKS[:, 0]
-    width = BLOCKS[:, 1] - BLOCKS[:, 0]
-    inside = np.clip(ends - start, 0, width)
-    blocks = []
-    for odds in BLOCK_ODDS:
-        share = odds * width / (1 - width + odds * width)
-        blocks.append(share / width * inside + (1 - share) / (1 - width) * (ends - inside))
-    below, above = np.concatenate([*harder, *easier, wider, narrower, *blocks], axis=-1)
-    return np.log((above - below) / (upper - lower)[:, None])

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from adaptive.evidence import Floats
 from adaptive.exit_tables import ExitTables
+from adaptive.mix import Ints, Keys, Samples, bins_of, keys_of, ordered
 from adaptive.plain import read_plain, write_plain
 from adaptive.policy import Policy
 from utils import UserError
 
 Values = Sequence[Any] | NDArray[Any] | Tensor
-Ints = NDArray[np.int64]
 SCHEMA = 1
 TIES = 1  # marks the random numbers of a reference, which must not be those of the monitor
 
@@ -98,18 +98,13 @@ class Reference:
         return cls.of(met.exits, met.confidence, met.correct, num_exits=num_exits, **options)
 
     @cached_property
-    def keys(self) -> tuple[NDArray[np.complex128], Floats]:
-        """The different edges, sorted, and a number for every edge that orders them with their ties."""
-        exits, confidence, ties = (np.array(column) for column in zip(*self.edges, strict=True))
-        different, group = np.unique(_ordered(exits, confidence), return_inverse=True)
-        return different, 2 * group + 1 + ties
+    def keys(self) -> Keys:
+        """The edges as `bins_of` wants them."""
+        return keys_of(self.edges)
 
-    def bins(self, samples: NDArray[np.complex128], ties: Floats) -> Ints:
-        """Between which edges samples [T] fall, of which equal ones are ordered by random `ties` [T]."""
-        different, keys = self.keys
-        # Twice the number of edges below, plus one where the sample equals an edge.
-        below = different.searchsorted(samples, "left") + different.searchsorted(samples, "right")
-        return keys.searchsorted(below + ties)
+    def bins(self, samples: Samples, ties: Floats) -> Ints:
+        """Between which edges samples [T] fall; equal ones are ordered by random `ties` [T]."""
+        return bins_of(self.keys, samples, ties)
 
     def save(self, path: str | Path) -> None:
         """Writes the reference as JSON."""
@@ -137,7 +132,7 @@ def exit_numbers(exits: Values, num_exits: int) -> Ints:
     return found.astype(np.int64)
 
 
-def hardness(exits: Values, confidence: Values, num_exits: int) -> NDArray[np.complex128]:
+def hardness(exits: Values, confidence: Values, num_exits: int) -> Samples:
     """Samples [N] as numbers that NumPy sorts by hardness, exit first; ValueError for what is not finite."""
     places = exit_numbers(exits, num_exits)
     values = numbers(confidence)
@@ -145,15 +140,7 @@ def hardness(exits: Values, confidence: Values, num_exits: int) -> NDArray[np.co
         raise UserError(f"{len(places)} exits with {len(values)} values of confidence")
     if not np.isfinite(values).all():
         raise UserError(f"confidence {values[~np.isfinite(values)][0]}; accepted: finite numbers")
-    return _ordered(places, values)
-
-
-def _ordered(exits: NDArray[Any], confidence: Floats) -> NDArray[np.complex128]:
-    """Complex numbers, which NumPy compares by their real and then by their imaginary parts."""
-    pairs = np.empty(len(exits), dtype=np.complex128)
-    pairs.real = exits
-    pairs.imag = -confidence
-    return pairs
+    return ordered(places, values)
 
 
 def counts_by_exit(exits: Values, correct: Values | None, num_exits: int) -> Ints:

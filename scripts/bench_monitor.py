@@ -12,7 +12,7 @@ from the change to the alarm.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from common import print_table, read_known
+from common import percents, print_table, read_known
 
 import numpy as np
 import torch
@@ -71,11 +71,10 @@ class Pool:
 
     def text(self, num_exits: int) -> str:
         """How many images leave where, and how many answers are wrong."""
-        shares = 100 * np.bincount(self.exits.astype(int), minlength=num_exits) / len(self.exits)
+        count = len(self.exits)
+        shares = np.bincount(self.exits.astype(int), minlength=num_exits) / count
         error = 100 * (1 - self.correct.mean())
-        return f"{len(self.exits)} images, {' '.join(f'{share:.1f}' for share in shares)} % by exit, " + (
-            f"error {error:.2f} %"
-        )
+        return f"{count} images, {percents(shares, 1)} % by exit, error {error:.2f} %"
 
 
 def shifted_images(subject: Subject, flags: Flags) -> Dataset:
@@ -95,7 +94,7 @@ def first_alarms(
 
     A stream has `counts` images of the pools before and after the change.
     """
-    found = []
+    columns: dict[str, np.ndarray] = {}
     for number in range(flags.streams):
         rng = np.random.default_rng([number, *counts])
         reference = Reference.of(*before.draw(flags.reference, rng), num_exits=num_exits, seed=number)
@@ -109,14 +108,10 @@ def first_alarms(
         places = {"mix": np.arange(stream.shape[1]), "risk": np.flatnonzero(known)}
         for k in range(num_exits):
             places[f"risk at exit {k}"] = np.flatnonzero(known & (stream[0] == k))
-        found.append(
-            {
-                one.test: np.inf if one.alarm_at is None else places[one.test][one.alarm_at - 1] + 1
-                for one in status.verdicts
-            }
-        )
-    tests = list(dict.fromkeys(name for row in found for name in row))
-    columns = {name: np.array([row.get(name, np.inf) for row in found]) for name in tests}
+        for one in status.verdicts:
+            column = columns.setdefault(one.test, np.full(flags.streams, np.inf))
+            if one.alarm_at is not None:
+                column[number] = places[one.test][one.alarm_at - 1] + 1
     return columns | {"any": np.min(list(columns.values()), axis=0)}
 
 
@@ -127,9 +122,11 @@ def rows_of(change: int | None, alarms: dict[str, np.ndarray]) -> Iterator[tuple
             yield test, "never", len(at), 100 * np.isfinite(at).mean(), *"----"
             continue
         delays = at[at > change] - change
-        late = np.quantile(delays, (0.5, 0.9, 0.99), method="inverted_cdf") if len(delays) else [np.nan] * 3
+        known = delays if len(delays) else [np.nan]
+        late = np.quantile(known, (0.5, 0.9, 0.99), method="inverted_cdf")
+        before = 100 * (at <= change).mean()
         found = 100 * np.isfinite(delays).sum() / max(len(delays), 1)
-        yield test, str(change), len(at), 100 * (at <= change).mean(), found, *late
+        yield test, str(change), len(at), before, found, *late
 
 
 def main(argv: list[str]) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import adaptive.monitor as module
-from adaptive.monitor import CHANGES, Monitor, upper_limit
-from adaptive.reference import Reference
+from adaptive import mix
+from adaptive.mix import CHANGES
+from adaptive.monitor import Monitor, upper_limit
+from adaptive.reference import Reference, hardness
 from utils import UserError
 
 
@@ -46,15 +47,15 @@ def test_the_reference_alone_would_give_false_alarms(monkeypatch):
         upper = urn.cumsum() / urn.sum()
         return (upper - urn / urn.sum())[bins], upper[bins]
 
-    monkeypatch.setattr(module, "_intervals", frozen)
-    monkeypatch.setattr(module, "CHUNK", 10**6)  # so that what is drawn does not come into the urn
+    monkeypatch.setattr(mix, "intervals", frozen)
+    monkeypatch.setattr(mix, "CHUNK", 10**6)  # so that what is drawn does not come into the urn
     assert rate_of_alarms(16, 1000, alarm_rate=0.3) > 0.5
 
 
 def test_a_place_is_as_wide_as_it_is_likely():
     rng = np.random.default_rng(0)
     urn, bins = rng.integers(1, 5, 6), rng.integers(6, size=50)
-    lower, upper = module._intervals(urn, bins)
+    lower, upper = mix.intervals(urn, bins)
     weights = urn.astype(float)
     for t, k in enumerate(bins):
         assert lower[t] == pytest.approx(weights[:k].sum() / weights.sum())
@@ -64,7 +65,7 @@ def test_a_place_is_as_wide_as_it_is_likely():
 
 def test_every_bet_is_fair_whatever_the_places():
     ends = np.concatenate([[0], np.sort(np.random.default_rng(0).random(30)), [1]])
-    factors = np.exp(module._mix_factors(ends[:-1], ends[1:]))
+    factors = np.exp(mix.mix_factors(ends[:-1], ends[1:]))
     assert factors.shape == (31, len(CHANGES))
     np.testing.assert_allclose(np.diff(ends) @ factors, 1, rtol=1e-12)
     middle = factors[15]
@@ -77,8 +78,8 @@ def test_the_places_are_those_of_conformal_p_values():
     exits, confidence, _ = draw(rng, 330)
     monitor = Monitor(Reference.of(exits[:30], confidence[:30], num_exits=3, bins=31))
     hard = 10 * exits - confidence
-    bins = monitor.reference.bins(module.hardness(exits[30:], confidence[30:], 3), rng.random(300))
-    lower, upper = module._intervals(monitor.urn, bins)
+    bins = monitor.reference.bins(hardness(exits[30:], confidence[30:], 3), rng.random(300))
+    lower, upper = mix.intervals(monitor.urn, bins)
     for t in range(300):
         before, one = hard[: 30 + t], hard[30 + t]
         low, high = (before < one).sum() / (31 + t), ((before <= one).sum() + 1) / (31 + t)

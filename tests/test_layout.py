@@ -3,6 +3,7 @@
 import ast
 import io
 import tokenize
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,10 @@ LAYERS = [
     {"training", "datasets"},
     {"engine"},
     {"experiment"},
+    {"deploy"},
     {"eval_dynamic"},
     {"main_earlyExit"},
-    {"detection", "deploy"},
+    {"detection"},
     {"scripts"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -51,7 +53,7 @@ def module_of(path):
 def imports_of(path):
     """Modules of this repository that a file imports, anywhere in it."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -70,37 +72,39 @@ def forbidden(importer, imported):
     return LEVEL[other] >= LEVEL[layer]
 
 
-def tokens_of(tree, text):
+@cache
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def tree_of(path):
+    return ast.parse(text_of(path))
+
+
+@cache
+def tokens_of(path):
     """The positions of all tokens but comments, layout and docstrings."""
     documented = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(path)):
         if (
             isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
             and ast.get_docstring(node) is not None
         ):
             documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    found = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in NOISE]
+    found = [t for t in tokenize.generate_tokens(io.StringIO(text_of(path)).readline) if t.type not in NOISE]
     return [t for t in found if not (t.type == tokenize.STRING and t.start[0] in documented)]
-
-
-SOURCES = {path: path.read_text(encoding="utf-8") for path in FILES}
-TREES = {path: ast.parse(text) for path, text in SOURCES.items()}
-TOKENS = {path: tokens_of(TREES[path], text) for path, text in SOURCES.items()}
 
 
 def functions_of(path):
     return [
-        node for node in ast.walk(TREES[path]) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        node for node in ast.walk(tree_of(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
 
 
-def constructors_of_models():
-    """The `__init__` of every class in models/ and of what has the options of one."""
-    for path, tree in TREES.items():
-        if path.parent.name == "models":
-            for node in ast.walk(tree):
-                if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-                    yield node
+def is_constructor_of_models(path, node):
+    """True for the `__init__` of every class in models/ and of what has the options of one."""
+    return path.parent.name == "models" and node.name == "__init__"
 
 
 def test_every_file_is_seen():
@@ -134,33 +138,33 @@ def test_imports_go_down(path):
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_budgets_of_a_file(path):
-    lines = SOURCES[path].splitlines()
-    assert len(lines) <= 320 and len(TOKENS[path]) <= 2500
+    lines = text_of(path).splitlines()
+    assert len(lines) <= 320 and len(tokens_of(path)) <= 2500
     assert max(map(len, lines), default=0) <= 110
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_budgets_of_functions(path):
-    free = list(constructors_of_models())
     for node in functions_of(path):
-        inside = sum(node.lineno <= token.start[0] <= node.end_lineno for token in TOKENS[path])
+        inside = sum(node.lineno <= token.start[0] <= node.end_lineno for token in tokens_of(path))
         assert node.end_lineno - node.lineno + 1 <= 60 and inside <= 450, (node.name, inside)
         names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-        assert len([n for n in names if n not in ("self", "cls")]) <= 8 or node in free, node.name
+        few = len([n for n in names if n not in ("self", "cls")]) <= 8
+        assert few or is_constructor_of_models(path, node), node.name
 
 
 def test_budget_of_the_whole():
-    tokens = sum(map(len, TOKENS.values()))
-    lines = 0
-    for found in TOKENS.values():
+    every = [tokens_of(path) for path in FILES]
+    tokens, lines = sum(map(len, every)), 0
+    for found in every:
         lines += len({line for token in found for line in range(token.start[0], token.end[0] + 1)})
     # The first limit is raised for abilities alone; the second, whose goal is 10, is never raised.
-    assert tokens <= 137_600 and tokens / lines <= 10.3
+    assert tokens <= 176_500 and tokens / lines <= 10.3
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_public_names_are_documented(path):
-    tree = TREES[path]
+    tree = tree_of(path)
     if path.name != "__init__.py" or tree.body:
         assert ast.get_docstring(tree), f"{path} says nothing of itself"
     for node in tree.body:
@@ -170,7 +174,7 @@ def test_public_names_are_documented(path):
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_every_load_is_weights_only(path):
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             if name in ("torch.load", "torch.hub.load_state_dict_from_url"):
@@ -181,8 +185,8 @@ def test_every_load_is_weights_only(path):
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_nothing_is_executed_or_patched(path):
     """No exec, eval or unittest.mock in the product."""
-    assert not any(name.startswith("unittest") for name in _all_imports(TREES[path]))
-    for node in ast.walk(TREES[path]):
+    assert not any(name.startswith("unittest") for name in _all_imports(tree_of(path)))
+    for node in ast.walk(tree_of(path)):
         assert not (isinstance(node, ast.Call) and ast.unparse(node.func) in ("exec", "eval")), node.lineno
 
 

@@ -17,7 +17,7 @@ from models import create_model
 from training.l2w import Weighting
 from training.optim import Optimization, make_update
 
-pytestmark = pytest.mark.usefixtures("costs_once")
+pytestmark = pytest.mark.usefixtures("costs_once", "no_pictures")
 train = main_earlyExit.main
 PLAIN = shlex.split("--mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 --smoothing 0")
 

@@ -243,14 +243,14 @@ def test_a_published_file_is_evaluated_without_naming_its_network(checkpoint, th
 
 @pytest.mark.parametrize("words", ["", "--num_calib 0"])
 def test_the_published_procedure_samples_all_training_images(checkpoint, thousand, tmp_path, capsys, words):
-    data = ["--data_path", thousand, "--calib", "train_augmented", "--batch_size", 3, *words.split()]
+    data = ["--data_path", thousand, "--calib", "train_augmented", "--batch_size", 6, *words.split()]
     if words:  # which the training script does of itself
-        data = ["--data_path", thousand, "--batch_size", 3, *words.split(), "--mode", "dynamic", *RUN]
+        data = ["--data_path", thousand, "--batch_size", 6, *words.split(), "--mode", "dynamic", *RUN]
         into = ["--output_dir", tmp_path, "--resume", checkpoint]
         main_earlyExit.main(["--eval", "true", *map(str, [*data, *into])])
     else:
         evaluate(checkpoint, tmp_path, *data, *DYNAMIC)
-    origin = "303 training images with training augmentation, the published procedure"
+    origin = "606 training images with training augmentation, the published procedure"
     printed = capsys.readouterr().out
     assert f"thresholds are chosen on {origin}\n" in printed
     assert bool(words) == ("\nas published for Dyn-Perceiver: 33 quotas" in printed)

@@ -95,7 +95,15 @@ PARSED = [
         r"^scripts/(bench_monitor|bench_search|check_guarantees|compare_policies|measure_confidence).py",
         "their tests in tests/scripts: they draw images hundreds of times",
     ),
+    (r"^eval_dynamic.py.*--export", "tests/deploy: exports take seconds each"),
+    (
+        r"^scripts/(bench_(backends|scenarios|server)|check_export|compare_earlyon|measure_precision).py",
+        "their tests in tests/scripts: they export networks",
+    ),
+    (r"^main_earlyExit.py --model rexnet_ee", "tests/test_objectives.py"),
 ]
+# Commands of which nothing is checked here, and what runs them.
+ELSEWHERE = [(r"^(curl|serve|python -m deploy\.server|python runs/deployed/runner\.py) ", "tests/deploy")]
 NOT_OURS = {"-m pytest", "ruff", "pyrefly"}  # what a recipe may start besides our scripts
 
 
@@ -294,6 +302,8 @@ class Runner:
             (value,) = expanded([value], environment)
             environment, words = environment | {name: value}, words[1:]
         words = expanded(words, environment)
+        if any(re.search(pattern, " ".join(words)) for pattern, _ in ELSEWHERE):
+            return
         if words[0] == "bash":
             for command in started_by(words[1:], environment, Path.cwd()):
                 if not " ".join(command[1:]).startswith("-m pytest") and command[0] not in NOT_OURS:

@@ -158,7 +158,7 @@ def test_a_weight_net_goes_on(content, saved, go_on):
     assert_close(found["l2w"]["optimizer"]["state"], state["optimizer"]["state"], rtol=0, atol=0)
 
 
-def test_it_is_evaluated(saved, evaluate_into, tmp_path, capsys):
+def test_it_is_evaluated(saved, evaluate_into, tmp_path, capsys, no_pictures):
     out = evaluate_into(tmp_path / "results", saved(), "--mode", "dynamic")
     assert "moving average of the weights" in capsys.readouterr().out
     exits = json.loads((out / "anytime.json").read_text())

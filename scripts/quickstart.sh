@@ -12,3 +12,4 @@ python main_earlyExit.py --model msdnet_cifar_lin5 --data_set DIGITS --num_calib
     --smoothing 0 --mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 \
     --use_amp true --num_workers 1 --save_ckpt_num 0 --output_dir "$out"
 python eval_dynamic.py --checkpoint "$out/checkpoint-best.pth" --num_workers 1
+echo "to run it without PyTorch, or as a service: pip install -r requirements-deploy.txt, then docs/deploy.md"

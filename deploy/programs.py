@@ -9,7 +9,6 @@ import torch
 from adaptive.inference import fold_batch_norm
 from deploy.stages import LOGITS, Stage
 from models import MultiExitModel
-from models.ebjr import View, in_products
 from models.tuning import Tunable
 from utils import UserError
 
@@ -23,9 +22,7 @@ def portable(model: MultiExitModel) -> MultiExitModel:
         weights.data = weights.data.contiguous()  # files hold them in plain order
     for module in network.modules():
         if isinstance(module, Tunable):
-            module.choose_kernels(on_cpu=False, training=False)
-        if isinstance(module, View):
-            module.resize = in_products
+            module.choose_portable()
     return network
 
 

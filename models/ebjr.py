@@ -171,6 +171,10 @@ class View(Tunable):
         """A CPU has a kernel for bytes, which rounds as PIL does."""
         self.resize = in_bytes if on_cpu else in_floats
 
+    def choose_portable(self) -> None:
+        """Some runtimes ignore antialiasing."""
+        self.resize = in_products
+
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] to [B, 3, size, size]: short side to `size / crop` pixels, then a centre crop."""
         short = min(images.shape[-2:])

@@ -11,6 +11,10 @@ class Tunable(nn.Module):
         """Sets which kernels `forward` uses from now on."""
         raise NotImplementedError
 
+    def choose_portable(self) -> None:
+        """Sets the operations that runtimes outside PyTorch compute alike."""
+        self.choose_kernels(on_cpu=False, training=False)
+
 
 def tune(network: nn.Module, device: torch.device | str) -> None:
     """Chooses the fastest kernels for `device` and the network's mode, training or evaluation."""

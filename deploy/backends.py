@@ -19,7 +19,7 @@ from adaptive.timing import interleaved
 from deploy import decide
 from deploy.alone import Alone
 from deploy.compiled import Compiled
-from deploy.export import export, shared
+from deploy.export import Quantise, export, shared
 from deploy.folder import IMAGES
 from deploy.quantize import CALIBRATING, quantise
 from deploy.runner import Runner
@@ -60,7 +60,8 @@ class Exports:
     def without(self, off: Collection[int], precision: str) -> Path:
         """The network with these exits switched off."""
         policy = replace(through(self.opened.network), off=tuple(off))
-        return self._made(f"without {sorted(off)}", self.opened, policy, precision)
+        whole = self.without((), precision) if off and precision == "int8" else None
+        return self._made(f"without {sorted(off)}", self.opened, policy, precision, whole)
 
     def alone(self, k: int, precision: str) -> Path:
         """Exit k as a network of one exit."""
@@ -73,12 +74,14 @@ class Exports:
         policy.save(path)
         return decide.Policy(path)
 
-    def _made(self, name: str, opened: Opened, policy: Policy, precision: str) -> Path:
+    def _made(
+        self, name: str, opened: Opened, policy: Policy, precision: str, whole: Path | None = None
+    ) -> Path:
         weights = "int8" if precision == "int8" else "fp32"
         folder = Path(self.root.name, f"{name} in {weights}")
         if not folder.exists():
-            calibrated = None
-            if weights == "int8" and self.calib:
+            calibrated: Quantise | Path | None = whole
+            if weights == "int8" and self.calib and not whole:
                 calibrated = partial(quantise, images=_array(self.calib()))
             export(opened, shared(policy, weights), folder, quantise=calibrated)
         return folder

@@ -49,7 +49,7 @@ def export(
     `policies` are by precision, that in which they were found first; one alone is for fp32, and `shared`.
     Those of the `menu` that fit the same stages are written beside them, each with its `reference`; nothing
     is written of stages that no policy reaches. `quantise` makes the stages for int8, or is a folder that has
-    them: then the network is cut as there, at every exit. `compiled` adds packages for this machine's
+    them, cut at every exit. `compiled` adds packages for this machine's
     processor. An earlier export is replaced once the new one is complete. Raises ValueError for policies that
     do not fit each other or the network, for missing packages, and for a folder that holds something else.
     """
@@ -60,8 +60,9 @@ def export(
     swaps = [one for one in menu if set(one.off) >= set(off)]
     last = max(map(_last, [*given.values(), *swaps]))
     if isinstance(quantise, Path):
-        off, last = (), None
-        quantise = partial(_evaluated, quantise)
+        from deploy.joining import joined
+
+        quantise = partial(joined, quantise)
     if ("int8" in given) != (quantise is not None):
         raise UserError("int8 needs a policy and quantised stages: give both or neither")
     with replacing_folder(folder) as part:
@@ -121,15 +122,6 @@ def shared(policy: Policy, precision: str = "fp32") -> dict[str, Policy]:
 def _last(policy: Policy) -> int:
     """The last exit that any sample reaches."""
     return len(list(takewhile(lambda limit: limit > EVERYBODY, policy.thresholds[:-1])))
-
-
-def _evaluated(source: Path, folder: Path, stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Copies the stages in int8 from another exported folder of the same network, cut in the same way."""
-    names = [one.int8 or "" for one in Manifest.load(source).stages]
-    assert len(names) == len(stages)
-    for name in names:
-        shutil.copyfile(source / name, folder / name)
-    return names
 
 
 def copy_runner(folder: Path) -> None:

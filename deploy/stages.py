@@ -79,9 +79,11 @@ def named_stages(
 
     There are none behind the exit `last`, if that is given.
 
-    A tensor keeps its name while it is passed on, so a state is a set of named tensors. What a stage must be
-    given is what its operations read.
+    A tensor keeps its name while it is passed on, so a state is a set of named tensors. The name says which
+    stage makes it where no exit is off, and is the same where some are. What a stage must be given is what
+    its operations read.
     """
+    known = _names_after(model, images)
     on = [k for k in range(model.num_exits if last is None else last + 1) if k not in off]
     names: State = IMAGES
     state: State = images
@@ -90,7 +92,7 @@ def named_stages(
     for place, run in enumerate(stages_of(model, off)[: len(on)]):
         with torch.inference_mode(), _Watch() as watch:
             _, after = run(state)
-        names_after = _names(after, before, f"stage{place}")
+        names_after = _each(after, lambda path, _, names=known[on[place]]: names[path])
         pairs = zip(_leaves(names_after), _leaves(after), strict=True)
         later = {name: tensor for (_, name), (_, tensor) in pairs}
         trace = _Trace(model, tuple(off), place, on[place], names, before, watch.touched, names_after, later)
@@ -138,10 +140,19 @@ class _Watch(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def _names(after: State, before: dict[str, Tensor], stage: str) -> State:
-    """Names in the place of tensors: that from before, or one by the stage that made it."""
-    known = {id(tensor): name for name, tensor in before.items()}
-    return _each(after, lambda path, leaf: known.setdefault(id(leaf), f"{stage}_{path}"))
+def _names_after(model: MultiExitModel, images: Tensor) -> list[dict[str, str]]:
+    """The names of the tensors in the state after each exit, by their places in it."""
+    names = []
+    state: State = images
+    before = {id(images): IMAGES}
+    for k, run in enumerate(stages_of(model)):
+        with torch.inference_mode():
+            _, after = run(state)
+        found = {path: before.setdefault(id(leaf), f"stage{k}_{path}") for path, leaf in _leaves(after)}
+        names.append(found)
+        before = {id(leaf): found[path] for path, leaf in _leaves(after)}
+        state = after  # as long as it is held, no other tensor has the id of one of its
+    return names
 
 
 def _with_only(model: MultiExitModel, used: Collection[int]) -> MultiExitModel:

@@ -105,7 +105,9 @@ def test_both_ends_round_by_the_same_levels(folder):
         values = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
         weights = [array for array in values.values() if array.ndim == 4]
         assert [array.dtype for array in weights] == [np.int8]
-        levels.append((values["map_scale"], values["map_zero"]))
+        (node,) = (one for one in graph.node if "map" in (*one.input, *one.output))
+        assert node.op_type == ("QuantizeLinear", "DequantizeLinear")[k]
+        levels.append([values[name] for name in node.input[1:]])
     assert levels[0] == levels[1]
 
 

@@ -1,6 +1,5 @@
 """Neighbouring quantised stages as one, for a policy that has the exits between them switched off."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,13 +21,11 @@ def joined(source: Path, folder: Path, stages: Sequence[Mapping[str, Any]]) -> l
     bounds = [-1, *(stage["exit"] for stage in stages)]
     names = []
     for k, ((before, last), stage) in enumerate(zip(pairwise(bounds), stages, strict=True)):
-        files = [source / str(one.int8) for one in parts if before < one.exit <= last]
+        ours = [one for one in parts if before < one.exit <= last]
         ends = [[one["name"] for one in stage[side]] for side in ("inputs", "outputs")]
         name = f"stage{k}.int8.onnx"
-        if len(files) == 1:
-            shutil.copyfile(files[0], folder / name)
-        else:
-            ir.save(join([ir.load(file) for file in files], *ends), folder / name)
+        model = join([ir.load(source / str(one.int8)) for one in ours], *ends)
+        ir.save(model, folder / name)
         names.append(name)
     return names
 

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,9 +13,10 @@ from torch import nn
 from adaptive.backend import tuned
 from adaptive.inference import run_adaptive, run_single
 from adaptive.policy import Policy
-from deploy import backends, compiled
+from deploy import backends, compiled, quantize
 from deploy.backends import Exports, fastest, open_backend
 from deploy.compiled import Compiled
+from deploy.runner import Runner
 from experiment.open import Opened
 from experiment.recipe import Recipe
 from loading.transforms import View
@@ -184,6 +186,20 @@ def test_an_evaluation_in_a_backend(trained, evaluate_into, tmp_path):
     assert content["provenance"]["backend"] == "eager, bf16"
     assert "eager, bf16; medians" in (out / "report.html").read_text()
     assert len(content["runtime"]["table"]) == 6
+
+
+def test_what_is_exported_in_int8_is_what_was_evaluated(
+    trained, evaluate_into, images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(quantize, "LEAST", 8)
+    words = "--backend openvino --precision int8 --mode dynamic --policies quotas --export"
+    out = evaluate_into(
+        tmp_path / "out", trained / "checkpoint-last.pth", *words.split(), tmp_path / "folder"
+    )
+    expected = json.loads((out / "record.json").read_text())["routing"]["shares"]
+    answers = Runner(tmp_path / "folder", "openvino", "int8").answer(sorted(images.glob("val/*/*")))
+    shares = np.bincount(answers.exits, minlength=2) / len(answers.exits)
+    assert shares.tolist() == expected and shares.min() > 0
 
 
 @pytest.mark.parametrize(

@@ -103,21 +103,6 @@ def test_int8_stages_come_with_their_policy(tiny, tmp_path):
 
 
 @pytest.mark.usefixtures("quickly")
-def test_int8_stages_are_those_that_were_evaluated(tiny, tmp_path):
-    def quantise(folder, stages):
-        names = [f"stage{k}.int8.onnx" for k in range(len(stages))]
-        for name in names:
-            (folder / name).write_text(f"evaluated {name}")
-        return names
-
-    export(tiny, shared(ROW, "int8"), tmp_path / "x", quantise=quantise)
-    found = export(tiny, shared(ROW, "int8"), tmp_path / "y", quantise=tmp_path / "x")
-    assert [stage.int8 for stage in found.stages] == ["stage0.int8.onnx", "stage1.int8.onnx"]
-    for stage in found.stages:
-        assert (tmp_path / "y" / stage.int8).read_text() == f"evaluated {stage.int8}"
-
-
-@pytest.mark.usefixtures("quickly")
 def test_stages_that_nobody_reaches_are_left_out(tiny, tmp_path):
     found = export(tiny, ALL, tmp_path / "x")
     (stage,) = found.stages

@@ -136,7 +136,9 @@ class Exported:
         key = folder, size
         if key not in self.runners:
             try:
-                self.runners[key] = Runner(folder, self.name, self.precision, micro_batch=size)
+                threads = torch.get_num_threads()  # as many as rivals have
+                runner = Runner(folder, self.name, self.precision, threads=threads, micro_batch=size)
+                self.runners[key] = runner
             except decide.RunnerError as error:
                 raise UserError(str(error)) from error
         return self.runners[key]

@@ -139,7 +139,9 @@ class Exported:
         key = folder, size
         if key not in self.runners:
             try:
-                self.runners[key] = Runner(folder, self.name, self.precision, micro_batch=size)
+                threads = torch.get_num_threads()  # as many as rivals have
+                runner = Runner(folder, self.name, self.precision, threads=threads, micro_batch=size)
+                self.runners[key] = runner
             except decide.RunnerError as error:
                 raise UserError(str(error)) from error
         return self.runners[key]
@@ -205,7 +207,7 @@ def fastest(precision: str, exports: Exports, images: Tensor) -> tuple[Backend, 
 
 
 def with_backend(subject: Subject) -> tuple[Subject, str]:
-    """The subject with the backend that its flags name, and a line that says why it was chosen, if it was."""
+    """The subject with the backend that its flags name, and a line about it, if there is one."""
     exits = subject.recipe.exits
     compute = subject.compute
     if (exits.backend, exits.precision) == ("eager", "fp32"):
@@ -220,4 +222,6 @@ def with_backend(subject: Subject) -> tuple[Subject, str]:
         backend, line = fastest(exits.precision, exports, test_images(subject, 4 * TRIED)[0])
     else:
         backend = open_backend(exits.backend, exits.precision, exports)
+        if exits.backend == "compile":
+            line = "backend compile: stages are compiled when they first run, for minutes on a CPU"
     return replace(subject, backend=backend), line

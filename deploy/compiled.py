@@ -1,6 +1,7 @@
-"""Stages compiled by torch.compile for a few sizes of batch; on a GPU, recorded as CUDA graphs.
+"""Stages compiled by torch.compile: on a CPU for any number of rows, on a GPU as CUDA graphs of a few sizes.
 
-A new number of rows would be compiled anew, for seconds: batches are padded up to a size that is known.
+A graph has one number of rows, and a new one takes seconds: on a GPU, batches are padded up to a size that is
+known. On a CPU, code for one row, for less than 16 and for more is compiled when it is first needed.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -17,6 +18,7 @@ from adaptive.policy import Policy
 from deploy.calls import sizes_of
 from deploy.decide import only
 from deploy.folder import IMAGES, read_later
+from deploy.programs import program_of
 from deploy.stages import Stage, named_stages
 from models import MultiExitModel
 
@@ -37,19 +39,19 @@ class Compiled:
         self.model = tuned(model, precision)
         self.precision = precision
         self.images = torch.zeros(2, *shape, device=next(model.parameters()).device)
-        self.fixed: dict[tuple[int, ...], list[FixedStage]] = {}
+        self.compiled: dict[tuple[int, ...], list[CompiledStage]] = {}
 
     def network(self) -> MultiExitModel:
         """All exits; nothing is merged."""
         return Staged(self.model, self.stages())
 
     def stages(self, off: Collection[int] = (), sizes: Sequence[int] = ()) -> list[PipelineStage]:
-        """On any number of rows, padded up to one of `sizes`, in rising order, that is not less."""
+        """On any number of rows; on a GPU padded up to one of `sizes`, in rising order, that is not less."""
         first, *later = (partial(stage, sizes=sizes) for stage in self.without(off))
         return [lambda images: first({IMAGES: images}), *later]
 
     def early(self, policy: Policy, order: str) -> Run:
-        """In order "latency", samples that stay are padded up to the next power of 4."""
+        """In order "latency", on a GPU, samples that stay are padded up to the next power of 4."""
 
         def latency(part: Tensor, size: int) -> tuple[Tensor, Tensor]:
             stages = self.stages(policy.off, sizes_of(size, 4))
@@ -71,60 +73,61 @@ class Compiled:
 
         return static(logits, k)
 
-    def without(self, off: Collection[int]) -> list["FixedStage"]:
+    def without(self, off: Collection[int]) -> list["CompiledStage"]:
         """The stages with these exits switched off."""
         key = tuple(sorted(off))
-        if key not in self.fixed:
+        if key not in self.compiled:
             named = named_stages(self.model, self.images, key)
             pairs = zip(named, read_later(named), strict=True)
-            self.fixed[key] = [FixedStage(stage, later) for stage, later in pairs]
-        return self.fixed[key]
+            self.compiled[key] = [CompiledStage(stage, later) for stage, later in pairs]
+        return self.compiled[key]
 
 
-class FixedStage:
-    """A stage from named tensors to logits [B, C] and what later stages read, compiled by size of batch."""
+class CompiledStage:
+    """A stage from named tensors to logits [B, C] and what later stages read, compiled."""
 
     def __init__(self, stage: Stage, later: Collection[str]) -> None:
         self.stage = stage
         self.later = later
         self.reads = [one.name for one in stage.inputs]
         self.makes = [one.name for one in stage.outputs]
-        self.programs: dict[int, Program] = {}
+        self.programs: dict[int | None, Program] = {}
 
     @torch.inference_mode()
     def __call__(self, state: Tensors, sizes: Sequence[int] = ()) -> tuple[Tensor, Tensors]:
-        """Pads up to one of `sizes`; runs as many rows as there are if that is more."""
+        """On a GPU, pads up to one of `sizes`, or to a power of 2 if there are more rows than that."""
         tensors = [state[name] for name in self.reads]
         rows = len(tensors[0])
-        size = next((one for one in sizes if one >= rows), rows)
+        size: int | None = None
+        if tensors[0].is_cuda:
+            size = next((one for one in sizes if one >= rows), 1 << (rows - 1).bit_length())
         if size not in self.programs:
             self.programs[size] = self._program(size, tensors)
         logits, *made = (one[:rows] for one in self.programs[size](*tensors))
         return logits, only(state, self.later) | dict(zip(self.makes, made, strict=True))
 
-    def _program(self, size: int, tensors: Sequence[Tensor]) -> Program:
-        examples = [one.new_zeros(size, *one.shape[1:]) for one in tensors]
+    def _program(self, size: int | None, tensors: Sequence[Tensor]) -> Program:
+        """For batches of this size; without one, for all."""
         # An exported program has code of its own: all stages share that of `Stage.forward`, of which
         # torch.compile keeps a few versions only.
         with torch.inference_mode(False), torch.no_grad():
+            if size is None:
+                program = compiled(program_of(self.stage).module(), dynamic=True)
+                return lambda *tensors: program(*map(alike, tensors))
+            examples = [one.new_zeros(size, *one.shape[1:]) for one in tensors]
             module = torch.export.export(self.stage, tuple(examples)).module()
-        program = compiled(module)
-        if examples[0].is_cuda:
-            return Graph(program, examples)
-        return lambda *tensors: program(*(padded(one, size) for one in tensors))
+        return Graph(compiled(module, dynamic=False), examples)
 
 
-def compiled(module: torch.nn.Module) -> Program:
-    """The module for inputs of one size, its weights frozen."""
-    return torch.compile(module, dynamic=False, options={"freezing": True})
+def compiled(module: torch.nn.Module, dynamic: bool) -> Program:
+    """The module, its weights frozen; dynamic: for inputs of any size."""
+    return torch.compile(module, dynamic=dynamic, options={"freezing": True})
 
 
-def padded(tensor: Tensor, size: int) -> Tensor:
-    """The rows and zeros behind them, `size` in all."""
-    if missing := size - len(tensor):
-        zeros = tensor.new_zeros(missing, *tensor.shape[1:])
-        tensor = torch.cat([tensor, zeros])
-    return tensor.contiguous()  # its strides are compiled in
+def alike(tensor: Tensor) -> Tensor:
+    """The tensor as compiled code expects it: another kind or other strides would be compiled anew."""
+    whole = tensor.contiguous()
+    return whole if whole.is_inference() else whole.clone()
 
 
 class Graph:

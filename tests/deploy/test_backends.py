@@ -71,7 +71,7 @@ def exports(opened):
 def made(exports):
     """Backends by name; what is compiled is what would be, without waiting for the compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "compiled", lambda module: module)
+        patch.setattr(compiled, "compiled", lambda module, **_: module)
         yield {name: open_backend(name, "fp32", exports) for name in NAMES}
 
 
@@ -157,13 +157,17 @@ def test_bf16_gives_logits_in_fp32(opened, batch):
     assert opened.network.convs[0].weight.dtype == torch.float32
 
 
-def test_sizes_that_are_compiled(opened, batch, half, monkeypatch):
-    monkeypatch.setattr(compiled, "compiled", lambda module: module)
-    backend = Compiled(opened.network, (3, 8, 8))
-    backend.early(half, "throughput")(batch, 4)
-    assert [list(stage.programs) for stage in backend.without(())] == [[4], [4]]
-    backend.early(half, "latency")(batch, 8)
-    assert {size for stage in backend.without(()) for size in stage.programs} <= {1, 4, 8}
+def test_code_compiled_for_a_cpu_takes_any_number_of_images(opened, batch, monkeypatch):
+    # Guards are real; making code takes half a minute.
+    monkeypatch.setattr(compiled, "compiled", partial(torch.compile, backend="aot_eager"))
+    run = Compiled(opened.network, (3, 8, 8)).alone(0)
+    expected = run_single(opened.network, batch, 0)
+    assert_close(run(batch, 11)[0], expected)
+    with torch.compiler.set_stance("fail_on_recompile"), torch.inference_mode():
+        assert_close(run(batch, 4)[0], expected)
+        assert_close(run(batch.clone(), 4)[0], expected)  # a tensor of another kind
+        with pytest.raises(RuntimeError, match="recompile"):
+            run(batch, 1)
 
 
 @pytest.mark.gpu
@@ -179,12 +183,13 @@ def test_recorded_graphs_on_a_gpu(opened, batch, half, order):
 
 
 @pytest.mark.usefixtures("costs_once", "no_pictures")
-def test_an_evaluation_in_a_backend(trained, evaluate_into, tmp_path):
-    words = "--backend eager --precision bf16 --mode runtime --policies quotas --micro_batch 4"
+def test_an_evaluation_in_a_backend(trained, evaluate_into, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "compiled", lambda module, **_: module)
+    words = "--backend compile --mode runtime --policies quotas --micro_batch 4"
     out = evaluate_into(tmp_path, trained / "checkpoint-last.pth", *words.split())
     content = json.loads((out / "record.json").read_text())
-    assert content["provenance"]["backend"] == "eager, bf16"
-    assert "eager, bf16; medians" in (out / "report.html").read_text()
+    assert content["provenance"]["backend"] == "compile, fp32"
+    assert "compile, fp32; medians" in (out / "report.html").read_text()
     assert len(content["runtime"]["table"]) == 6
 
 

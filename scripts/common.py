@@ -90,9 +90,8 @@ def check_policy_alone(flags: Any, *replaced: str) -> None:
     """
     for name in replaced if flags.policy else ():
         value = getattr(flags, name)
-        if not (value is None or value is False or value in ((), "")):
-            words = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise UserError(f"--policy {flags.policy} and --{name} {words}: give one of them")
+        if value not in (None, ""):
+            raise UserError(f"--policy {flags.policy} and --{name} {value}: give one of them")
 
 
 def policy_for(file: str, network: MultiExitModel) -> Policy | None:

@@ -42,7 +42,7 @@ SMALLER = [
     (r"^eval_dynamic.py", f"{RUN} --batch_size 8 --runtime_images 4 --micro_batch 4"),
     (r"--data_set CIFAR10 ", NPZ.format(10)),
     # Evaluated is a run on the stand-in of CIFAR-10.
-    (r"^(eval_dynamic|scripts/bench_runtime).py .*\bruns/.*--data_path \S*/cifar", NPZ.format(10)),
+    (r"^eval_dynamic.py .*\bruns/.*--data_path \S*/cifar", NPZ.format(10)),
     (r"^eval_dynamic.py --checkpoint runs/(quickstart|resnet10t)", NPZ.format(10)),
     (r"--accuracy", "--accuracy 0"),
     (r"--data_set CIFAR100 ", NPZ.format(100)),
@@ -67,11 +67,6 @@ SMALLER = [
         "--streams 4 --length 50 --changes 0 20 --after 30 --reference 20 --shifted_images 8",
     ),
     (r"--networks timm/", "--networks" + 2 * " timm/resnet10t:weights=weights/resnet50.pth"),
-    (r"^scripts/bench_runtime.py(?!.*--latency)", "--images 8 --rounds 1"),
-    (
-        r"^scripts/bench_runtime.py.*--latency",
-        "--model msdnet_cifar_lin5 --input_size 32 --rounds 1 --baselines cifar_alexnet",
-    ),
     (r"^scripts/bench_latency.py", "--models cifar_resnet --input_size 32 --rounds 1"),
     (r"^scripts/bench_thresholds.py", "--samples 300"),
     (r"^scripts/bench_ebjr.py", "--rounds 1"),

@@ -95,12 +95,10 @@ def test_differences_and_times():
     [
         ({"confidence": "margin"}, "--policy p.json and --confidence margin: give one of them"),
         ({"threshold": 0.0}, "--policy p.json and --threshold 0.0: give one of them"),
-        ({"shares": (50.0, 50.0)}, "--policy p.json and --shares 50.0 50.0: give one of them"),
-        ({"latency": True}, "--policy p.json and --latency True: give one of them"),
     ],
 )
 def test_a_policy_is_not_given_beside_what_it_replaces(given, line):
-    free = {"confidence": None, "threshold": None, "shares": (), "latency": False}
+    free = {"confidence": "", "threshold": None}
     check_policy_alone(SimpleNamespace(**free, policy="p.json"), *free)
     check_policy_alone(SimpleNamespace(**free | given, policy=""), *free)
     with pytest.raises(ValueError) as error:

@@ -183,13 +183,14 @@ def test_recorded_graphs_on_a_gpu(opened, batch, half, order):
 
 
 @pytest.mark.usefixtures("costs_once", "no_pictures")
-def test_an_evaluation_in_a_backend(trained, evaluate_into, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("backend", "precision"), [("compile", "fp32"), ("eager", "bf16")])
+def test_an_evaluation_in_a_backend(trained, evaluate_into, tmp_path, monkeypatch, backend, precision):
     monkeypatch.setattr(compiled, "compiled", lambda module, **_: module)
-    words = "--backend compile --mode runtime --policies quotas --micro_batch 4"
+    words = f"--backend {backend} --precision {precision} --mode runtime --policies quotas --micro_batch 4"
     out = evaluate_into(tmp_path, trained / "checkpoint-last.pth", *words.split())
     content = json.loads((out / "record.json").read_text())
-    assert content["provenance"]["backend"] == "compile, fp32"
-    assert "compile, fp32; medians" in (out / "report.html").read_text()
+    assert content["provenance"]["backend"] == f"{backend}, {precision}"
+    assert f"{backend}, {precision}; medians" in (out / "report.html").read_text()
     assert len(content["runtime"]["table"]) == 6
 
 

@@ -1,5 +1,6 @@
 """Imported first by the entry scripts, for what can happen while they import all else: each is one line."""
 
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,10 @@ if missing:
     advice = "bash scripts/install.sh makes .venv with all it needs, then source .venv/bin/activate"
     print(f"error: {sys.executable} has no {', '.join(missing)}: {advice}", file=sys.stderr)
     sys.exit(2)
+
+
+# Where CUDA is installed and no GPU is, it warns on import.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _interrupt(*_: object) -> None:

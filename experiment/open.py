@@ -149,11 +149,11 @@ def compared(options: Mapping[str, Any]) -> dict[str, Any]:
 def _view_of(view: View, arch: dict[str, Any]) -> View:
     """The view, completed where a file's flags leave it open.
 
-    The normalisation is the network's own, else its family's, else ImageNet's; the side is 224 pixels.
+    The normalisation and the side are the network's own, else its family's, else ImageNet's.
     """
     options = arch["options"]
-    mean, std = model_class(arch["name"]).normalisation or IMAGENET_STATS[:2]
-    size = options.get("input_size") or 224
+    mean, std, side = model_class(arch["name"]).normalisation or IMAGENET_STATS
+    size = options.get("input_size") or side
     return view.completed(size, options.get("mean") or mean, options.get("std") or std)
 
 

@@ -146,9 +146,8 @@ def report_streams(systems: dict[str, System], samples: Samples, flags: Flags) -
     print(f"\noffline, {flags.offline} images a request, median of {flags.rounds}")
     rows = []
     for name, one in systems.items():
-        gain = speeds[name] / speeds[last]
-        ideal = systems[last].macs / one.macs
-        rows.append((name, speeds[name], gain, ideal, 100 * found[name].accuracy))
+        gains = speeds[name] / speeds[last], systems[last].macs / one.macs
+        rows.append((name, speeds[name], *gains, 100 * found[name].accuracy))
     print_table(["system", *OFFLINE], rows)
     return speeds
 
@@ -201,9 +200,7 @@ def rows_of(name: str, titles: Sequence[str], here: Figures, there: Figures) -> 
         own = [figures[k] for figures in here]
         middle = np.median(own)
         other = np.median([figures[k] for figures in there])
-        difference = 100 * (other / middle - 1)
-        spread = 100 * np.ptp(own) / middle
-        yield f"{name}: {title}", middle, other, difference, spread
+        yield f"{name}: {title}", middle, other, 100 * (other / middle - 1), 100 * np.ptp(own) / middle
 
 
 def compared_server(name: str, queue: Queued, rate: float, samples: Samples, flags: Flags) -> Iterator[tuple]:

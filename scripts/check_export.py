@@ -76,7 +76,7 @@ class Flags:
     families: tuple[str, ...] = option((), f"of the small networks: {', '.join(FAMILIES)}; default: all")
     networks: tuple[str, ...] = option((), "files of the networks of a cascade, NAME:weights=FILE each")
     images: str = option("", "an .npz file; default: noise")
-    num_images: int = option(257, "how many images", low=1)
+    num_images: int = option(257, "how many images", low=2)
     policy: str = option("", "a saved policy of the one checkpoint")
 
 
@@ -141,9 +141,8 @@ def megabytes(paths: Sequence[Path]) -> float:
 
 def answered(calls: Sequence[Call], images: Tensor) -> Tensor:
     """Logits [K, N, C] of all stages, for batches of 1, 64 and what is left."""
-    batches = [images[:1], *images[1:].split(64)] if len(images) > 1 else [images]
     parts = []
-    for batch in batches:
+    for batch in (images[:1], *images[1:].split(64)):
         state = {"images": batch.numpy()}
         exits = []
         for call in calls:
@@ -191,9 +190,8 @@ def rows_of(name: str, opened: Opened, flags: Flags, folder: Path) -> Iterator[t
         logits = answered(calls, images)
         moved = exits_of(policy, logits)[0] != places
         ties = moved & (margins < NOISE)
-        difference = largest_difference(logits, expected)
-        counts = int(moved.sum()), int(ties.sum()), len(images)
-        yield name, runtime, len(calls), difference, *counts, size, seconds
+        counts = largest_difference(logits, expected), int(moved.sum()), int(ties.sum())
+        yield name, runtime, len(calls), *counts, len(images), size, seconds
 
 
 def main(argv: list[str]) -> None:

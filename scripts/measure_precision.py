@@ -41,7 +41,7 @@ class Flags:
     on: str = option("openvino", "backend", choices=("openvino", "onnxruntime"))
     images: int = option(2048, "at once", low=1)
     batch: int = option(64, "images a stage runs at once", low=1)
-    rounds: int = option(5, "in which all take turns", low=1)
+    rounds: int = option(3, "in which all take turns", low=1)
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def main(argv: list[str]) -> None:
     print(f"{describe_machine(images.device)}; {flags.on}, micro-batches of {flags.batch}")
     print(f"{len(base.seen.test)} test images; policy {base.policy.name} by {base.policy.confidence}")
     speeds = [len(images) / seconds for seconds in times.values()]
-    rows = [cells(one, base, costs.stages, speed) for one, speed in zip(cases, speeds, strict=True)]
-    print_table(HEADS, rows)
+    pairs = zip(cases, speeds, strict=True)
+    print_table(HEADS, [cells(one, base, costs.stages, speed) for one, speed in pairs])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from adaptive.policy import Policy
+from deploy import decide
 
 
 def test_both_tables(printed, checkpoints, tmp_path):
@@ -60,19 +61,19 @@ def test_expected_speed_is_of_stages_by_the_share_that_reaches_them(script, monk
         def alone(self, k):
             return lambda images, size: None
 
-    spent = {"stage": 0.010, "decide": 0.001, "hand over": 0.002, "alone": 0.015}
-    monkeypatch.setattr(
-        module,
-        "interleaved",
-        lambda calls, **_: {name: spent[name if name == "alone" else name[0]] for name in calls},
-    )
-    found = module.expected(Backend(), Policy((0.5, -1e8)), torch.zeros(4, 3), torch.tensor([0, 0, 0, 1]), 1)
+    spent = iter([[0.010, 0.010, 0.015], [0.002, 0.001]])  # stages and the last exit alone; hand-overs
+    monkeypatch.setattr(module, "in_a_row", lambda calls, images: next(spent))
+    found = module.expected(Backend(), Policy((0.5, -1e8)), torch.zeros(4, 3), torch.tensor([0, 0, 0, 1]))
     assert found.stages_ms == [10, 10] and found.alone_ms == 15
-    assert found.hand_over_ms == pytest.approx(1 + 0.25 * 1 + 0.25 * 2)
-    assert found.images_per_s == pytest.approx(1e3 * 4 / (10 + 2.5 + 1.75))
+    assert found.hand_over_ms == pytest.approx(2 + 0.25 * 1)
+    assert found.images_per_s == pytest.approx(1e3 * 4 / (10 + 2.5 + 2.25))
 
 
-def test_rows_are_gathered_of_any_state(script):
-    state = {"a": torch.arange(3), "b": [np.arange(3), None]}
-    first, (second, _) = script("bench_backends").gathered(state, torch.tensor([2, 0]))
-    assert first.tolist() == second.tolist() == [2, 0]
+def test_an_exported_network_hands_over_what_its_runner_does(script, tmp_path):
+    module = script("bench_backends")
+    Policy((0.5, -1e8), answer="best").save(tmp_path / "policy.json")
+    pool = module.Pool(4)
+    policy = decide.Policy(tmp_path / "policy.json")
+    memory = module.hand_over(policy, 0, np.eye(4), {}, {"map": np.arange(4)}, np.array([0, 2]), pool)
+    assert pool.fill == 2 and pool.buffers["map"][:2].tolist() == [0, 2]
+    assert set(memory) == {"answers", "highest"} < set(pool.buffers)

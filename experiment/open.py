@@ -149,11 +149,12 @@ def compared(options: Mapping[str, Any]) -> dict[str, Any]:
 def _view_of(view: View, arch: dict[str, Any]) -> View:
     """The view, completed where a file's flags leave it open.
 
-    The normalisation and the side are the network's own, else its family's, else ImageNet's.
+    The normalisation is the network's own, else its family's, else ImageNet's; so is the side.
     """
     options = arch["options"]
-    mean, std, side = model_class(arch["name"]).normalisation or IMAGENET_STATS
-    size = options.get("input_size") or side
+    family = model_class(arch["name"])
+    mean, std = family.normalisation or IMAGENET_STATS[:2]
+    size = options.get("input_size") or family.side
     return view.completed(size, options.get("mean") or mean, options.get("std") or std)
 
 

@@ -30,7 +30,8 @@ def blocks_of(depth: int, first: int, step: int, what: str) -> int:
 class CifarNet(SingleExit):
     """A family writes `last_map`, and ends its constructor with `add_classifier`."""
 
-    normalisation = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 32)
+    normalisation = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    side = 32
     classifier_name = "fc"
 
     def add_classifier(self, width: int, num_classes: int) -> nn.Linear:

@@ -21,8 +21,10 @@ class MultiExitModel(nn.Module):
     num_exits: int
     # Weights of the exits' losses, where a family was published with others than 1.
     loss_weights: tuple[float, ...] = ()
-    # Mean, standard deviation and side that released weights expect, if not the data set's.
-    normalisation: tuple[Any, ...] = ()
+    # Mean and standard deviation that released weights expect, if not the data set's.
+    normalisation: tuple[tuple[float, ...], ...] = ()
+    # Pixels at the side of the images that they expect.
+    side: int = 224
     # How images were resized to evaluate released weights.
     interpolation: str = "bicubic"
     # Last part of the names of parameters that are added to activations, not multiplied with them.

@@ -190,8 +190,9 @@ def rows_of(name: str, opened: Opened, flags: Flags, folder: Path) -> Iterator[t
         logits = answered(calls, images)
         moved = exits_of(policy, logits)[0] != places
         ties = moved & (margins < NOISE)
-        counts = largest_difference(logits, expected), int(moved.sum()), int(ties.sum())
-        yield name, runtime, len(calls), *counts, len(images), size, seconds
+        difference = largest_difference(logits, expected)
+        counts = int(moved.sum()), int(ties.sum()), len(images)
+        yield name, runtime, len(calls), difference, *counts, size, seconds
 
 
 def main(argv: list[str]) -> None:

@@ -115,7 +115,8 @@ def rival_run(policy: Policy, layout: torch.memory_format) -> Run:
                 found = rival.forward_inference_batched(part)
                 answers = found.predictions
             logits.append(answers)
-            exits.append(torch.full((len(part),), found.exit_taken % 3))  # its last exit is -1
+            place = found.exit_taken % 3  # its last exit is -1
+            exits.append(torch.full((len(part),), place))
         return torch.cat(logits), torch.cat(exits)
 
     return run
@@ -188,10 +189,11 @@ def main(argv: list[str]) -> None:
     reference = alone["earlyon"]
     rows = []
     for name, one in alone.items():
-        latencies = (1e3 * percentile(one.seconds, share) for share in (0.5, 0.9))
+        p50 = 1e3 * percentile(one.seconds, 0.5)
+        p90 = 1e3 * percentile(one.seconds, 0.9)
         batch = batches[name]
-        answers = len(images) / sum(batch.seconds), batch.unlike(reference)
-        rows.append((name, *latencies, one.unlike(reference), *answers))
+        speed = len(images) / sum(batch.seconds)
+        rows.append((name, p50, p90, one.unlike(reference), speed, batch.unlike(reference)))
     left = [reference.exits.count(k) for k in range(3)]
     print(describe_machine(images.device))
     print(f"{len(images)} images of {flags.input_size} pixels, n = 1; leaving at each exit: {left}")

@@ -100,8 +100,8 @@ def main(argv: list[str]) -> None:
     print(f"{describe_machine(images.device)}; {flags.on}, micro-batches of {flags.batch}")
     print(f"{len(base.seen.test)} test images; policy {base.policy.name} by {base.policy.confidence}")
     speeds = [len(images) / seconds for seconds in times.values()]
-    pairs = zip(cases, speeds, strict=True)
-    print_table(HEADS, [cells(one, base, costs.stages, speed) for one, speed in pairs])
+    rows = [cells(one, base, costs.stages, speed) for one, speed in zip(cases, speeds, strict=True)]
+    print_table(HEADS, rows)
 
 
 if __name__ == "__main__":

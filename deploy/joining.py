@@ -52,9 +52,9 @@ def _append(graph: ir.Graph, other: ir.Graph, known: dict[str | None, ir.Value],
     ends = {one.name: one for one in (*other.inputs, *other.outputs)}
     nodes = list(other)
     constants = list(other.initializers.values())
-    for one in (*constants, *(made for node in nodes for made in node.outputs)):
+    for one in (*nodes, *constants, *(made for node in nodes for made in node.outputs)):
         if one.name not in ends:
-            one.name += suffix
+            one.name = f"{one.name}{suffix}"
     other.inputs.clear()
     other.outputs.clear()
     other.initializers.clear()

@@ -37,9 +37,9 @@ def folder(exported, images, tmp_path_factory):
     return path
 
 
-def all_logits(stages, folder, images):
+def all_logits(stages, folder, images, backend):
     """Logits [K, N, C] of the stages in a folder."""
-    found = runtime("openvino", "int8", 1)
+    found = runtime(backend, "int8", 1)
     state = {IMAGES: images.numpy()}
     logits = []
     for k, one in enumerate(stages):
@@ -50,12 +50,13 @@ def all_logits(stages, folder, images):
     return np.stack(logits)
 
 
-def test_joined_stages_answer_as_their_parts(tiny, folder, tmp_path, images):
-    apart = all_logits(Manifest.load(folder).stages, folder, images)
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_joined_stages_answer_as_their_parts(tiny, folder, tmp_path, images, backend):
+    apart = all_logits(Manifest.load(folder).stages, folder, images, backend)
     stages = named_stages(tiny.network, images, (0,))
     rows = [asdict(Files(one.exit, tuple(one.inputs), tuple(one.outputs), "", "")) for one in stages]
     assert joined(folder, tmp_path, rows) == ["stage0.int8.onnx"]
-    whole = all_logits(stages, tmp_path, images)
+    whole = all_logits(stages, tmp_path, images, backend)
     np.testing.assert_allclose(whole, apart[1:], rtol=1e-4, atol=1e-5)
     graphs = [ir.load(folder / f"stage{k}.int8.onnx").graph for k in range(2)]
     apart_kinds = Counter(node.op_type for graph in graphs for node in graph)

@@ -40,21 +40,21 @@ def join(models: Sequence[ir.Model], inputs: Sequence[str], outputs: Sequence[st
     known = {one.name: one for one in (*graph.inputs, *graph.outputs)}
     for number, other in enumerate(others):
         known.pop("logits").name = f"logits_{number}"
-        _append(graph, other.graph, known, f"_{number}")
+        _append(graph, other.graph, known, f"part{number}")
     graph.inputs[:] = [known[name] for name in inputs]
     graph.outputs[:] = [known[name] for name in ("logits", *outputs)]
     RemoveUnusedNodesPass()(whole)
     return whole
 
 
-def _append(graph: ir.Graph, other: ir.Graph, known: dict[str | None, ir.Value], suffix: str) -> None:
+def _append(graph: ir.Graph, other: ir.Graph, known: dict[str | None, ir.Value], prefix: str) -> None:
     """Moves what another graph does to the end of a graph; tensors that are known, by name, are the same."""
     ends = {one.name: one for one in (*other.inputs, *other.outputs)}
     nodes = list(other)
     constants = list(other.initializers.values())
     for one in (*nodes, *constants, *(made for node in nodes for made in node.outputs)):
         if one.name not in ends:
-            one.name = f"{one.name}{suffix}"
+            one.name = f"{prefix}/{one.name}"
     other.inputs.clear()
     other.outputs.clear()
     other.initializers.clear()

@@ -23,7 +23,8 @@ def round_once(models: Sequence[ir.Model]) -> None:
     """Rounds maps that are joined, or handed over between these stages, where they are made.
 
     All that are joined share a scale, for the widest of their ranges, and cross in one byte a value. What no
-    operation reads in bytes, such as tokens, keeps its type: what adds to it over many layers needs it.
+    operation reads in bytes, such as tokens, keeps its type: what adds to it over many layers needs it. So
+    does what is rounded by a scale per channel, as NNCF has it for depthwise convolutions.
     """
     links = networkx.Graph()
     for model in models:
@@ -32,7 +33,9 @@ def round_once(models: Sequence[ir.Model]) -> None:
         values = [one for one in family if isinstance(one, ir.Value)]
         rounding = [use.node for one in values for use in one.uses() if use.node.op_type == ROUND]
         crosses = len(family) > len(values)  # has a name
-        if rounding and (crosses or any(_kind(one) == "Concat" for one in values)):
+        by_channel = any(node.inputs[1].const_value.size > 1 for node in rounding)
+        joined = any(_kind(one) == "Concat" for one in values)
+        if rounding and not by_channel and (crosses or joined):
             _round(values, rounding)
     for model in models:
         RemoveUnusedNodesPass()(model)  # and constants that no node reads any more

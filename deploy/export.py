@@ -49,9 +49,10 @@ def export(
     `policies` are by precision, that in which they were found first; one alone is for fp32, and `shared`.
     Those of the `menu` that fit the same stages are written beside them, each with its `reference`; nothing
     is written of stages that no policy reaches. `quantise` makes the stages for int8, or is a folder that has
-    them, cut at every exit. `compiled` adds packages for this machine's
-    processor. An earlier export is replaced once the new one is complete. Raises ValueError for policies that
-    do not fit each other or the network, for missing packages, and for a folder that holds something else.
+    them, cut at every exit; these are joined, but not under a guarantee, which holds for what was evaluated.
+    `compiled` adds packages for this machine's processor. An earlier export is replaced once the new one is
+    complete. Raises ValueError for policies that do not fit each other or the network, for missing packages,
+    and for a folder that holds something else.
     """
     folder = Path(folder).resolve()
     check_target(folder, compiled=compiled)
@@ -59,19 +60,14 @@ def export(
     off = _off(given, opened)
     swaps = [one for one in menu if set(one.off) >= set(off)]
     last = max(map(_last, [*given.values(), *swaps]))
-    if isinstance(quantise, Path):
-        from deploy.joining import joined
-
-        quantise = partial(joined, quantise)
+    if isinstance(quantise, Path) and any(policy.guarantee for policy in given.values()):
+        off, last = (), None
     if ("int8" in given) != (quantise is not None):
         raise UserError("int8 needs a policy and quantised stages: give both or neither")
     with replacing_folder(folder) as part:
         images = torch.rand(2, 3, *[opened.view.size] * 2)
         named = named_stages(portable(opened.network), images, off, last)
-        stages = write_stages(named, part, compiled)
-        if quantise:
-            int8 = quantise(part, [asdict(one) for one in stages])
-            stages = [replace(one, int8=name) for one, name in zip(stages, int8, strict=True)]
+        stages = _in_int8(write_stages(named, part, compiled), part, quantise)
         names = _write_policies(given, swaps, part, reference)
         copy_runner(part)
         found = Manifest(
@@ -88,6 +84,18 @@ def export(
         found = replace(found, files=_hashes(part))
         found.save(part)
     return found
+
+
+def _in_int8(stages: list[StageFiles], folder: Path, quantise: Quantise | Path | None) -> list[StageFiles]:
+    """The stages with their files in int8, if there are to be any."""
+    if quantise is None:
+        return stages
+    if isinstance(quantise, Path):
+        from deploy.joining import joined
+
+        quantise = partial(joined, quantise)
+    names = quantise(folder, [asdict(one) for one in stages])
+    return [replace(one, int8=name) for one, name in zip(stages, names, strict=True)]
 
 
 def export_policies(record: Record, subject: Subject, seen: Seen, evaluated: Path | None) -> str:

@@ -5,7 +5,6 @@ again for each reader, by scales that hardly differ: in MSDNet that took as long
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import TypeAlias
 
 import networkx
 import numpy as np
@@ -16,7 +15,7 @@ from deploy.folder import IMAGES
 
 ROUND, BACK = "QuantizeLinear", "DequantizeLinear"
 ALIKE = "Concat", "Transpose"  # results have the values of what they read
-Levels: TypeAlias = tuple[np.ndarray, np.ndarray]  # scale and zero point
+Levels = tuple[np.ndarray, np.ndarray]  # scale and zero point
 
 
 def round_once(models: Sequence[ir.Model]) -> None:
@@ -30,9 +29,10 @@ def round_once(models: Sequence[ir.Model]) -> None:
     for model in models:
         links.add_edges_from(_alike(model.graph))
     for family in networkx.connected_components(links):
-        values = [one for one in family if isinstance(one, ir.Value)]
+        tensors = [one for one in family if isinstance(one, ir.Value)]
+        values = sorted(tensors, key=lambda one: one.name or "")  # files are the same each time
         rounding = [use.node for one in values for use in one.uses() if use.node.op_type == ROUND]
-        crosses = len(family) > len(values)  # has a name
+        crosses = len(family) > len(values)  # it has the name of an end
         by_channel = any(node.inputs[1].const_value.size > 1 for node in rounding)
         joined = any(_kind(one) == "Concat" for one in values)
         if rounding and not by_channel and (crosses or joined):
@@ -58,11 +58,6 @@ def _is_map(end: ir.Value) -> bool:
     return len(end.shape) == 4 and end.name != IMAGES
 
 
-def _graph(value: ir.Value) -> ir.Graph:
-    producer = value.producer()
-    return producer.graph if producer else value.graph
-
-
 def _kind(value: ir.Value) -> str:
     """The operation that makes a tensor; "" for one that is given."""
     producer = value.producer()
@@ -83,7 +78,7 @@ def _round(values: Collection[ir.Value], rounding: Sequence[ir.Node]) -> None:
             _round_source(value, levels)
     for value in values:
         if value.is_graph_output() and _is_map(value):
-            graph = _graph(value)
+            graph = value.producer().graph
             name = value.name
             value.name = f"{name}_inside"
             node = _operation(graph, ROUND, value, name, levels)
@@ -94,16 +89,17 @@ def _round(values: Collection[ir.Value], rounding: Sequence[ir.Node]) -> None:
 def _round_source(value: ir.Value, levels: Levels) -> None:
     """Has all that read a tensor read it rounded; one that is handed over comes in bytes."""
     readers = list(value.uses())
-    graph = _graph(value)
+    producer = value.producer()
+    graph = producer.graph if producer else value.graph
     nodes = []
     held = value
     if value.is_graph_input() and _is_map(value):
-        value.dtype = ir.DataType.from_numpy(levels[1].dtype)
+        value.dtype = ir.DataType.UINT8
     else:
         nodes.append(_operation(graph, ROUND, value, f"{value.name}_held", levels))
         (held,) = nodes[0].outputs
     nodes.append(_operation(graph, BACK, held, f"{value.name}_rounded", levels))
-    if producer := value.producer():
+    if producer:
         graph.insert_after(producer, nodes)
     else:
         graph.insert_before(graph[0], nodes)
@@ -117,20 +113,17 @@ def _operation(graph: ir.Graph, kind: str, value: ir.Value, name: str, levels: L
     constants = [ir.Value(name=f"{name}_{part}", const_value=ir.tensor(array)) for part, array in parts]
     for one in constants:
         graph.register_initializer(one)
-    dtype = ir.DataType.FLOAT if kind == BACK else ir.DataType.from_numpy(levels[1].dtype)
+    dtype = ir.DataType.FLOAT if kind == BACK else ir.DataType.UINT8
     made = ir.Value(name=name, type=ir.TensorType(dtype), shape=value.shape)
     return ir.node(kind, [value, *constants], outputs=[made])
 
 
 def _widest(rounding: Sequence[ir.Node]) -> Levels:
-    """Levels for all values that these have levels for."""
-    found = [tuple(one.const_value.numpy() for one in node.inputs[1:3]) for node in rounding]
-    if len({(float(scale), int(zero), zero.dtype) for scale, zero in found}) == 1:
-        return found[0]
-    low, high = 0.0, 0.0
-    for scale, zero in found:
+    """Levels in bytes for all values that these have levels for."""
+    ends = [0.0]
+    for node in rounding:
+        scale, zero = (one.const_value.numpy() for one in node.inputs[1:3])
         limits = np.iinfo(zero.dtype)
-        low = min(low, scale * (limits.min - float(zero)))
-        high = max(high, scale * (limits.max - float(zero)))
-    scale = (high - low) / 255
-    return np.array(scale, np.float32), np.array(round(-low / scale), np.uint8)
+        ends += [scale * (limit - float(zero)) for limit in (limits.min, limits.max)]
+    scale = (max(ends) - min(ends)) / 255
+    return np.array(scale, np.float32), np.array(round(-min(ends) / scale), np.uint8)

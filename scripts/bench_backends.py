@@ -150,9 +150,9 @@ def expected(backend: Backend, policy: Policy, images: Tensor, exits: Tensor) ->
         logits, state = stage(state)
         rows = torch.randperm(size)[: round(size * share)].sort().values
         if exported:
-            call = partial(hand_over, decides, k, logits.numpy(), memory, state, rows.numpy(), Pool(size))
-        else:
-            call = partial(hand_over, decides, k, logits, memory, state, rows)
+            logits = logits.numpy()
+            rows = rows.numpy()
+        call = partial(hand_over, decides, k, logits, memory, state, rows, Pool(size))
         memory = call()
         hands.append(call)
     *stages, alone = in_a_row([*runs, partial(backend.alone(policy.on[-1]), images, size)], images)
@@ -161,12 +161,10 @@ def expected(backend: Backend, policy: Policy, images: Tensor, exits: Tensor) ->
     return Expected([1e3 * one for one in stages], 1e3 * alone, 1e3 * over, size / spent)
 
 
-def hand_over(
-    policy: Any, k: int, logits: Any, memory: Any, state: Any, rows: Any, pool: Pool | None = None
-) -> Any:
+def hand_over(policy: Any, k: int, logits: Any, memory: Any, state: Any, rows: Any, pool: Pool) -> Any:
     """Decides, and copies the rows that stay, in NumPy into the pool; returns what the policy remembers."""
     *_, memory = policy.decide(k, logits, memory)
-    if pool is None:
+    if isinstance(rows, Tensor):
         take((memory, state), rows)
     elif len(rows):
         pool.fill = 0

@@ -22,6 +22,7 @@ from deploy.runner import Runner
 from loading.transforms import View, eval_transform
 
 ROW, ALL = Policy((0.5, -1e8)), Policy((-1e8, -1e8))
+PROMISE = Guarantee("drop", 0.01, 0.05, "ltt", True, 500, 0.001, 0.01, 0.006, "less", "at most", "alike")
 
 
 @pytest.fixture
@@ -81,8 +82,7 @@ def test_no_file_says_where_it_was_made(exported):
 
 @pytest.mark.parametrize(("found_in", "kept"), [("int8", ["int8"]), ("fp32", [])])
 def test_guarantees_hold_where_they_were_made(found_in, kept):
-    promise = Guarantee("drop", 0.01, 0.05, "ltt", True, 500, 0.001, 0.01, 0.006, "less", "at most", "alike")
-    policies = shared(replace(ROW, guarantee=promise, made=Made(precision=found_in)), "int8")
+    policies = shared(replace(ROW, guarantee=PROMISE, made=Made(precision=found_in)), "int8")
     assert list(policies) == ["int8", "fp32", "bf16"]
     assert [name for name, policy in policies.items() if policy.guarantee] == kept
     assert {policy.thresholds for policy in policies.values()} == {ROW.thresholds}
@@ -100,6 +100,23 @@ def test_int8_stages_come_with_their_policy(tiny, tmp_path):
     assert found.policies["int8"] == "policy.int8.json" and found.stages[0].exit == 1
     with pytest.raises(ValueError, match="give both or neither"):
         export(tiny, shared(ROW, "int8"), tmp_path / "y")
+
+
+@pytest.mark.usefixtures("quickly")
+def test_int8_stages_of_a_guarantee_are_those_that_were_evaluated(tiny, tmp_path):
+    def quantise(folder, stages):
+        names = [f"stage{k}.int8.onnx" for k in range(len(stages))]
+        for name in names:
+            (folder / name).write_text(f"evaluated {name}")
+        return names
+
+    export(tiny, shared(ROW, "int8"), tmp_path / "x", quantise=quantise)
+    off = replace(ROW, thresholds=(1e8, -1e8), off=(0,), guarantee=PROMISE)
+    found = export(tiny, shared(off, "int8"), tmp_path / "y", menu=[ALL], quantise=tmp_path / "x")
+    assert [stage.int8 for stage in found.stages] == ["stage0.int8.onnx", "stage1.int8.onnx"]
+    for stage in found.stages:
+        assert (tmp_path / "y" / stage.int8).read_text() == f"evaluated {stage.int8}"
+    assert Policy.load(tmp_path / "y" / found.policies["int8"]) == off
 
 
 @pytest.mark.usefixtures("quickly")

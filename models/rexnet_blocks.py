@@ -90,7 +90,7 @@ class Block(nn.Module):
         y = self.drop_path(self.out(x))
         if not self.shared:
             return y
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_exporting():  # exported, the other way scatters
             return torch.cat([y[:, : self.shared] + x, y[:, self.shared :]], 1)
         y[:, : self.shared] += x  # the same numbers without a copy of the map
         return y

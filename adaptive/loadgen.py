@@ -86,16 +86,19 @@ def _drive(scenario: str, answer: Callable[..., None], samples: Samples, **setti
     rows = samples.rows(count, seed=0)  # its library: the images that `stream` asks for, each once
     for name, value in settings.items():
         setattr(given, name, value)
+    images = samples.images[rows]  # which are there before the clock runs
+    labels = samples.labels[rows]
     right: list[bool] = []
 
     def issue(queries: Sequence[Any]) -> None:
-        asked = rows[[query.index for query in queries]]
+        queries = sorted(queries, key=lambda query: query.index)
+        asked = [query.index for query in queries]
 
         def done(classes: Sequence[int]) -> None:
-            right.extend(samples.labels[asked] == classes)
+            right.extend(labels[asked] == classes)
             generator.QuerySamplesComplete([generator.QuerySampleResponse(one.id, 0, 0) for one in queries])
 
-        answer(samples.images[asked], done)
+        answer(images if len(asked) == count else images[asked], done)
 
     system = generator.ConstructSUT(issue, lambda: None)
     library = generator.ConstructQSL(count, count, lambda _: None, lambda _: None)

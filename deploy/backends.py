@@ -6,6 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from adaptive.timing import interleaved
 from deploy import decide
 from deploy.alone import Alone
 from deploy.compiled import Compiled
-from deploy.export import Quantise, export, shared
+from deploy.export import export, shared
 from deploy.folder import IMAGES
 from deploy.quantize import CALIBRATING, quantise
 from deploy.runner import Runner
@@ -60,8 +61,8 @@ class Exports:
     def without(self, off: Collection[int], precision: str) -> Path:
         """The network with these exits switched off."""
         policy = replace(through(self.opened.network), off=tuple(off))
-        whole = self.without((), precision) if off and precision == "int8" else None
-        return self._made(f"without {sorted(off)}", self.opened, policy, precision, whole)
+        quantised = self.without((), precision) if off and precision == "int8" else None
+        return self._made(f"without {sorted(off)}", self.opened, policy, precision, quantised)
 
     def alone(self, k: int, precision: str) -> Path:
         """Exit k as a network of one exit."""
@@ -74,16 +75,13 @@ class Exports:
         policy.save(path)
         return decide.Policy(path)
 
-    def _made(
-        self, name: str, opened: Opened, policy: Policy, precision: str, whole: Path | None = None
-    ) -> Path:
+    def _made(self, name: str, opened: Opened, policy: Policy, precision: str, quantised: Any = None) -> Path:
         weights = "int8" if precision == "int8" else "fp32"
         folder = Path(self.root.name, f"{name} in {weights}")
         if not folder.exists():
-            calibrated: Quantise | Path | None = whole
-            if weights == "int8" and self.calib and not whole:
-                calibrated = partial(quantise, images=_array(self.calib()))
-            export(opened, shared(policy, weights), folder, quantise=calibrated)
+            if weights == "int8" and self.calib and not quantised:
+                quantised = partial(quantise, images=_array(self.calib()))
+            export(opened, shared(policy, weights), folder, quantise=quantised)
         return folder
 
 

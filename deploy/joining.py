@@ -27,7 +27,7 @@ def joined(source: Path, folder: Path, stages: Sequence[Mapping[str, Any]]) -> l
         ends = [[one["name"] for one in stage[side]] for side in ("inputs", "outputs")]
         files = [source / str(one.int8) for one in ours]
         name = f"stage{k}.int8.onnx"
-        if len(ours) == 1 and [one.name for one in ours[0].outputs] == ends[1]:
+        if len(ours) == 1 and len(ours[0].outputs) == len(ends[1]):
             shutil.copyfile(files[0], folder / name)
         else:
             ir.save(join([ir.load(file) for file in files], *ends), folder / name)
@@ -69,9 +69,11 @@ def _append(graph: ir.Graph, other: ir.Graph, known: dict[str | None, ir.Value],
     for one in constants:
         graph.register_initializer(one)
     graph.extend(nodes)
-    for name in ends.keys() & known.keys():
-        ir.convenience.replace_all_uses_with(ends[name], known[name])
-    known |= {name: ends[name] for name in ends.keys() - known.keys()}
+    for name, end in ends.items():
+        if name in known:
+            ir.convenience.replace_all_uses_with(end, known[name])
+        else:
+            known[name] = end
     for node in nodes:
         before = node.inputs[0].producer() if node.op_type == BACK else None
         if before and before.op_type == ROUND and before not in nodes:  # its tensor has these values already

@@ -21,7 +21,7 @@ from utils import UserError
 LEAST = 48  # images for calibration; an MSDNet was as good with 60 as with 250
 CALIBRATING = 300  # that are asked for
 BATCH = 16  # of them at once
-NEEDED = "nncf", "onnx", "onnx_ir", "onnxruntime"
+NEEDED = "nncf", "onnx", "onnxruntime"
 
 
 def quantise(folder: Path, stages: Sequence[Mapping[str, Any]], images: Array) -> list[str]:

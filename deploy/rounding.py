@@ -32,10 +32,10 @@ def round_once(models: Sequence[ir.Model]) -> None:
         tensors = [one for one in family if isinstance(one, ir.Value)]
         values = sorted(tensors, key=lambda one: one.name or "")  # files are the same each time
         rounding = [use.node for one in values for use in one.uses() if use.node.op_type == ROUND]
-        crosses = len(family) > len(values)  # it has the name of an end
         by_channel = any(node.inputs[1].const_value.size > 1 for node in rounding)
-        joined = any(_kind(one) == "Concat" for one in values)
-        if rounding and not by_channel and (crosses or joined):
+        # With a name in the family, it is handed over.
+        shared = len(family) > len(values) or any(_kind(one) == "Concat" for one in values)
+        if rounding and shared and not by_channel:
             _round(values, rounding)
     for model in models:
         RemoveUnusedNodesPass()(model)  # and constants that no node reads any more

@@ -60,10 +60,26 @@ EXPECTED = [
     "sum:.2f",
     "last exit alone, ms:.2f",
     "hand-over, ms:.2f",
+    "expected, images/s:.0f",
+    "measured:.0f",
+    "of expected, %:.0f",
 ]
-EXPECTED += ["expected, images/s:.0f", "measured:.0f", "of expected, %:.0f"]
-HEADS = ["backend", "network", "images/s:.0f", "p50, ms:.2f", "p90:.2f", "p99:.2f", "top-1, %:.2f", "moved"]
-HEADS += ["MACs, M:.2f", "ratio", "gain", "gain / ratio", "images/s / eager fp32's:.2f", "p50 / its:.2f"]
+HEADS = [
+    "backend",
+    "network",
+    "images/s:.0f",
+    "p50, ms:.2f",
+    "p90:.2f",
+    "p99:.2f",
+    "top-1, %:.2f",
+    "moved",
+    "MACs, M:.2f",
+    "ratio",
+    "gain",
+    "gain / ratio",
+    "images/s / eager fp32's:.2f",
+    "p50 / its:.2f",
+]
 
 
 @dataclass(frozen=True)
@@ -203,8 +219,8 @@ def enough(contestants: Iterable[Contestant], images: Tensor, flags: Flags) -> i
         run = partial(one.at_once, images, flags.batch)
         run()
         spent += timeit(run, number=1)
-    number = len(images) * flags.seconds / (spent * (1 + flags.rounds))
-    return int(max(4, min(number, MOST) // flags.batch)) * flags.batch
+    number = min(MOST, len(images) * flags.seconds / (spent * (1 + flags.rounds)))
+    return int(max(4, number // flags.batch)) * flags.batch
 
 
 def take_turns(contestants: Sequence[Contestant], images: Tensor, flags: Flags) -> None:

@@ -11,6 +11,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from deploy.manifest import Manifest
 from deploy.rounding import BACK, ROUND
+from deploy.stages import LOGITS
 
 
 def joined(source: Path, folder: Path, stages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -44,10 +45,10 @@ def join(models: Sequence[ir.Model], inputs: Sequence[str], outputs: Sequence[st
     graph = whole.graph
     known = {one.name: one for one in (*graph.inputs, *graph.outputs)}
     for number, other in enumerate(others):
-        known.pop("logits").name = f"logits_{number}"
+        known.pop(LOGITS).name = f"logits_{number}"
         _append(graph, other.graph, known, f"part{number}")
     graph.inputs[:] = [known[name] for name in inputs]
-    graph.outputs[:] = [known[name] for name in ("logits", *outputs)]
+    graph.outputs[:] = [known[name] for name in (LOGITS, *outputs)]
     RemoveUnusedNodesPass()(whole)
     for one in (made for node in graph for made in node.outputs if not made.is_graph_output()):
         one.shape = None  # sides of unknown length have names, which mean others in each model

@@ -47,7 +47,7 @@ def _alike(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.Value | str | None]]:
         if _is_map(end):
             yield end, end.name
     for node in graph:
-        (made,) = node.outputs[:1]
+        made = node.outputs[0]
         if node.op_type in ALIKE:
             yield from ((made, one) for one in node.inputs)
         elif node.op_type == BACK and (before := node.inputs[0].producer()):
@@ -68,8 +68,7 @@ def _round(values: Collection[ir.Value], rounding: Sequence[ir.Node]) -> None:
     """Rounds tensors of a family where they are made, in place of where they are read."""
     levels = _widest(rounding)
     for node in rounding:
-        (held,) = node.outputs
-        for back in [use.node for use in held.uses()]:
+        for back in [use.node for use in node.outputs[0].uses()]:
             ir.convenience.replace_all_uses_with(back.outputs, [node.inputs[0]], replace_graph_outputs=True)
             back.graph.remove(back, safe=True)
         node.graph.remove(node, safe=True)

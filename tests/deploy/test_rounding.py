@@ -67,37 +67,48 @@ def test_joined_stages_answer_as_their_parts(tiny, folder, tmp_path, images, bac
     assert len(first.graph.outputs) == 1 and first.graph.num_nodes() < graphs[0].num_nodes()
 
 
-def test_one_scale_is_that_of_the_widest_range():
-    def tensor(name, shape=(1, 2, 4, 4), dtype=ir.DataType.FLOAT):
-        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-
-    def constant(name, value):
-        return ir.Value(name=name, const_value=ir.tensor(value, name=name))
-
-    given = [tensor("a"), tensor("b")]
-    nodes, constants = [ir.node("Relu", [given[0]]), ir.node("Relu", [given[1]])], []
-    nodes.append(ir.node("Concat", [node.outputs[0] for node in nodes], {"axis": 1}))
-    for i, (scale, zero) in enumerate([(0.1, 0), (0.2, 128)]):
-        known = [constant(f"s{i}", np.float32(scale)), constant(f"z{i}", np.uint8(zero))]
+def joined_maps(*levels):
+    """Two maps, joined, and the sum of what two readers round that to, by these scales and zero points."""
+    floats = ir.TensorType(ir.DataType.FLOAT)
+    given = [ir.Value(name=name, type=floats, shape=ir.Shape((1, 2, 16))) for name in "ab"]
+    first, second = (ir.node("Relu", [value]) for value in given)
+    whole = ir.node("Concat", [*first.outputs, *second.outputs], {"axis": 1})
+    nodes = [first, second, whole]
+    constants = []
+    for i, (scale, zero) in enumerate(levels):
+        arrays = {f"scale{i}": np.float32(scale), f"zero{i}": np.uint8(zero)}
+        known = [ir.Value(name=name, const_value=ir.tensor(one, name=name)) for name, one in arrays.items()]
         constants += known
-        nodes.append(ir.node("QuantizeLinear", [nodes[2].outputs[0], *known]))
-        nodes.append(ir.node("DequantizeLinear", [nodes[-1].outputs[0], *known]))
-    nodes.append(ir.node("Add", [nodes[4].outputs[0], nodes[6].outputs[0]]))
-    (sum_,) = nodes[-1].outputs
-    sum_.name, sum_.type, sum_.shape = "sum", ir.TensorType(ir.DataType.FLOAT), ir.Shape((1, 4, 4, 4))
-    graph = ir.Graph(given, [sum_], nodes=nodes, initializers=constants, opset_imports={"": 20})
-    for value in given:  # they are no maps that are handed over
-        value.name = IMAGES if value.name == "a" else value.name
-    given[1].shape = ir.Shape((1, 2, 4, 4))
-    model = ir.Model(graph, ir_version=10)
+        nodes.append(ir.node("QuantizeLinear", [*whole.outputs, *known], {"axis": 1}))
+        nodes.append(ir.node("DequantizeLinear", [*nodes[-1].outputs, *known], {"axis": 1}))
+    made = ir.Value(name="sum", type=floats, shape=ir.Shape((1, 4, 16)))
+    nodes.append(ir.node("Add", [*nodes[4].outputs, *nodes[6].outputs], outputs=[made]))
+    graph = ir.Graph(given, [made], nodes=nodes, initializers=constants, opset_imports={"": 20})
+    return ir.Model(graph, ir_version=10)
+
+
+def rounded(model):
+    """The nodes that round, and what they round."""
+    nodes = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    return nodes, [node.inputs[0].producer().op_type for node in nodes]
+
+
+def test_one_scale_is_that_of_the_widest_range():
+    model = joined_maps((0.1, 0), (0.2, 128))
     round_once([model])
-    kept = [node for node in graph if node.op_type == "QuantizeLinear"]
-    assert [node.inputs[0].producer().op_type for node in kept] == ["Relu", "Relu"]
-    for node in kept:  # from -25.6 to 25.5
+    nodes, sources = rounded(model)
+    assert sources == ["Relu", "Relu"]
+    for node in nodes:  # from -25.6 to 25.5
         assert node.inputs[1].const_value.numpy() == pytest.approx(51.1 / 255)
         assert node.inputs[2].const_value.numpy() == 128
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
-    values = np.linspace(-3, 12, 32, dtype=np.float32).reshape(1, 2, 4, 4)
-    (found,) = session.run(None, {IMAGES: values, "b": values})
+    values = np.linspace(-3, 12, 32, dtype=np.float32).reshape(1, 2, 16)
+    (found,) = session.run(None, {"a": values, "b": values})
     expected = 2 * np.concatenate([values, values], 1).clip(0)
     assert np.abs(found - expected).max() <= 51.1 / 255
+
+
+def test_what_a_reader_rounds_by_channel_stays_as_it_is():
+    model = joined_maps((0.1, 0), ([0.1, 0.2, 0.3, 0.4], [0] * 4))
+    round_once([model])
+    assert rounded(model)[1] == ["Concat", "Concat"]

@@ -130,6 +130,16 @@ def test_a_map_that_shrinks_has_no_shortcut():
     assert [block.shared for block in tiny().features if isinstance(block, Block)][:2] == [0, 0]
 
 
+@torch.no_grad()
+def test_an_exported_shortcut_is_joined():
+    block = next(layer for layer in tiny().eval().features if isinstance(layer, Block) and layer.shared)
+    x = torch.randn(2, block.shared, 4, 4)
+    program = torch.export.export(block, (x,)).run_decompositions({})
+    operators = {str(node.target) for node in program.graph.nodes}
+    assert "aten.cat.default" in operators and not any("scatter" in one or "copy" in one for one in operators)
+    assert_close(program.module()(x), block(x))
+
+
 @pytest.mark.parametrize("width", [100, 130, 150, 200, 300])
 def test_timm_has_the_same_network_under_other_names(width):
     torch.manual_seed(0)

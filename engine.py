@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from adaptive.exit_tables import ExitTables, GrowingTables, first_not_finite
 from adaptive.reading import Reading
 from models import MultiExitModel, tune
 from training.losses import ObjectiveFunction, full_precision
+from training.parallel import share_buffers
 from utils import Compute, Meters, Progress, UserError, gather
 
 
@@ -132,15 +132,6 @@ def evaluate_readings(
         raise UserError(next(filter(None, faults)))
     by_reading = zip(*shards, strict=True)
     return [ExitTables.interleave([shard for shard in parts if shard]) for parts in by_reading]
-
-
-def share_buffers(module: nn.Module, compute: Compute) -> None:
-    """Gives every process the buffers of the first one.
-
-    After a step each has batch-norm statistics of its own images.
-    """
-    for buffer in module.buffers() if compute.world_size > 1 else ():
-        dist.broadcast(buffer, 0)
 
 
 def evaluate_all(

@@ -10,7 +10,8 @@ from experiment.classifier import Classifier
 from experiment.folder import run_folder
 from experiment.procedures import PUBLISHED, training_recipe
 from experiment.recipe import GROUPS, read_command
-from utils import UserError, run_main, start_compute
+from training.parallel import start_compute
+from utils import UserError, run_main
 
 
 def main(argv: list[str]) -> None:

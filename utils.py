@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -141,46 +140,6 @@ class Runtime:
     amp_dtype: Literal["auto", "bf16", "fp16"] = option("auto", "its type; auto: fp16 on GPU, bf16 on CPU")
     channels_last: bool = option(False, "channels-last memory format")
     flops: bool = option(False, "print what every exit costs, under each convention")
-
-
-def start_compute(runtime: Runtime) -> Compute:
-    """Joins the processes of torchrun or SLURM, if there are any, and picks device and precision.
-
-    Raises ValueError for an unknown or absent device, and for an output folder that is a file.
-    """
-    device, folder = runtime.device, Path(runtime.output_dir)
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--output_dir {folder}: {path} is a file; give a folder, it may be a new one")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UserError(f"--device {device}: accepted: auto, cpu, cuda, cuda:N")
-    rank, world_size, local_rank = _ranks()
-    kind = device
-    if device == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no CUDA device here; accepted: auto, cpu")
-    if kind == "cuda":
-        kind = f"cuda:{local_rank}"
-        torch.cuda.set_device(local_rank)
-    if world_size > 1:
-        # A moving average kept in main memory is shared over gloo.
-        backend = "cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world_size)
-    amp = runtime.amp_dtype if runtime.use_amp else "none"
-    if amp == "auto":
-        amp = "fp16" if kind.startswith("cuda") else "bf16"
-    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return Compute(torch.device(kind), dtype, runtime.channels_last, rank, world_size)
-
-
-def _ranks() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine, as torchrun or SLURM says."""
-    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
-        if all(name in os.environ for name in names):
-            rank, world_size, local_rank = (int(os.environ[name]) for name in names)
-            return rank, world_size, local_rank
-    return 0, 1, 0
 
 
 def seed_everything(seed: int, epoch: int, rank: int) -> None:

@@ -21,7 +21,8 @@ from experiment.verify import check_entries
 from loading.loaders import shuffled_shard
 from models.multi_exit import map_leaves
 from training.optim import Optimization, make_update
-from utils import Compute, Meters, Progress, Runtime, UserError, option, seed_everything, start_compute
+from training.parallel import start_compute
+from utils import Compute, Meters, Progress, Runtime, UserError, option, seed_everything
 
 # What torchvision trains detectors with: plain SGD, whose rate falls to a tenth at each milestone.
 SGD = {"opt": "sgd", "schedule": "multistep", "warmup_epochs": 0, "filter_bias_and_bn": False}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from adaptive.flops import check_side, print_costs
 from adaptive.thresholds import geometric_quotas
@@ -25,6 +24,7 @@ from experiment.run import Figures, Run, Saving
 from models import MultiExitModel, create_model
 from training.l2w import SampleWeighting
 from training.optim import Update, make_update
+from training.parallel import wrapped
 from training.regimes import PHASES, phase_of, trained_through
 from training.weight_net import write_tables
 from utils import Compute, gather, seed_everything
@@ -182,11 +182,8 @@ class Classifier:
         """From now on trains as this phase of the regime does."""
         side = self.splits.view.size
         core = trained_through(self.network, phase, (3, side, side))
-        if self.compute.world_size > 1:
-            on_gpu = self.compute.device.type == "cuda"
-            core = DistributedDataParallel(core, device_ids=[self.compute.device] if on_gpu else None)
-        self.model, self.phase = core, phase
-        self.update.attach(core)
+        self.model, self.phase = wrapped(core, self.compute), phase
+        self.update.attach(self.model)
 
     def fit(self) -> None:
         """All epochs that are left: train, evaluate on calib, save, log; after the last one on test too."""

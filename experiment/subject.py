@@ -19,7 +19,8 @@ from experiment.published import Stored, read
 from experiment.recipe import Network, Recipe
 from experiment.record import MACS, Provenance, Unit, describe_machine
 from models import MultiExitModel
-from utils import Compute, Runtime, UserError, option, start_compute
+from training.parallel import start_compute
+from utils import Compute, Runtime, UserError, option
 
 
 @dataclass(frozen=True)

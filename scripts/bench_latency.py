@@ -30,7 +30,8 @@ from experiment.members import parse_member
 from experiment.record import describe_machine
 from models import MultiExitModel, create_model, nearest, tune
 from models.bases import SingleExit
-from utils import Runtime, UserError, option, run_main, start_compute
+from training.parallel import start_compute
+from utils import Runtime, UserError, option, run_main
 
 # Published milliseconds on the paper's CPU; the reference of each family comes first.
 PUBLISHED = {

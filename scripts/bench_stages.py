@@ -22,7 +22,8 @@ from adaptive.timing import Deployed
 from experiment import open_network
 from experiment.record import describe_machine
 from models import MultiExitModel, create_model, tune
-from utils import Runtime, UserError, option, run_main, start_compute
+from training.parallel import start_compute
+from utils import Runtime, UserError, option, run_main
 
 HEADS = ["stage", "trunk, ms:.3f", "head, ms:.3f", "share, %:.1f", "spread, ms:.3f", "leaving, ms:.3f"]
 HEADS += ["trunk, M MACs:.3f", "head, M MACs:.3f"]

@@ -40,7 +40,8 @@ from models import MultiExitModel, attention, create_model, tune
 from models.dyn_perceiver import DynPerceiver
 from training.losses import Losses, ObjectiveFunction, exit_weights, joint_objective, self_distillation
 from training.optim import Optimization, Update, make_update, param_groups
-from utils import Compute, Runtime, UserError, option, run_main, start_compute
+from training.parallel import start_compute
+from utils import Compute, Runtime, UserError, option, run_main
 
 # A rate so low that the variants keep nearly the same weights.
 OPTIMIZATION = Optimization(lr=1e-6, weight_decay=0.05, schedule="constant", warmup_epochs=0)

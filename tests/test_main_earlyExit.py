@@ -272,7 +272,8 @@ ENTRY = """
 import sys
 sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist
-from utils import Runtime, UserError, run_main, start_compute
+from training.parallel import start_compute
+from utils import Runtime, UserError, run_main
 def main(argv):
     compute, total = start_compute(Runtime(device="cpu")), torch.ones(1)
     dist.all_reduce(total)

@@ -19,28 +19,15 @@ from utils import (
     Meters,
     Progress,
     Runtime,
-    gather,
     replacing,
     run_main,
     seed_everything,
-    start_compute,
     to_json,
     write_text,
     writing,
 )
 
 CPU = Compute(torch.device("cpu"))
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """No launcher's variables, and process groups are noted down instead of joined."""
-    joined = []
-    for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **where: joined.append((backend, where)))
-    return joined
 
 
 # Meters
@@ -127,56 +114,6 @@ def test_seeds_repeat_and_differ_by_seed_epoch_and_process():
 
 
 # Devices
-
-
-def test_one_process_picks_a_device(alone):
-    compute = start_compute(Runtime(device="auto", channels_last=True))
-    assert compute.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert start_compute(Runtime(device="cpu", channels_last=True)) == Compute(
-        torch.device("cpu"), None, True, 0, 1
-    )
-    assert alone == []
-    assert gather({"a": 1}, CPU) == [{"a": 1}]
-
-
-@pytest.mark.parametrize(
-    ("amp", "kind"),
-    [("none", None), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("auto", torch.bfloat16)],
-)
-def test_mixed_precision_types_on_cpu(alone, amp, kind):
-    runtime = Runtime(device="cpu") if amp == "none" else Runtime(device="cpu", use_amp=True, amp_dtype=amp)
-    compute = start_compute(runtime)
-    assert compute.amp is kind
-    with compute.autocast():
-        product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == (kind or torch.float32)
-
-
-def test_absent_and_unknown_devices_are_refused(alone):
-    with pytest.raises(ValueError, match="^--device gpu: accepted: auto, cpu, cuda, cuda:N$"):
-        start_compute(Runtime(device="gpu"))
-    if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
-    for device in ("cuda", "cuda:1"):
-        with pytest.raises(
-            ValueError, match=f"^--device {device}: no CUDA device here; accepted: auto, cpu$"
-        ):
-            start_compute(Runtime(device=device))
-
-
-@pytest.mark.parametrize("names", [LAUNCHERS[:3], LAUNCHERS[3:]])
-def test_launchers_variables_are_read(alone, monkeypatch, names):
-    for name, value in zip(names, ("1", "2", "1"), strict=True):
-        monkeypatch.setenv(name, value)
-    compute = start_compute(Runtime(device="cpu"))
-    assert (compute.rank, compute.world_size) == (1, 2)
-    assert alone == [("gloo", {"rank": 1, "world_size": 2})]
-
-
-def test_a_launcher_of_one_process_joins_nothing(alone, monkeypatch):
-    for name, value in zip(LAUNCHERS[3:], ("0", "1", "0"), strict=True):
-        monkeypatch.setenv(name, value)
-    assert start_compute(Runtime(device="cpu")) == CPU and alone == []
 
 
 def test_only_maps_become_channels_last():

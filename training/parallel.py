@@ -1,0 +1,69 @@
+"""The processes of a run: how they start and join, and what they keep in common."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils import Compute, Runtime, UserError
+
+
+def start_compute(runtime: Runtime) -> Compute:
+    """Joins the processes of torchrun or SLURM, if there are any, and picks device and precision.
+
+    Raises ValueError for an unknown or absent device, and for an output folder that is a file.
+    """
+    device, folder = runtime.device, Path(runtime.output_dir)
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--output_dir {folder}: {path} is a file; give a folder, it may be a new one")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: accepted: auto, cpu, cuda, cuda:N")
+    rank, world_size, local_rank = _ranks()
+    kind = device
+    if device == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no CUDA device here; accepted: auto, cpu")
+    if kind == "cuda":
+        kind = f"cuda:{local_rank}"
+        torch.cuda.set_device(local_rank)
+    if world_size > 1:
+        # A moving average kept in main memory is shared over gloo.
+        backend = "cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
+    amp = runtime.amp_dtype if runtime.use_amp else "none"
+    if amp == "auto":
+        amp = "fp16" if kind.startswith("cuda") else "bf16"
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return Compute(torch.device(kind), dtype, runtime.channels_last, rank, world_size)
+
+
+def _ranks() -> tuple[int, int, int]:
+    """Rank, number of processes, and rank on this machine, as torchrun or SLURM says."""
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
+        if all(name in os.environ for name in names):
+            rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+            return rank, world_size, local_rank
+    return 0, 1, 0
+
+
+def wrapped(model: nn.Module, compute: Compute) -> nn.Module:
+    """The model, in DistributedDataParallel where several processes train it."""
+    if compute.world_size == 1:
+        return model
+    on_gpu = compute.device.type == "cuda"
+    return DistributedDataParallel(model, device_ids=[compute.device] if on_gpu else None)
+
+
+def share_buffers(module: nn.Module, compute: Compute) -> None:
+    """Gives every process the buffers of the first one.
+
+    After a step each has batch-norm statistics of its own images.
+    """
+    for buffer in module.buffers() if compute.world_size > 1 else ():
+        dist.broadcast(buffer, 0)

@@ -133,18 +133,20 @@ def latest(folder: str | Path, say: Callable[[str], None] = print) -> Path | Non
         return files[0]
     except Damaged as error:
         damage = str(error)
-    epochs = {path: epoch for path in (*files[1:], best) if (epoch := _epoch(path)) is not None}
-    if not epochs:
+    places = {path: place for path in (*files[1:], best) if (place := _place(path)) is not None}
+    if not places:
         raise UserError(f"{damage}; no intact checkpoint is beside it")
-    newest = max(epochs, key=lambda path: epochs[path])
+    newest = max(places, key=lambda path: places[path])
     say(f"{damage}; going on from the newest intact one beside it, {newest.name}")
     return newest
 
 
-def _epoch(path: Path) -> int | None:
-    """The last epoch of a run's checkpoint; None if it cannot be read."""
+def _place(path: Path) -> tuple[int, int] | None:
+    """The last whole epoch of a run's checkpoint and the batches after it; None if it cannot be read."""
     try:
-        epoch = load(path).get("epoch")
+        state = load(path)
     except UserError:
         return None
-    return epoch if isinstance(epoch, int) else None
+    epoch, partial = state.get("epoch"), state.get("partial")
+    batch = partial.get("batch", 0) if isinstance(partial, dict) else 0
+    return (epoch, batch) if isinstance(epoch, int) and isinstance(batch, int) else None

@@ -68,7 +68,7 @@ class Classifier:
         self.enter(self.phase_at(self.run.first))
         project = session.project if session.enable_wandb else None
         config = {**recipe.flags(), **recipe.options}
-        self.logger = Logger(session.log_dir if main_process else None, project, config)
+        self.logger = Logger(session.log_dir if main_process else None, project, config, self.update.step)
         self.judged: Figures = {}  # of the last epoch
 
     def _loader(self) -> TrainLoader:
@@ -203,7 +203,7 @@ class Classifier:
             with self.place.signals.answered():
                 self.run.fit(self.recipe.optimization.epochs, self.one_epoch, test)
         except Stopped:
-            self.say(self.place.stopped())
+            self.say(self.place.stopped(self.recipe.start.resume))
             raise
         self.logger.close(self.judged)
         if self.folder and self.compute.rank == 0:

@@ -12,10 +12,13 @@ from utils import UserError, to_json, write_text, writing
 class Logger:
     """Logs to TensorBoard and, if a project is given, to Weights & Biases; without a folder to neither.
 
-    `config` holds the flags of the run, by name.
+    `config` holds the flags of the run, by name; it starts after optimizer step `step`: what an earlier
+    process logged beyond is not shown.
     """
 
-    def __init__(self, folder: str | None, wandb_project: str | None, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: str | None, wandb_project: str | None, config: dict[str, Any], step: int = 0
+    ) -> None:
         self.writer, self.config = None, config
         if not folder:
             return
@@ -28,7 +31,7 @@ class Logger:
         except ImportError as error:
             raise UserError(f"--log_dir needs a package: pip install {error.name}") from None
         with writing(Path(folder)):
-            self.writer = SummaryWriter(folder)
+            self.writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def add(self, values: dict[str, float], step: int, prefix: str = "") -> None:
         """Adds scalars at an optimizer step."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import TrainLoader
 from engine import Epoch
+from experiment.checkpoint import LAST
 from experiment.recipe import Session
 from experiment.run import Figures, Run
 from experiment.stopping import Signals, Timetable
@@ -90,8 +91,8 @@ class Place:
         own = {"meters": self.epoch.meters.state_dict()}
         return own | ({"l2w": self.weighting.epoch_state()} if self.weighting else {})
 
-    def stopped(self) -> str:
-        """The line of a run that a signal stopped."""
+    def stopped(self, resumes: str) -> str:
+        """The line of a run that a signal stopped; `resumes` is what it was told to resume."""
         self.run.writer.wait()
         place = f"stopped by {self.signals.name or 'a signal'} in epoch {self.epoch.number + 1}"
         place += f" after batch {self.epoch.batch} of {len(self.loader)}"
@@ -99,4 +100,8 @@ class Place:
             return f"{place}; checkpoints are not written (--save_ckpt false)"
         if not self.loader.seekable:
             return f"{place}; a stream cannot be entered there: the same command repeats the epoch"
-        return f"{place}; saved in {self.run.saving.folder}: the same command goes on from there"
+        folder = self.run.saving.folder
+        assert folder
+        if resumes:
+            return f"{place}; it goes on with --resume {folder / LAST}"
+        return f"{place}; saved in {folder}: the same command goes on from there"

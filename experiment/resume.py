@@ -1,5 +1,6 @@
 """Resuming from a checkpoint: it must be of the same run, and every part gets its state back."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +20,18 @@ from models import MultiExitModel, spelled_out
 from training.optim import Optimization
 from utils import UserError
 
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # how often a launcher began a run anew
+
 
 def checkpoint_of(recipe: Recipe, say: Callable[[str], None]) -> Stored | None:
-    """The checkpoint that a run goes on from, of the same data and optimizer; `say` gets what is amiss."""
+    """The checkpoint that a run goes on from, of the same data and optimizer; `say` gets what is amiss.
+
+    A run that torchrun or SLURM starts again goes on from its own, not from `--resume` once more.
+    """
     start, folder = recipe.start, recipe.runtime.output_dir
-    path = start.resume or (folder and start.auto_resume and latest(folder, say))
+    again = any(os.environ.get(name, "0") != "0" for name in RESTARTS)
+    path = (again and folder and latest(folder, say)) or start.resume
+    path = path or (folder and start.auto_resume and latest(folder, say))
     if not path:
         return None
     stored = read(path)

@@ -16,7 +16,6 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import eval_dynamic
 import main_earlyExit
-from experiment import classifier
 from models import create_model
 
 pytestmark = pytest.mark.usefixtures("costs_once")
@@ -83,43 +82,6 @@ def test_other_flags_of_training_run(trained, tmp_path, capsys, on, read_log):
     assert not any(key.startswith(("calib", "train/acc1")) for key in line)  # no evaluation; mixup is on
     # With nothing to judge by, the last is the best.
     assert {path.name for path in tmp_path.glob("*.pth")} == {"checkpoint-best.pth", "checkpoint-last.pth"}
-
-
-@pytest.mark.parametrize(
-    ("words", "steps", "epochs"),
-    [
-        ("--epochs 3 --update_freq 2", 4, 3),  # of 8 batches
-        ("--epochs 3 --update_freq 2 --num_workers 1", 4, 3),
-        # Of 6 batches, the last one of 2 images.
-        ("--epochs 2 --update_freq 4 --drop_last false --batch_size 6 --disable_eval true", 2, 2),
-    ],
-)
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, on, read_log, words, steps, epochs):
-    flags = shlex.split(f"{words} --warmup_epochs 1 --model_ema true --model_ema_decay 0.5 --lr 0.01")
-    train(on(*flags, "--output_dir", tmp_path / "whole"))
-    train_one_epoch = classifier.train_one_epoch
-
-    def stopped(*args, epoch, **options):
-        if epoch.number == 1:
-            raise KeyboardInterrupt
-        return train_one_epoch(*args, epoch=epoch, **options)
-
-    monkeypatch.setattr(classifier, "train_one_epoch", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        train(on(*flags, "--output_dir", tmp_path / "parts"))
-    assert [line["epoch"] for line in read_log(tmp_path / "parts")] == [1]
-    monkeypatch.undo()
-    torch.rand(7)  # generators elsewhere than the first run left them
-    train(on(*flags, "--output_dir", tmp_path / "parts"))
-
-    files = [tmp_path / name / "checkpoint-last.pth" for name in ("whole", "parts")]
-    whole, parts = (torch.load(file, weights_only=True) for file in files)
-    for key in ("model", "model_ema", "optimizer"):
-        torch.testing.assert_close(parts[key], whole[key], rtol=0, atol=0)
-    assert whole["step"] == parts["step"] == epochs * steps
-    assert all(whole[key] == parts[key] for key in ("epoch", "best", "scaler", "calib_indices"))
-    lines = [[{**line, "seconds": 0} for line in read_log(tmp_path / name)] for name in ("whole", "parts")]
-    assert lines[0] == lines[1] and len(lines[0]) == epochs
 
 
 def test_a_run_resumed_with_other_rates_says_what_changes(trained, tmp_path, capsys, on, read_log):

@@ -1,6 +1,8 @@
 import argparse
 import copy
-from dataclasses import asdict
+import re
+import shutil
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from torch import nn
 from experiment.checkpoint import load, save
 from experiment.published import understood
 from experiment.recipe import Recipe
-from experiment.resume import Pace, check_same_run, resume
+from experiment.resume import Pace, check_same_run, checkpoint_of, resume, with_global_batch
 from experiment.run import Run, Saving
 from models import MultiExitModel, create_model
+from models.errors import UserError
 from training.l2w import SampleWeighting, Weighting
 from training.losses import Losses
 from training.optim import Optimization, Update, make_optimizer
@@ -178,6 +181,36 @@ def test_a_run_goes_on_with_other_rates_and_processes_and_says_so():
     pace, stored, recipe = pace_of({"lr": 0.1, "epochs": 2, "update_freq": 1}, 2, content)
     changes = "--update_freq 1 instead of 2, 2 processes instead of 1"  # as many images
     assert pace.changes(recipe, stored) == changes
+
+
+def test_images_per_step_are_kept_or_the_change_is_refused():
+    _, stored, _ = pace_of({}, 2, {"args": {}, "pace": {"world_size": 2, "images": 32, "at_start": 32}})
+
+    def update_freq(flags, world_size, stored=stored):
+        recipe = Recipe.of({"batch_size": 8, "update_freq": 2, **flags})
+        return with_global_batch(recipe, world_size, stored).optimization.update_freq
+
+    assert [update_freq({}, n) for n in (1, 2, 4)] == [4, 2, 1]
+    assert update_freq({"global_batch": 64}, 2) == update_freq({"global_batch": 64}, 2, None) == 4
+    assert update_freq({"other_world_size": "accept"}, 4) == update_freq({"scale_lr": True}, 4) == 2
+    was = "x.pth was trained by 2 processes, not"
+    for flags, world_size, message in (
+        ({"other_world_size": "refuse"}, 1, f"--other_world_size refuse: {was} 1"),
+        ({}, 3, f"{was} 3: --global_batch 32; accepted: a multiple of 3 processes x --batch_size 8"),
+        ({"global_batch": 20}, 2, "--global_batch 20; accepted: a multiple of 2 processes x --batch_size 8"),
+        ({"l2w": True}, 1, f"--l2w true: {was} 1; --other_world_size accept trains so, with other halves"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+            update_freq(flags, world_size)
+
+
+def test_a_run_that_was_started_again_goes_on_from_its_own_checkpoint(trained, tmp_path, monkeypatch):
+    own = shutil.copy(trained / "checkpoint-last.pth", tmp_path)
+    recipe = Recipe.of(torch.load(own, weights_only=True)["args"], {"output_dir": str(tmp_path)})
+    given = replace(recipe, start=replace(recipe.start, resume=str(trained / "checkpoint-last.pth")))
+    assert checkpoint_of(given, print).source == given.start.resume
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert checkpoint_of(given, print).source == str(own)
 
 
 def test_scaled_rates_follow_the_images_per_step_since_the_start_however_often_a_run_is_resumed():

@@ -1,7 +1,10 @@
 """The processes of a run: how they start and join, and what they keep in common."""
 
+import ctypes
 import os
 import re
+import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -32,6 +35,7 @@ def start_compute(runtime: Runtime) -> Compute:
     if kind == "cuda":
         kind = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
+    _end_with_launcher()
     if world_size > 1:
         # A moving average kept in main memory is shared over gloo.
         backend = "cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo"
@@ -41,6 +45,13 @@ def start_compute(runtime: Runtime) -> Compute:
         amp = "fp16" if kind.startswith("cuda") else "bf16"
     dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     return Compute(torch.device(kind), dtype, runtime.channels_last, rank, world_size)
+
+
+def _end_with_launcher() -> None:
+    """Makes a process of torchrun end when torchrun is killed: it would go on, and hold the run's folder."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _ranks() -> tuple[int, int, int]:

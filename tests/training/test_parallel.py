@@ -1,3 +1,8 @@
+import os
+import signal
+import sys
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -67,3 +72,21 @@ def test_a_launcher_of_one_process_joins_nothing(alone, monkeypatch):
     for name, value in zip(LAUNCHERS[3:], ("0", "1", "0"), strict=True):
         monkeypatch.setenv(name, value)
     assert start_compute(Runtime(device="cpu")) == CPU and alone == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone can do it")
+def test_a_process_ends_with_its_launcher(alone, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    seen, alive = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        if os.fork() == 0:
+            start_compute(Runtime(device="cpu"))
+            os.write(alive, b"x")
+            time.sleep(60)
+        time.sleep(60)
+    os.close(alive)
+    assert os.read(seen, 1) == b"x"
+    os.kill(launcher, signal.SIGKILL)
+    assert os.read(seen, 1) == b""  # nobody is left to write
+    os.waitpid(launcher, 0)

@@ -50,6 +50,7 @@ def test_a_recipe_runs_on_all_machines(job):
         "PET_RDZV_BACKEND=c10d",
         "PET_RDZV_ENDPOINT=n1:29542",
         "PET_RDZV_ID=1042",
+        "PET_SHUTDOWN_TIMEOUT=110",
     ]
     code, lines = job(words, DATA="x", SLURM_GPUS_ON_NODE="8", **JOB)
     assert code == 2 and lines[-1] == "error: GPUS=8 on 2 machines; accepted: 1, 2, 4, 8 in all"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,20 @@ from training.parallel import share_buffers
 from utils import Compute, Meters, Progress, UserError, gather
 
 
+@dataclass
+class Epoch:
+    """An epoch of training, counted from 0, and what of it is done: micro-batches, and their figures.
+
+    `after_batch(check)` is called after each; before it saves the weights it calls `check`, which raises
+    ValueError on every process if a loss was not finite.
+    """
+
+    number: int = 0
+    batch: int = 0
+    meters: Meters = field(default_factory=Meters)
+    after_batch: Callable[[Callable[[], None]], None] = lambda check: None
+
+
 def train_one_epoch(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -22,44 +37,49 @@ def train_one_epoch(
     update: Callable[[Tensor], None],
     compute: Compute,
     *,
-    epoch: int = 0,
+    epoch: Epoch | None = None,
     print_freq: int = 50,
     on_print: Callable[[dict[str, float]], None] = lambda means: None,
 ) -> dict[str, float]:
-    """Trains once through the loader; returns means over all processes of `loss` and of `exit_sums`.
+    """Trains on what is left of an epoch; returns means over all processes of `loss` and of `exit_sums`.
 
-    `on_print` gets this process's means every `print_freq` batches, and those returned at the end, both with
-    the `images_per_s` of all processes in this epoch. `objective(model, images, targets)` yields (loss, every
-    exit's logits) whenever `update` is to act, for the whole batch or for one part of it after another. Once
-    a loss is not finite, raises ValueError on every process at the next report.
+    `loader` starts at the epoch's next batch. `on_print` gets this process's means every `print_freq`
+    batches, and those returned at the end, both with the `images_per_s` of all processes in this pass.
+    `objective(model, images, targets)` yields (loss, every exit's logits) whenever `update` is to act, for
+    the whole batch or for one part of it after another. Once a loss is not finite, raises ValueError on every
+    process at the next report.
     """
+    epoch = epoch or Epoch()
     model.train()
     tune(model, compute.device)
-    meters, watch = Meters(), FiniteWatch(loader, epoch, compute)
-    progress = Progress(loader, f"epoch {epoch + 1}", len(loader), shown=compute.rank == 0)
-    start = time.monotonic()
+    meters, watch = epoch.meters, FiniteWatch(loader, epoch.number, compute)
+    title, shown = f"epoch {epoch.number + 1}", compute.rank == 0
+    progress = Progress(loader, title, len(loader), shown=shown, first=epoch.batch)
+    start, before = time.monotonic(), meters.counts.get("loss", 0)
 
     def report(means: dict[str, float]) -> None:
-        images = compute.world_size * meters.counts.get("loss", 0)
+        images = compute.world_size * (meters.counts.get("loss", 0) - before)
         on_print(means | {"images_per_s": images / (time.monotonic() - start)})
 
-    for step, (images, targets) in enumerate(progress):
+    for images, targets in progress:
         images, targets = compute.put(images), compute.put(targets)
         seen = 0
         with compute.autocast():
             for loss, exits in objective(model, images, targets):
                 update(loss)
-                watch.see(loss, step)
+                watch.see(loss, epoch.batch)
                 part = targets[seen : seen + len(exits[0])]
                 seen += len(part)
                 meters.add("loss", loss.detach() * len(part), len(part))
                 for name, sums in exit_sums(exits, part).items():
                     meters.add(name, sums, len(part))
-        if (step + 1) % print_freq == 0:
+        epoch.batch += 1
+        if epoch.batch % print_freq == 0:
             watch.check()
             means = meters.means()
             progress.note({name: value for name, value in means.items() if "loss/" not in name})
             report(means)
+        epoch.after_batch(watch.check)
     watch.check()
     report(means := meters.means(compute))
     return means

@@ -18,7 +18,7 @@ from experiment.options import fill
 from experiment.published import read
 from experiment.run import Run, Saving
 from experiment.verify import check_entries
-from loading.loaders import shuffled_shard
+from loading.loaders import shuffled
 from models.multi_exit import map_leaves
 from training.optim import Optimization, make_update
 from training.parallel import start_compute
@@ -79,8 +79,8 @@ class Job:
         weights = read(path).weights() if path else None
         detector = create_detector(detection.model, num_classes, detection, weights)
         self.detector: Any = detector.to(self.device)
-        self.draw = partial(shuffled_shard, len(data), Compute(self.device), size, seed, None)
-        self.order = self.draw(0)  # of the samples of an epoch, which `train` takes
+        self.draw = partial(shuffled, len(data), Compute(self.device), size, seed, None)
+        self.order = self.draw(0).tolist()  # of the samples of an epoch, which `train` takes
         if not self.order:
             raise UserError(f"{len(data)} training images are fewer than --batch_size {size}")
         workers = detection.num_workers
@@ -127,7 +127,7 @@ class Job:
         """
         seed = self.detection.seed
         seed_everything(seed, epoch, 0)
-        self.order[:] = self.draw(epoch)
+        self.order[:] = self.draw(epoch).tolist()
         self.draws.manual_seed(int(np.random.default_rng((seed, epoch)).integers(2**63)))
         losses, figures = self._train(epoch), self.evaluate()
         shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())

@@ -10,17 +10,20 @@ import torch
 
 from adaptive.flops import check_side, print_costs
 from adaptive.thresholds import geometric_quotas
-from datasets import Split, TrainLoader, mixup_collate, open_splits, ordered_loader, with_readable
-from engine import evaluate_all, train_one_epoch
+from datasets import Split, TrainLoader, mixup_collate, open_splits, with_readable
+from engine import train_one_epoch
 from experiment.announce import farewell, opening
 from experiment.fit import fit_to
+from experiment.judge import Judge
 from experiment.log import Logger, epoch_line
 from experiment.open import architecture, open_teacher, read_weights
 from experiment.options import plain
+from experiment.place import Place
 from experiment.published import Stored
 from experiment.recipe import Recipe
-from experiment.resume import Pace, as_started, checkpoint_of, resume
+from experiment.resume import Pace, as_started, checkpoint_of, resume, with_global_batch
 from experiment.run import Figures, Run, Saving
+from experiment.stopping import Stopped
 from models import MultiExitModel, create_model
 from training.l2w import SampleWeighting
 from training.optim import Update, make_update
@@ -46,6 +49,7 @@ class Classifier:
         self.passes = 2 if recipe.weighting.l2w else 1  # losses per batch
         seed_everything(recipe.data.seed, 0, 0)
         self.arch, self.network = self._network(fresh=stored is None)
+        self.recipe = recipe = with_global_batch(recipe, compute.world_size, stored)
         self.pace = Pace.of(recipe, compute.world_size, stored)
         # After what may refuse the flags: it may read all images.
         train = with_readable(self.splits.train, recipe.data, recipe.runtime, compute)
@@ -55,10 +59,13 @@ class Classifier:
         self.regime = "heads" if recipe.objective.freeze_backbone else recipe.objective.regime
         self.weighting: SampleWeighting | None = None
         self.objectives = self._objectives()
+        self.judge = Judge(recipe, self.splits, self.network, self.update, compute)
         self.run = self._run()
+        session, main_process = recipe.session, compute.rank == 0
+        places = self.loader, self.update, self.weighting, compute, session
+        self.place = Place(self.run, *places, self.steps)
         self._start(stored)
         self.enter(self.phase_at(self.run.first))
-        session, main_process = recipe.session, compute.rank == 0
         project = session.project if session.enable_wandb else None
         config = {**recipe.flags(), **recipe.options}
         self.logger = Logger(session.log_dir if main_process else None, project, config)
@@ -140,7 +147,9 @@ class Classifier:
         session = self.recipe.session
         saving = Saving(self.folder, session.save_ckpt, session.save_ckpt_freq, session.save_ckpt_num)
         main_process = self.compute.rank == 0
-        return Run(parts, self.facts, saving, score=self.score, tell=self.tell, main_process=main_process)
+        return Run(
+            parts, self.facts, saving, score=self.judge.score, tell=self.tell, main_process=main_process
+        )
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint stores about the run, besides the state of its parts."""
@@ -165,9 +174,8 @@ class Classifier:
                 self.say(f"other than in {stored.source}: {changes}")
             if "l2w" in missing:
                 self.say(f"checkpoint {stored.source} holds no weight net: it starts anew")
-        self.update.start(run.first * self.steps)
-        if self.weighting:
-            self.weighting.start(run.first)
+        images = self.pace.images / stored.content["pace"]["images"] if stored and run.partial else 1.0
+        self.place.move(run.first, run.partial, images)
         source = stored.source if stored else ""
         self.say("\n".join(opening(recipe, self.network, self.splits, self.compute, source)))
         if recipe.runtime.flops and self.compute.rank == 0:
@@ -186,18 +194,37 @@ class Classifier:
         self.update.attach(self.model)
 
     def fit(self) -> None:
-        """All epochs that are left: train, evaluate on calib, save, log; after the last one on test too."""
-        self.run.fit(self.recipe.optimization.epochs, self.one_epoch, partial(self.evaluate, "test"))
+        """All epochs that are left: train, evaluate on calib, save, log; after the last one on test too.
+
+        Raises `Stopped` if a signal stopped it.
+        """
+        test = partial(self.evaluate, "test")
+        try:
+            with self.place.signals.answered():
+                self.run.fit(self.recipe.optimization.epochs, self.one_epoch, test)
+        except Stopped:
+            self.say(self.place.stopped())
+            raise
         self.logger.close(self.judged)
         if self.folder and self.compute.rank == 0:
             print("\n".join(farewell(self.recipe)))
 
-    def one_epoch(self, epoch: int) -> Figures:
-        """Trains through the data once and evaluates on calib; returns the metrics to log."""
-        seed_everything(self.recipe.data.seed, epoch, self.compute.rank)
-        self.loader.set_epoch(epoch)
-        if self.phase_at(epoch) != self.phase:
-            self.enter(self.phase_at(epoch))
+    def one_epoch(self, number: int) -> Figures:
+        """Trains through what is left of an epoch and evaluates on calib; returns the metrics to log."""
+        if number != self.place.epoch.number:
+            self.place.move(number, {})
+        figures = self.run.partial.get("figures") or self._train()
+        try:
+            return figures | self.evaluate("calib")
+        except Stopped:
+            self.place.save(figures)
+            raise
+
+    def _train(self) -> Figures:
+        """The metrics of the epoch's training."""
+        epoch = self.place.epoch
+        if self.phase_at(epoch.number) != self.phase:
+            self.enter(self.phase_at(epoch.number))
         means = train_one_epoch(
             self.model,
             self.loader,
@@ -208,9 +235,8 @@ class Classifier:
             print_freq=self.recipe.session.print_freq,
             on_print=self.report,
         )
-        figures = {f"train/{name}": value for name, value in means.items()}
-        figures |= self.evaluate("calib")
-        return figures | self.update.figures() | self.weighting_figures(epoch)
+        figures = {f"train/{name}": value for name, value in means.items()} | self.update.figures()
+        return figures | self.weighting_figures(epoch.number)
 
     def report(self, means: Figures) -> None:
         """Logs the metrics so far within an epoch."""
@@ -225,27 +251,10 @@ class Classifier:
         self.logger.add({**self.judged, "seconds": record["seconds"]}, self.update.step)
         print(epoch_line(record, self.recipe.optimization.epochs))
 
-    def score(self, figures: Figures) -> float | None:
-        """Mean top-1 over exits on calib, which selects the best checkpoint."""
-        prefix = "calib_ema/acc1/" if self.judges_average else "calib/acc1/"
-        judged = [value for name, value in figures.items() if name.startswith(prefix)]
-        return sum(judged) / len(judged) if judged else None
-
-    @property
-    def judges_average(self) -> bool:
-        """Whether the moving average is evaluated too."""
-        return self.recipe.optimization.model_ema and self.recipe.optimization.model_ema_eval
-
     def evaluate(self, part: str) -> Figures:
-        """`calib/...` or `test/...`; of the moving average `calib_ema/...` if wanted."""
-        images = getattr(self.splits, part)
-        if self.recipe.session.disable_eval or not len(images):
-            return {}
-        networks = {"": self.network}
-        if self.judges_average and self.update.ema:
-            networks["_ema"] = self.update.ema.module
-        loader = ordered_loader(images, self.recipe.runtime, self.compute)
-        return evaluate_all(networks, loader, self.compute, title=part)
+        """The judge's figures of a split; a signal breaks it off."""
+        with self.place.signals.at_once():
+            return self.judge.evaluate(part)
 
     def weighting_figures(self, epoch: int) -> Figures:
         """Metrics of the weight net in this epoch, `l2w/...`; adds histograms, and a file if one is due."""

@@ -127,7 +127,7 @@ def _arch(content: dict[str, Any], source: object) -> dict[str, Any] | None:
 
 def _state(content: dict[str, Any]) -> dict[str, Any]:
     """What a run resumes from, under our names."""
-    names = ("epoch", "record", "best", "optimizer", "scaler", "l2w")
+    names = ("epoch", "partial", "record", "best", "optimizer", "scaler", "l2w")
     state = {name: content[name] for name in names if name in content}
     if "meta_state_dict" in content:  # L2W's program stores the number of epochs done, not the last one
         theirs = {"weight_net": "meta_state_dict", "optimizer": "meta_optimizer"}

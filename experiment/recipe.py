@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -42,6 +42,11 @@ class Start:
     model_prefix: str = option("", "put before the weights' names by --finetune")
     resume: str = option("", "checkpoint to go on from, a file or an https URL")
     auto_resume: bool = option(True, "go on from the last checkpoint in --output_dir")
+    other_world_size: Literal["keep", "refuse", "accept"] = option(
+        "keep",
+        "resumed with another number of processes: keep the images per step (--update_freq changes), refuse, "
+        "or accept other ones",
+    )
     start_epoch: int = option(0, "epochs taken as done", low=0)
 
 
@@ -55,6 +60,14 @@ class Session:
     save_ckpt: bool = option(True, "write checkpoints")
     save_ckpt_freq: int = option(1, "epochs between numbered checkpoints", low=1)
     save_ckpt_num: int = option(3, "numbered checkpoints kept; last and best are kept besides", low=0)
+    save_every_steps: int = option(0, "optimizer steps between two saves within an epoch; 0: none", low=0)
+    save_every_minutes: float = option(15.0, "minutes between two saves within an epoch; 0: none", low=0)
+    requeue_code: int = option(
+        75,
+        "exit code of a run stopped by SIGTERM, SIGUSR1 or Ctrl-C: it is saved, and the same command goes on",
+        low=0,
+        high=255,
+    )
     eval: bool = option(
         False, "evaluate --resume, or the last checkpoint in --output_dir, instead of training"
     )

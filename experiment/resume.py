@@ -40,6 +40,34 @@ def check_same_run(recipe: Recipe, stored: Stored) -> None:
             raise UserError(f"--{name} {here}, but {stored.source} was trained with {there}")
 
 
+def with_global_batch(recipe: Recipe, world_size: int, stored: Stored | None) -> Recipe:
+    """The recipe with as many micro-batches per optimizer step as make its images per step.
+
+    That is `--global_batch`, or what the checkpoint had that is resumed with another number of processes.
+    Raises ValueError where it cannot be had, or may not be.
+    """
+    optimization, choice = recipe.optimization, recipe.start.other_world_size
+    wanted, name, batch_size = optimization.global_batch, "--global_batch", recipe.runtime.batch_size
+    before = (stored.content.get("pace") if stored else None) or {}
+    was = before.get("world_size", world_size)
+    if stored and was != world_size and choice != "accept" and not optimization.scale_lr:
+        said = f"{stored.source} was trained by {was} processes, not {world_size}"
+        if choice == "refuse":
+            raise UserError(f"--other_world_size refuse: {said}")
+        if recipe.weighting.l2w:
+            accept = "--other_world_size accept trains so, with other halves of batches"
+            raise UserError(f"--l2w true: {said}; {accept}")
+        if wanted is None:
+            wanted, name = before["images"], f"{said}: --global_batch"
+    if wanted is None:
+        return recipe
+    if wanted % (world_size * batch_size):
+        multiple = f"a multiple of {world_size} processes x --batch_size {batch_size}"
+        raise UserError(f"{name} {wanted}; accepted: {multiple}")
+    update_freq = wanted // (world_size * batch_size)
+    return replace(recipe, optimization=replace(optimization, update_freq=update_freq))
+
+
 @dataclass(frozen=True)
 class Pace:
     """What an optimizer step sees: `images` in all, read by `world_size` processes.

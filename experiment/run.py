@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from experiment.checkpoint import save_epoch
+from experiment.checkpoint import LAST, save, save_epoch
 from experiment.fit import load_weights
 from experiment.log import append_json, count_from_one, last_record
 from experiment.verify import check_finite, check_numbers
+from experiment.writer import Writer
 from training.restore import load_optimizer
 from utils import UserError
 
@@ -44,10 +45,11 @@ class Saving:
 class Run:
     """A training run.
 
-    A checkpoint is {part: state} with the current `facts` (plain types), the last epoch done (`epoch`, from
-    0), the line of the log for it (`record`, where epochs count from 1) and the best score so far. `score`
-    rates an epoch by its metrics; the best checkpoint has the highest score, or is the last one as long as
-    there is no score. `tell` gets every epoch's record. Only the main process saves.
+    A checkpoint is {part: state} with the current `facts` (plain types), the last whole epoch done (`epoch`,
+    from 0; -1 before the first), the line of the log for it (`record`, where epochs count from 1), the best
+    score so far, and what is done of the next epoch (`partial`, {} at its beginning). `score` rates an epoch
+    by its metrics; the best checkpoint has the highest score, or is the last one as long as there is no
+    score. `tell` gets every epoch's record. Only the main process saves, in the background.
     """
 
     def __init__(
@@ -64,6 +66,9 @@ class Run:
         self.score, self.tell, self.main_process = score, tell, main_process
         self.first, self.best = 0, -1.0
         self.record: dict[str, Any] = {}  # of an epoch that is saved and not yet logged
+        self.partial: dict[str, Any] = {}
+        self.writer = Writer()
+        self.began = time.monotonic()
 
     def resume(self, state: Mapping[str, Any], source: object) -> list[str]:
         """Restores every part from its state in file `source`; returns the names of parts it lacks.
@@ -79,6 +84,7 @@ class Run:
             else:
                 _restore(name, part, state[name], source)
         self.first, self.best = state["epoch"] + 1, state.get("best", self.best)
+        self.partial = dict(state.get("partial") or {})
         folder = self.saving.folder
         if folder and Path(str(source)).absolute().parent == folder.absolute():
             logged = last_record(folder / "log.txt").get("epoch", 0)
@@ -88,10 +94,11 @@ class Run:
     def state(self, epoch: int) -> dict[str, Any]:
         """What a checkpoint stores after `epoch` (from 0).
 
-        Every epoch seeds its own generators, so their states are not needed.
+        Every batch seeds its own generators, so their states are not needed.
         """
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        return {**parts, **self.facts(), "epoch": epoch, "record": self.record, "best": self.best}
+        place = {"epoch": epoch, "record": self.record, "best": self.best, "partial": self.partial}
+        return {**parts, **self.facts(), **place}
 
     def fit(
         self, epochs: int, one_epoch: Callable[[int], Figures], test: Callable[[], Figures] = dict
@@ -103,37 +110,54 @@ class Run:
         """
         if self.saving.folder and self.main_process:
             count_from_one(self.saving.folder / "log.txt")
+        with self.writer:
+            self._fit(epochs, one_epoch, test)
+
+    def _fit(self, epochs: int, one_epoch: Callable[[int], Figures], test: Callable[[], Figures]) -> None:
         if self.record:
             self._log(epochs, test)
         elif self.first >= epochs and self.main_process:
             print(f"all {epochs} epochs are done")
         for epoch in range(self.first, epochs):
-            start = time.monotonic()
+            self.began = time.monotonic() - self.partial.get("seconds", 0.0)
             figures = one_epoch(epoch)
             score = self.score(figures)
             best = score is None or score > self.best
             self.best = self.best if score is None else max(score, self.best)
-            seconds = time.monotonic() - start
+            seconds = time.monotonic() - self.began
             self.record = {"epoch": epoch + 1, **figures, "best": self.best, "seconds": seconds}
-            if self.main_process:
-                self._save(epoch, best)
+            self.partial = {}
+            self._save(epoch, best)
             self._log(epochs, test)
+
+    @property
+    def saves(self) -> bool:
+        """Whether this process writes checkpoints."""
+        return self.main_process and self.saving.folder is not None and self.saving.checkpoints
+
+    def save_within(self, epoch: int, partial: dict[str, Any]) -> None:
+        """Saves, in the background, what is done of `epoch` (from 0), from which it goes on if resumed."""
+        self.partial = {**partial, "seconds": time.monotonic() - self.began}
+        if self.saves:
+            assert self.saving.folder
+            self.writer.add_copy(self.state(epoch - 1), save, self.saving.folder / LAST)
 
     def _save(self, epoch: int, best: bool) -> None:
         saving = self.saving
-        if saving.folder and saving.checkpoints:
-            state, kept = self.state(epoch), {"freq": saving.freq, "keep": saving.keep}
-            save_epoch(saving.folder, state, epoch=epoch + 1, best=best, **kept)
+        if self.saves:
+            options = {"epoch": epoch + 1, "best": best, "freq": saving.freq, "keep": saving.keep}
+            self.writer.add_copy(self.state(epoch), save_epoch, saving.folder, **options)
 
     def _log(self, epochs: int, test: Callable[[], Figures]) -> None:
         """Writes the line of the last epoch; a run killed before it finds the record in its checkpoint."""
         start, record, self.record = time.monotonic(), self.record, {}
         if record["epoch"] == epochs:
+            self.writer.wait()
             record |= test()
             record["seconds"] += time.monotonic() - start
         if self.main_process:
             if self.saving.folder:
-                append_json(self.saving.folder / "log.txt", record)
+                self.writer.add(append_json, self.saving.folder / "log.txt", record)
             self.tell(record)
 
 

@@ -119,8 +119,25 @@ def _counts(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
+def _is_epoch(value: object) -> bool:
+    return value == -1 or _counts(value)
+
+
 def _fits_pace(value: object) -> bool:
     return isinstance(value, dict) and value.keys() == PACE and all(_counts(n) and n for n in value.values())
+
+
+def _fits_partial(value: object) -> bool:
+    if not isinstance(value, dict) or not value:
+        return value == {}
+    counts, processes = [value.get(name) for name in ("batch", "micro_batch", "step")], value.get("processes")
+    return (
+        all(map(_counts, counts))
+        and type(value.get("seconds")) is float
+        and isinstance(value.get("figures"), dict)
+        and isinstance(processes, list)
+        and all(isinstance(shard, dict) and "meters" in shard for shard in processes)
+    )
 
 
 def _fits_record(value: object) -> bool:
@@ -134,12 +151,13 @@ def _are_words(value: object) -> bool:
 ROWS = "distinct numbers of rows, from 0"
 ENTRIES = {
     "arch": Entry("name, options and num_classes", lambda value: isinstance(value, (dict, str))),
-    "epoch": Entry("a number from 0, or a word", lambda value: isinstance(value, str) or _counts(value)),
+    "epoch": Entry("a number from -1, or a word", lambda value: isinstance(value, str) or _is_epoch(value)),
     "best": Entry("a finite number", lambda value: type(value) in NUMBERS and math.isfinite(value)),
     "calib_indices": Entry(ROWS, lambda value: isinstance(value, list)),
     "class_names": Entry("a list of words", _are_words),
     "pace": Entry(f"numbers for {', '.join(sorted(PACE))}", _fits_pace),
     "record": Entry("a line of log.txt", _fits_record),
+    "partial": Entry("what is done of an epoch", _fits_partial),
 }
 
 

@@ -1,20 +1,23 @@
 """Loaders: shuffled for training, where any epoch can be repeated on its own, and in order for evaluation."""
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from loading.relabel import Popular, balanced
 from loading.split import Images, Split
 from loading.streams import Stream
-from utils import Compute, Runtime, UserError, seed_everything
+from utils import Compute, Runtime, UserError, seed_draws, seed_everything
 
 
-def shuffled_shard(
+def shuffled(
     size: int,
     compute: Compute,
     group: int,
@@ -24,8 +27,8 @@ def shuffled_shard(
     *,
     least: int = 0,
     multiple: int = 1,
-) -> list[int]:
-    """This process's share of `size` shuffled samples, cut to full groups of all processes.
+) -> np.ndarray:
+    """`size` samples in an epoch's order, cut to full groups of all processes; process r has [r::world size].
 
     With `least`, each process also keeps a last group of at least so many, in `multiple`s; where the samples
     do not share out evenly, the first ones come again, as in torch's DistributedSampler. `chances` [size] are
@@ -40,16 +43,53 @@ def shuffled_shard(
         share = -(-size // compute.world_size)
         rest = share % group
         count = share - (rest if rest < least else rest % multiple)
-    return np.resize(order, count * compute.world_size)[compute.rank :: compute.world_size].tolist()
+    return np.resize(order, count * compute.world_size)
 
 
-class TrainLoader(DataLoader):
+class Batches(Dataset):
+    """The micro-batches of an epoch on one process: [b] -> (images [B, 3, H, W], targets), in any order.
+
+    A sample draws from generators seeded by (seed, epoch, its place in the epoch's order), and what mixes a
+    batch from those of its first sample's place: not by the row of the data set, as sampling weights repeat
+    rows. So a batch depends neither on the worker that reads it nor on those read before.
+    """
+
+    def __init__(self, split: Any, batch_size: int, compute: Compute, seed: int, collate: Callable) -> None:
+        self.split, self.batch_size, self.seed, self.collate = split, batch_size, seed, collate
+        self.rank, self.world_size = compute.rank, compute.world_size
+
+    def start(self, order: np.ndarray, epoch: int) -> None:
+        """An epoch in this order, that of all processes."""
+        self.order = order
+        self.seeds = np.random.default_rng((self.seed, epoch, 1)).integers(
+            2**32, size=(2, len(order)), dtype=np.uint32
+        )
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // (self.batch_size * self.world_size))
+
+    def places(self, batch: int) -> range:
+        """Where the samples of a micro-batch are in the order."""
+        size = self.batch_size * self.world_size
+        return range(batch * size + self.rank, min((batch + 1) * size, len(self.order)), self.world_size)
+
+    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor]:
+        samples, places = [], self.places(batch)
+        for place in places:
+            seed_draws(int(self.seeds[0, place]))
+            samples.append(self.split[int(self.order[place])])
+        seed_draws(int(self.seeds[1, places[0]]))
+        return self.collate(samples)
+
+
+class TrainLoader:
     """Full micro-batches, equally many per process and a multiple of `update_freq`; ValueError if none.
 
     With `least`, the images left over are used too, and so is a last micro-batch of at least so many of them,
-    of an even number if `collate` mixes them. Every process has the same sizes. Order and augmentation of an
-    epoch depend on its number alone. `order` is that of this epoch on this process, as indices of the split's
-    samples; a stream has none. Popular classes are `balanced`.
+    of an even number if `collate` mixes them. Every process has the same sizes. Popular classes are
+    `balanced`. A pass starts at (epoch, batch) of `start`, and what the training step draws at a batch is
+    seeded by (seed, epoch, batch, rank) as it is handed over; so that is the whole state of the loader. A
+    stream has no rows: it can only be read from an epoch's beginning.
     """
 
     def __init__(
@@ -64,52 +104,97 @@ class TrainLoader(DataLoader):
         seed: int = 0,
     ) -> None:
         self.split: Any = split
-        self.seed = seed
-        self.rank = compute.rank
-        self.draws = torch.Generator()  # its own, to leave the global one, which dropout uses, alone
-        self.order: list[int] = []
+        self.seed, self.compute = seed, compute
+        self.micro_batch = runtime.batch_size * compute.world_size  # images that all processes read at once
         group = runtime.batch_size * (1 if least else update_freq)
+        self.options: dict[str, Any] = {
+            "num_workers": runtime.num_workers,
+            "pin_memory": runtime.pin_mem and compute.device.type == "cuda",
+            "worker_init_fn": leave_signals,
+        }
         if isinstance(split, Stream):
             if least:
                 raise UserError("--drop_last false: the batches of a stream are always filled up")
             split.reader.batch_size = group  # each worker's images are rounded up to full groups
             split.set_loader_cfg(runtime.num_workers)
+            # timm's readers shuffle a pass anew only in a new process
+            self.options |= {"batch_size": runtime.batch_size, "collate_fn": collate}
+            self.options["num_workers"] = max(runtime.num_workers, 1)
         else:
             popular = isinstance(split.base, Popular)
             chances = balanced(split.labels, len(split.base.numbers)) if popular else None
             last = {"least": least, "multiple": 2 if collate else 1}
-            self.draw = partial(shuffled_shard, len(split), compute, group, seed, chances, **last)
-            self.order += self.draw(0)
-            if not self.order:
-                product = f"{runtime.batch_size} x update_freq {update_freq} x {compute.world_size} processes"
-                needed = f"one global batch of batch size {least or product}"
-                raise UserError(f"{len(split)} training images are fewer than {needed}")
-        super().__init__(
-            split,
-            runtime.batch_size,
-            sampler=self.order or None,
-            # timm's readers shuffle a pass anew only in a new process
-            num_workers=max(runtime.num_workers, int(isinstance(split, Stream))),
-            collate_fn=collate,
-            pin_memory=runtime.pin_mem and compute.device.type == "cuda",
-            generator=self.draws,
-        )
+            self.draw = partial(shuffled, len(split), compute, group, seed, chances, **last)
+            self.batches = Batches(split, runtime.batch_size, compute, seed, collate or default_collate)
+        self.start(0)
+        if not len(self):
+            product = f"{runtime.batch_size} x update_freq {update_freq} x {compute.world_size} processes"
+            needed = f"one global batch of batch size {least or product}"
+            raise UserError(f"{len(split)} training images are fewer than {needed}")
 
-    def set_epoch(self, epoch: int) -> None:
-        """Seeds the next pass by (seed, epoch, rank), whatever ran before."""
-        if isinstance(self.dataset, Stream):
-            self.dataset.set_epoch(epoch)
+    @property
+    def seekable(self) -> bool:
+        """Whether a pass can start in the middle of an epoch."""
+        return not isinstance(self.split, Stream)
+
+    def start(self, epoch: int, batch: int = 0) -> None:
+        """The next pass is the epoch's from this micro-batch on, whatever ran before."""
+        self.epoch, self.first = epoch, batch
+        if self.seekable:
+            self.batches.start(self.draw(epoch), epoch)
         else:
-            self.order[:] = self.draw(epoch)
-        drawn = np.random.default_rng((self.seed, epoch, 1 + self.rank)).integers(2**63)
-        self.draws.manual_seed(int(drawn))
-        if self.num_workers == 0:  # the transforms then draw from the global generators
-            seed_everything(self.seed, epoch, self.rank)
+            self.split.set_epoch(epoch)
 
-    def names(self, step: int) -> list[str]:
-        """Names of the samples in micro-batch `step` of this epoch on this process; none for a stream."""
-        size = self.batch_size or 1
-        return [self.split.name(i) for i in self.order[step * size : (step + 1) * size]]
+    def __len__(self) -> int:
+        """Micro-batches of a whole epoch; an estimate for a stream."""
+        return len(self.batches) if self.seekable else len(DataLoader(self.split, **self.options))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, (images, targets) in enumerate(self._read(), self.first):
+            seed_everything(self.seed, self.epoch, batch, self.compute.rank)
+            yield images, targets
+
+    def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches that are left; workers that died are replaced, and theirs are read again."""
+        draws = torch.Generator().manual_seed(self.epoch)  # its own: DataLoader draws a seed for its workers
+        if not self.seekable:
+            yield from DataLoader(self.split, generator=draws, **self.options)
+            return
+        batch, died_at = self.first, -1
+        while batch < len(self):
+            left = range(batch, len(self))
+            loader = DataLoader(self.batches, None, sampler=left, generator=draws, **self.options)
+            try:
+                batches = iter(loader)
+                # torch would raise in the middle of a step; without that, waiting for a batch finds it out.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for images, targets in batches:
+                    batch += 1
+                    yield images, targets
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error) or died_at == batch:
+                    raise
+                died_at = batch
+                print(f"batch {batch} is read again: {str(error).splitlines()[0]}", flush=True)
+
+    @property
+    def order(self) -> list[int]:
+        """This process's samples in this epoch, as indices of the split's; none of a stream."""
+        mine = slice(self.compute.rank, None, self.compute.world_size)
+        return self.batches.order[mine].tolist() if self.seekable else []
+
+    def names(self, batch: int) -> list[str]:
+        """Names of the samples in a micro-batch of this epoch on this process; none for a stream."""
+        if not self.seekable:
+            return []
+        return [self.split.name(int(self.batches.order[place])) for place in self.batches.places(batch)]
+
+
+def leave_signals(worker: int) -> None:
+    """In a loader's process: what is sent to the run's group of processes is for the run to answer."""
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class OrderedLoader(DataLoader):
@@ -141,4 +226,5 @@ def ordered_loader(split: Split | Subset | Stream, runtime: Runtime, compute: Co
         num_workers=runtime.num_workers,
         pin_memory=runtime.pin_mem and compute.device.type == "cuda",
         generator=torch.Generator(),
+        worker_init_fn=leave_signals,
     )

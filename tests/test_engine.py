@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
 from datasets import Split, TrainLoader, ordered_loader
-from engine import evaluate, summarise, train_one_epoch
+from engine import Epoch, evaluate, summarise, train_one_epoch
 from loading.sources import ArrayImages
 from models import MultiExitModel
 from training.losses import Losses, joint_objective
@@ -76,7 +76,7 @@ def number_of(name):
 
 def loader_of(split, batch_size, compute=CPU, epoch=0):
     loader = TrainLoader(split, Runtime(batch_size=batch_size, num_workers=0), compute, seed=5)
-    loader.set_epoch(epoch)
+    loader.start(epoch)
     return loader
 
 
@@ -106,8 +106,8 @@ def test_a_toy_learns_what_is_separable():
     loader, update = loader_of(split, 8), make_update(model)
     epochs = []
     for epoch in range(6):
-        loader.set_epoch(epoch)
-        epochs.append(train_one_epoch(model, loader, JOINT, update, CPU, epoch=epoch))
+        loader.start(epoch)
+        epochs.append(train_one_epoch(model, loader, JOINT, update, CPU, epoch=Epoch(epoch)))
     assert update.step == 6 * 5
     assert epochs[-1]["loss"] < 0.1 * epochs[0]["loss"]
     assert epochs[-1]["acc1/exit0"] == epochs[-1]["acc1/exit1"] == 1.0
@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_next_report_and_names_its_images
             JOINT,
             lambda loss: (updates.append(loss), update(loss)),
             CPU,
-            epoch=3,
+            epoch=Epoch(3),
             print_freq=print_freq,
         )
     shown = f"{', '.join(names[:8])} and 2 more"

@@ -100,7 +100,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch, on, read_lo
     train_one_epoch = classifier.train_one_epoch
 
     def stopped(*args, epoch, **options):
-        if epoch == 1:
+        if epoch.number == 1:
             raise KeyboardInterrupt
         return train_one_epoch(*args, epoch=epoch, **options)
 

@@ -38,7 +38,7 @@ def stopped_before(epoch, monkeypatch, words):
     train_one_epoch = classifier.train_one_epoch
 
     def stopped(*args, **options):
-        if options["epoch"] == epoch:
+        if options["epoch"].number == epoch:
             raise KeyboardInterrupt
         return train_one_epoch(*args, **options)
 

@@ -9,7 +9,7 @@ its derivative is a directional derivative of the losses: one forward-mode produ
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -109,9 +109,9 @@ class SampleWeighting:
         self.meters = Meters()
         self.tables: dict[str, list[Tensor]] = {}
 
-    def start(self, epoch: int) -> None:
-        """Continues at the first batch of an epoch, counted from 0."""
-        self.batch = epoch * self.batches
+    def start(self, epoch: int, batch: int = 0) -> None:
+        """Continues at a batch of an epoch, both counted from 0."""
+        self.batch = epoch * self.batches + batch
 
     def __call__(
         self, model: nn.Module, images: Tensor, targets: Tensor
@@ -261,8 +261,23 @@ class SampleWeighting:
         figures, self.meters = self.figures(compute), Meters()
         return figures
 
+    def epoch_state(self) -> dict[str, Any]:
+        """What this process has gathered in this epoch, on the CPU."""
+        tables = {name: torch.cat(parts).cpu() for name, parts in self.tables.items()}
+        return {"meters": self.meters.state_dict(), "tables": tables}
+
+    def load_epoch_state(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continues from what these processes had gathered."""
+        device = self.exit_weights.device
+        self.meters = Meters.of([state["meters"] for state in states], device)
+        tables: dict[str, list[Tensor]] = {}
+        for state in states:
+            for name, table in state["tables"].items():
+                tables.setdefault(name, []).append(table.to(device))
+        self.tables = tables
+
     def state_dict(self) -> dict[str, Any]:
-        """What exact resumption between two batches needs."""
+        """What exact resumption between two batches needs, besides `epoch_state`."""
         weights, optimizer = self.weight_net.state_dict(), self.optimizer.state_dict()
         return {"weight_net": weights, "optimizer": optimizer, "batch": self.batch}
 

@@ -27,6 +27,9 @@ class Optimization:
         "micro-batches per optimizer step, all of one weight; the last step of an epoch may have fewer",
         low=1,
     )
+    global_batch: int | None = option(
+        None, "images per optimizer step of all processes; --update_freq follows from it", low=2
+    )
     opt: str = option("adamw", "any optimizer of timm; sgd is plain SGD with momentum")
     opt_eps: float | None = option(1e-8, low=0)
     opt_betas: tuple[float, ...] | None = option(None)

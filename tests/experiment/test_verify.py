@@ -176,7 +176,7 @@ def test_tensors_that_share_memory_are_fine(tmp_path):
     ("entries", "complaint"),
     [
         ({"arch": 3}, "arch 3; accepted: name, options and num_classes"),
-        ({"epoch": -1}, "epoch -1; accepted: a number from 0, or a word"),
+        ({"epoch": -2}, "epoch -2; accepted: a number from -1, or a word"),
         ({"epoch": True}, "epoch True"),
         ({"epoch": 1.5}, "epoch 1.5"),
         ({"best": "high"}, "best 'high'; accepted: a finite number"),

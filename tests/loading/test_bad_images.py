@@ -63,7 +63,7 @@ def test_the_order_of_an_epoch_does_not_depend_on_which_images_are_bad(tree):
         for part in (whole(tree), with_readable(whole(tree), SKIP, runtime, CPU))
     ]
     for loader in loaders:
-        loader.set_epoch(5)
+        loader.start(5)
     assert loaders[0].order == loaders[1].order
     assert sum(len(labels) for _, labels in loaders[1]) == 16
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler, Subset, default_collate
 
-from loading.loaders import TrainLoader, ordered_loader, shuffled_shard
+from loading.loaders import TrainLoader, ordered_loader, shuffled
 from loading.relabel import only_popular
 from loading.sources import Data, open_source
 from loading.split import Split
@@ -23,6 +23,11 @@ def processes(world_size):
     return [Compute(torch.device("cpu"), rank=rank, world_size=world_size) for rank in range(world_size)]
 
 
+def shuffled_shard(size, compute, *args, **options):
+    """The share of one process."""
+    return shuffled(size, compute, *args, **options)[compute.rank :: compute.world_size].tolist()
+
+
 def augmented_loader(source, num_workers, compute=CPU):
     view = View().resolved(source)
     split = Split(source.train, None, train_transform(view, Transform(reprob=0.9)))
@@ -31,7 +36,7 @@ def augmented_loader(source, num_workers, compute=CPU):
 
 
 def one_epoch(loader, epoch):
-    loader.set_epoch(epoch)
+    loader.start(epoch)
     return [torch.cat([images.flatten(1), targets], 1) for images, targets in loader]
 
 
@@ -93,7 +98,7 @@ def test_micro_batches_are_left_over_where_it_is_wanted(cifar, as_tensor, batch_
     split = Split(cifar.train, None, as_tensor)
     loader = TrainLoader(split, runtime(batch_size), CPU, update_freq=2, least=least, collate=collate, seed=1)
     for epoch in range(2):
-        loader.set_epoch(epoch)
+        loader.start(epoch)
         labels = [labels.tolist() for _, labels in loader]
         assert [len(batch) for batch in labels] == sizes and len(loader) == len(sizes)
         names = [loader.names(step) for step in range(len(loader))]
@@ -105,7 +110,7 @@ def test_the_order_of_a_loader_is_its_share_of_the_epoch(cifar, as_tensor):
     loader = TrainLoader(split, runtime(3), processes(2)[1], update_freq=2, seed=1)
     assert len(loader) == 2 and len(loader.order) == 6
     assert loader.order == shuffled_shard(20, processes(2)[1], 6, 1, None, 0)
-    loader.set_epoch(4)
+    loader.start(4)
     assert loader.order == shuffled_shard(20, processes(2)[1], 6, 1, None, 4)
     assert [int(label) for _, labels in loader for label in labels] == [i % 10 for i in loader.order]
 
@@ -145,10 +150,9 @@ def test_workers_augment_and_mix_differently_in_every_epoch_and_process(tmp_path
     assert not torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
 
 
-def test_reading_data_leaves_the_global_generator_alone(cifar, as_tensor):
+def test_reading_for_evaluation_leaves_the_global_generator_alone(cifar, as_tensor):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    one_epoch(augmented_loader(cifar, 1), 0)
     list(ordered_loader(Split(cifar.test, None, as_tensor), runtime(3), CPU))
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -163,7 +167,7 @@ def test_an_ordered_loader_keeps_order_and_the_last_batch(cifar, as_tensor):
 def test_batch_names_are_those_of_the_current_epoch(tmp_path, cifar, as_tensor):
     split = Split(cifar.train, range(10, 20), as_tensor)
     loader = TrainLoader(split, runtime(3), CPU, seed=1)
-    loader.set_epoch(2)
+    loader.start(2)
     names = [loader.names(step) for step in range(len(loader))]
     labels = [labels.tolist() for _, labels in loader]
     assert names == [[f"{tmp_path / 'a.npz'}[{10 + label}]" for label in batch] for batch in labels]

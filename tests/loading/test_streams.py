@@ -62,7 +62,7 @@ def test_a_training_stream_gives_full_groups_shuffled_and_repeatable(stream, as_
         split = make_split(stream.train, None, as_tensor)
         runtime = Runtime(batch_size=3, num_workers=num_workers)
         loader = TrainLoader(split, runtime, CPU, update_freq=2)
-        loader.set_epoch(epoch)
+        loader.start(epoch)
         batches = [images[:, 0, 0, 0].tolist() for images, _ in loader]
         assert len(batches) == len(loader)
         assert loader.names(0) == loader.order == []

@@ -1,0 +1,127 @@
+"""When a run saves within an epoch, and how a signal stops it: after the step, saved, on all processes."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from utils import Compute, gather
+
+NOTHING, SAVE, STOP = range(3)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """A signal ended the run; `code` is its exit code."""
+
+
+class Signals:
+    """SIGTERM, SIGUSR1 and Ctrl-C: noted, for whoever trains to stop where it can go on later.
+
+    A second Ctrl-C is a KeyboardInterrupt at once.
+    """
+
+    def __init__(self, code: int, compute: Compute) -> None:
+        self.code, self.compute, self.patient = code, compute, True
+        self.name = ""  # of the first that came
+
+    @contextmanager
+    def answered(self) -> Iterator[None]:
+        """Notes the signals in the block."""
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that a signal may break off anywhere, by `Stopped`; one that came before does so here."""
+        if any(gather(self.name, self.compute)):
+            self.stop()
+        self.patient = False
+        try:
+            yield
+        finally:
+            self.patient = True
+
+    def stop(self) -> NoReturn:
+        """Raises `Stopped`."""
+        raise Stopped(self.code)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.name:
+            self.name = signal.Signals(number).name
+            if not self.patient:
+                self.stop()
+
+
+class Agreement:
+    """What all processes do after a step: the most that any of them asked for after the step before.
+
+    The question travels while the next step is computed, so that none waits for it. One process alone is
+    answered at once.
+    """
+
+    def __init__(self, compute: Compute) -> None:
+        self.alone = compute.world_size == 1
+        self.asked: torch.Tensor | None = None
+        self.answered: dist.Work | None = None
+
+    def __call__(self, wish: int) -> int:
+        """What is done now; `wish` is asked for after the next step."""
+        if self.alone:
+            return wish
+        answer = self.settle()
+        self.asked = torch.tensor(wish, dtype=torch.int32)  # on the CPU: a GPU need not wait
+        self.answered = dist.all_reduce(self.asked, dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def settle(self) -> int:
+        """The answer to the last wish, which is then forgotten."""
+        asked, self.asked = self.asked, None
+        if asked is None or self.answered is None:
+            return NOTHING
+        self.answered.wait()
+        return int(asked)
+
+
+class Timetable:
+    """Saves within an epoch every so many optimizer steps or minutes, and when a signal stops the run.
+
+    `save()` is called on all processes at the same step. The first one's clock counts. 0 means never.
+    """
+
+    def __init__(
+        self, steps: int, minutes: float, compute: Compute, signals: Signals, save: Callable[[], None]
+    ) -> None:
+        self.steps, self.seconds, self.signals, self.save = steps, 60 * minutes, signals, save
+        self.agreement, self.keeps_time = Agreement(compute), compute.rank == 0 and minutes > 0
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """The run was saved at this step, now."""
+        self.saved_step, self.saved_at, self.asked = step, time.monotonic(), False
+
+    def after_step(self, step: int, check: Callable[[], None]) -> None:
+        """After optimizer step `step`, which ends a batch: saves if it is time, after a `check`, or stops."""
+        late = self.keeps_time and not self.asked and time.monotonic() > self.saved_at + self.seconds
+        self.asked |= late
+        action = self.agreement(STOP if self.signals.name else SAVE if late else NOTHING)
+        if self.steps and step // self.steps > self.saved_step // self.steps:
+            action = max(action, SAVE)
+        if action == NOTHING:
+            return
+        check()
+        self.save()
+        self.restart(step)
+        if action == STOP:
+            self.signals.stop()

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Makes .venv with all that training and evaluation need. Sourced by other scripts: `install FILE` makes it in the
 # repository's root if it is missing and installs a requirements file into it, unless that was done before and neither
 # file has changed. Then `python` is .venv's.

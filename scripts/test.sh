@@ -7,5 +7,6 @@ install requirements-dev.txt
 ruff check .
 ruff format --check .
 pyrefly check --summary=none
+shellcheck --external-sources --source-path SCRIPTDIR scripts/*.sh
 # One thread per process: the tests are small, and the threads of several processes would slow each other down.
 OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist worksteal "$@"

@@ -17,7 +17,7 @@ source "$root/scripts/recipe.sh"
 needs 3 "CIFAR10 or CIFAR100, name of a network, folder for results" "$@"
 needs_data
 data_set=$1 model=$2 out=$3
-python "$root/main_earlyExit.py" --model "$model" --data_set "$data_set" \
+exec python "$root/main_earlyExit.py" --model "$model" --data_set "$data_set" \
     --data_path "$DATA" --output_dir "$out" --num_calib 0 --drop_last false \
     --epochs 300 --batch_size 1024 --opt sgd --lr 0.8 --min_lr 0 --momentum 0.9 --weight_decay 1e-4 \
     --filter_bias_and_bn false --warmup_epochs 0 --seed 1 \

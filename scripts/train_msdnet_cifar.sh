@@ -21,10 +21,11 @@ root=$(dirname "${BASH_SOURCE[0]}")/..
 source "$root/scripts/recipe.sh"
 needs 3 "CIFAR10 or CIFAR100, name of a network, folder for results" "$@"
 needs_data
-data_set=$1 model=$2 out=$3 held_out=
-case $model in msdnet_cifar_even7 | ranet*) held_out="--num_calib 0" ;; esac
-python "$root/main_earlyExit.py" --model "$model" --data_set "$data_set" \
-    --data_path "$DATA" --output_dir "$out" $held_out --drop_last false \
+data_set=$1 model=$2 out=$3
+shift 3
+case $model in msdnet_cifar_even7 | ranet*) set -- --num_calib 0 "$@" ;; esac
+exec python "$root/main_earlyExit.py" --model "$model" --data_set "$data_set" \
+    --data_path "$DATA" --output_dir "$out" --drop_last false \
     --epochs 300 --batch_size 64 --opt sgd --lr 0.1 --momentum 0.9 --weight_decay 1e-4 --filter_bias_and_bn false \
     --schedule multistep --decay_epochs 150 225 --decay_rate 0.1 --warmup_epochs 0 \
-    --smoothing 0 --mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 "${@:4}"
+    --smoothing 0 --mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 "$@"

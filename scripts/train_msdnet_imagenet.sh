@@ -21,10 +21,10 @@ needs 2 "name of a network, folder for results" "$@"
 needs_data
 model=$1 out=$2 gpus=${GPUS:-8} epochs=90 batch=256
 case $model in ranet*) epochs=300 batch=64 ;; esac
-[ $((batch % gpus)) = 0 ] || fail "GPUS=$gpus does not divide $batch"
-python "$root/scripts/launch.py" --nproc_per_node="$gpus" "$root/main_earlyExit.py" --model "$model" \
+[ $((batch % (gpus * nodes))) = 0 ] || fail "GPUS=$gpus on $nodes machines does not divide $batch"
+exec python "$root/scripts/launch.py" --nproc_per_node="$gpus" "$root/main_earlyExit.py" --model "$model" \
     --data_set IMNET --data_path "$DATA" --output_dir "$out" \
-    --epochs "$epochs" --batch_size $((batch / gpus)) --drop_last false \
+    --epochs "$epochs" --batch_size $((batch / gpus / nodes)) --drop_last false \
     --opt sgd --lr 0.1 --momentum 0.9 --weight_decay 1e-4 --filter_bias_and_bn false \
     --schedule multistep --decay_epochs $(seq 30 30 $((epochs - 1))) --decay_rate 0.1 --warmup_epochs 0 \
     --train_interpolation bilinear --interpolation bilinear \

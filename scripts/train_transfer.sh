@@ -16,7 +16,7 @@ source "$root/scripts/recipe.sh"
 needs 4 "name of a data set, name of a network, file of weights, folder for results" "$@"
 needs_data
 set_=$1 model=$2 weights=$3 out=$4
-python "$root/scripts/launch.py" --nproc_per_node="${GPUS:-1}" "$root/main_earlyExit.py" --model "$model" \
+exec python "$root/scripts/launch.py" --nproc_per_node="${GPUS:-1}" "$root/main_earlyExit.py" --model "$model" \
     --data_set "$set_" --data_path "$DATA" --input_size 224 --output_dir "$out" \
     --finetune "$weights" --lr_scales features.=0.1 --epochs 60 --warmup_epochs 3 --batch_size 64 \
     --opt nesterov --lr 0.05 --min_lr 1e-5 --momentum 0.9 --weight_decay 1e-4 --use_amp true \

@@ -99,7 +99,7 @@ PARSED = [
 ]
 # Commands of which nothing is checked here, and what runs them.
 ELSEWHERE = [(r"^(curl|serve|python -m deploy\.server|python runs/deployed/runner\.py) ", "tests/deploy")]
-NOT_OURS = {"-m pytest", "ruff", "pyrefly"}  # what a recipe may start besides our scripts
+NOT_OURS = {"-m pytest", "ruff", "pyrefly", "shellcheck"}  # what a recipe may start besides our scripts
 
 
 def state_of(name: str, classes: int, **options: object) -> dict:
@@ -261,7 +261,7 @@ def started_by(words: list[str], environment: dict[str, str], folder: Path) -> l
     scripts, log = folder / "scripts", folder / "started"
     shutil.copytree(ROOT / "scripts", scripts, dirs_exist_ok=True)
     (scripts / "install.sh").write_text("install() { :; }\n")
-    for name in ("python", "torchrun", "ruff", "pyrefly"):
+    for name in ("python", "torchrun", "ruff", "pyrefly", "shellcheck"):
         fake = folder / "bin" / name
         fake.parent.mkdir(exist_ok=True)
         fake.write_text(
@@ -297,6 +297,8 @@ class Runner:
             (value,) = expanded([value], environment)
             environment, words = environment | {name: value}, words[1:]
         words = expanded(words, environment)
+        if words[0] == "sbatch":  # tests/scripts/test_slurm.py: SLURM runs what is behind its script
+            words = words[words.index("scripts/slurm.sh") + 1 :]
         if any(re.search(pattern, " ".join(words)) for pattern, _ in ELSEWHERE):
             return
         if words[0] == "bash":

@@ -53,7 +53,7 @@ class Splits:
 def one_process_first(wanted: bool) -> Iterator[None]:
     """If `wanted`, the first process runs the block before the others, which then find its results.
 
-    One use is a download.
+    One use is a download, another the index of shards.
     """
     wanted = wanted and dist.is_initialized()
     if wanted and dist.get_rank() > 0:
@@ -75,7 +75,7 @@ def open_splits(
 
     Raises ValueError for data, a view or a transform that cannot be had, and for rows that are not there.
     """
-    with one_process_first(data.download):
+    with one_process_first(data.download or data.data_set == "shards"):
         source = open_source(data)
     if data.popular_classes:
         source = only_popular(source, data.popular_classes)

@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -19,11 +20,16 @@ GREYS = 65_535  # of an image with 16 bits per pixel
 def read_image(path: str) -> Image.Image:
     """The image in a file, of a film the first frame, in RGB; raises one of `UNREADABLE`."""
     with open(path, "rb") as file:
-        try:
-            image = Image.open(file)
-        except UnidentifiedImageError:  # its text is about Python's file object
-            raise UserError("what it holds is of no image format known here") from None
-        return to_rgb(image)
+        return decode(file)
+
+
+def decode(file: BinaryIO) -> Image.Image:
+    """The image in an open file, as `read_image` gives it."""
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:  # its text is about Python's file object
+        raise UserError("what it holds is of no image format known here") from None
+    return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Data sets by name: digits, CIFAR and others of small images, folders, ImageNet, and what timm opens."""
+"""Data sets by name: digits, CIFAR and others of small images, folders, shards, and what timm opens."""
 
 import io
 import warnings
@@ -16,6 +16,7 @@ from torchvision import datasets as vision
 
 from loading.folders import Folders
 from loading.pixels import UNREADABLE, to_rgb
+from loading.shards import Shards, read_classes
 from loading.split import Images, split_train
 from loading.streams import PREFIXES, Stream, classes_of, open_timm
 from utils import UserError, option
@@ -174,6 +175,25 @@ def _open_trees(*paths: Path) -> Source:
     return Source(train, test, tuple(train.classes), *IMAGENET_STATS, notes=(*train.notes, *test.notes))
 
 
+def _open_shards(data: "Data") -> Source:
+    """Tar shards, with those for test in a folder given, in val/ or test/ beside train/, or named so."""
+    path = Path(data.data_path or "")
+    trees = [path, Path(data.eval_data_path)] if data.eval_data_path else []
+    for held_out in ("val", "test"):
+        if not trees and (path / "train").is_dir() and (path / held_out).is_dir():
+            trees = [path / "train", path / held_out]
+    if trees:
+        train, test = map(Shards, trees)
+    else:
+        train, test = (Shards(path, f"*{name}*.tar", f"{name}-index.npz") for name in ("train", "val"))
+    names = read_classes(path, *trees) or _named(data.nb_classes or 0)
+    if not names:
+        raise UserError(f"shards in {path} do not say how many classes there are: give --nb_classes")
+    for images in (train, test):
+        images.check_labels(len(names))
+    return Source(train, test, names, *IMAGENET_STATS, notes=(*train.notes, *test.notes))
+
+
 def _open_transfer(data: "Data") -> Source:
     """A data set that ImageNet networks are usually fine-tuned on, from torchvision's folder."""
     name = data.data_set
@@ -222,6 +242,7 @@ OPENERS: dict[str, Callable[["Data"], Source]] = {
     **dict.fromkeys(SMALL, _open_small),
     "IMNET": _open_imagenet,
     "image_folder": _open_folders,
+    "shards": _open_shards,
     **dict.fromkeys(TRANSFER, _open_transfer),
 }
 NAMES = f"{', '.join(OPENERS)} or a timm name (hfds/..., wds/..., tfds/..., torch/...)"

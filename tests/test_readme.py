@@ -46,7 +46,7 @@ SMALLER = [
     (r"^eval_dynamic.py --checkpoint runs/(quickstart|resnet10t)", NPZ.format(10)),
     (r"--accuracy", "--accuracy 0"),
     (r"--data_set CIFAR100 ", NPZ.format(100)),
-    (r"--data_set IMNET", "--input_size 64"),
+    (r"--data_set (IMNET|shards)", "--input_size 64"),
     (r"--data_set DIGITS", f"--data_set CIFAR10 --num_calib 4 {NPZ.format(10)}"),
     (r"--data_set Flowers102", FOLDER),
     (r"--model msdnet_cifar", SMALL_MSDNET),

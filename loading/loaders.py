@@ -155,27 +155,15 @@ class TrainLoader:
             yield images, targets
 
     def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches that are left; workers that died are replaced, and theirs are read again."""
         draws = torch.Generator().manual_seed(self.epoch)  # its own: DataLoader draws a seed for its workers
         if not self.seekable:
-            yield from DataLoader(self.split, generator=draws, **self.options)
-            return
-        batch, died_at = self.first, -1
-        while batch < len(self):
+            return iter(DataLoader(self.split, generator=draws, **self.options))
+
+        def loader_from(batch: int) -> DataLoader:
             left = range(batch, len(self))
-            loader = DataLoader(self.batches, None, sampler=left, generator=draws, **self.options)
-            try:
-                batches = iter(loader)
-                # torch would raise in the middle of a step; without that, waiting for a batch finds it out.
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                for images, targets in batches:
-                    batch += 1
-                    yield images, targets
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error) or died_at == batch:
-                    raise
-                died_at = batch
-                print(f"batch {batch} is read again: {str(error).splitlines()[0]}", flush=True)
+            return DataLoader(self.batches, None, sampler=left, generator=draws, **self.options)
+
+        return whatever_dies(loader_from, self.first, len(self))
 
     @property
     def order(self) -> list[int]:
@@ -197,8 +185,47 @@ def leave_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def whatever_dies(loader_from: Callable[[int], DataLoader], first: int, count: int) -> Iterator[Any]:
+    """The batches of `loader_from(first)`; where a worker dies, those of it that are left are read by others.
+
+    Raises RuntimeError where a batch cannot be had twice.
+    """
+    batch, died_at = first, -1
+    while batch < count:
+        try:
+            batches = iter(loader_from(batch))
+            # torch would raise in the middle of a step; without that, waiting for a batch finds it out.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for read in batches:
+                batch += 1
+                yield read
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) or died_at == batch:
+                raise
+            died_at = batch
+            print(f"batch {batch} is read again: {str(error).splitlines()[0]}", flush=True)
+
+
 class OrderedLoader(DataLoader):
     """What `ordered_loader` makes."""
+
+    def __iter__(self) -> Any:
+        if isinstance(self.dataset, Stream):
+            return super().__iter__()
+        return whatever_dies(self._from, 0, len(self))
+
+    def _from(self, batch: int) -> DataLoader:
+        """The same without the batches before this one."""
+        assert isinstance(self.sampler, range) and self.batch_size
+        return DataLoader(
+            self.dataset,
+            self.batch_size,
+            sampler=self.sampler[batch * self.batch_size :],
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),
+            worker_init_fn=leave_signals,
+        )
 
     def name(self, position: int) -> str:
         """The name of an image in messages, by its position from 0 in what this process reads."""

@@ -1,7 +1,11 @@
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DistributedSampler, Subset, default_collate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from loading.loaders import TrainLoader, ordered_loader, shuffled
 from loading.relabel import only_popular
@@ -179,3 +183,55 @@ def test_too_few_images_for_one_step_is_refused(cifar, as_tensor):
         TrainLoader(split, runtime(4), processes(2)[0], update_freq=3)
     with pytest.raises(ValueError, match="1 training images are fewer than one global batch of batch size 2"):
         TrainLoader(Split(cifar.train, [0], as_tensor), runtime(4), CPU, least=2)
+
+
+class Killer(Split):
+    """A split, the first reader of whose image `index` is killed; `file` remembers that it was."""
+
+    def __init__(self, split, file, index, always=False):
+        super().__init__(split.base, split.indices, split.transform)
+        self.file, self.index, self.always = file, index, always
+
+    def __getitem__(self, index):
+        if index == self.index and (self.always or not self.file.exists()):
+            self.file.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_batches_of_a_worker_that_died_are_read_again(tmp_path, cifar, as_tensor, capfd, monkeypatch):
+    waits = _MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(waits, "__defaults__", (0.1,))  # torch looks every 5 s whether workers live
+    split = Split(cifar.train, None, as_tensor)
+    whole = [labels.tolist() for _, labels in ordered_loader(split, runtime(3), CPU)]
+    killer = Killer(split, tmp_path / "a", 9)
+    assert [labels.tolist() for _, labels in ordered_loader(killer, runtime(3, 2), CPU)] == whole
+    loader = TrainLoader(split, runtime(5), CPU, seed=1)
+    loader.start(3)
+    whole = [labels.tolist() for _, labels in loader]
+    loader = TrainLoader(Killer(split, tmp_path / "b", loader.order[7]), runtime(5, 2), CPU, seed=1)
+    loader.start(3)
+    assert [labels.tolist() for _, labels in loader] == whole
+    assert capfd.readouterr().out.count(" is read again: DataLoader worker") == 2
+    doomed = ordered_loader(Killer(split, tmp_path / "c", 9, always=True), runtime(3, 1), CPU)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(doomed)
+
+
+def test_a_pass_can_start_at_any_batch(cifar):
+    whole = one_epoch(augmented_loader(cifar, 0), 3)
+    for num_workers in (0, 1):
+        loader = augmented_loader(cifar, num_workers)
+        loader.start(3, 2)
+        rest = [torch.cat([images.flatten(1), targets], 1) for images, targets in loader]
+        assert len(rest) == 3 and all(map(torch.equal, rest, whole[2:]))
+    shares = [one_epoch(augmented_loader(cifar, 0, compute), 3) for compute in processes(2)]
+    assert len(shares[0]) == 2
+
+
+def test_augmentation_of_a_place_does_not_depend_on_the_number_of_processes(cifar):
+    split = Split(cifar.train, None, train_transform(View().resolved(cifar), Transform(reprob=0.9)))
+    alone = TrainLoader(split, runtime(4), CPU, seed=7)
+    pairs = [TrainLoader(split, runtime(2), compute, seed=7) for compute in processes(2)]
+    for batch, first, second in zip(alone, *pairs, strict=True):
+        assert torch.equal(batch[0], torch.stack([first[0], second[0]], 1).flatten(0, 1))

@@ -188,7 +188,7 @@ def leave_signals(worker: int) -> None:
 def whatever_dies(loader_from: Callable[[int], DataLoader], first: int, count: int) -> Iterator[Any]:
     """The batches of `loader_from(first)`; where a worker dies, those of it that are left are read by others.
 
-    Raises RuntimeError where a batch cannot be had twice.
+    Raises what torch says where a batch cannot be had twice.
     """
     batch, died_at = first, -1
     while batch < count:
@@ -199,11 +199,15 @@ def whatever_dies(loader_from: Callable[[int], DataLoader], first: int, count: i
             for read in batches:
                 batch += 1
                 yield read
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or died_at == batch:
+        except (
+            RuntimeError,
+            ConnectionError,
+            EOFError,
+        ) as error:  # the last two: it died handing over a batch
+            if (type(error) is RuntimeError and "DataLoader worker" not in str(error)) or died_at == batch:
                 raise
             died_at = batch
-            print(f"batch {batch} is read again: {str(error).splitlines()[0]}", flush=True)
+            print(f"batch {batch} is read again: {error or type(error).__name__}".splitlines()[0], flush=True)
 
 
 class OrderedLoader(DataLoader):

@@ -212,9 +212,9 @@ def test_batches_of_a_worker_that_died_are_read_again(tmp_path, cifar, as_tensor
     loader = TrainLoader(Killer(split, tmp_path / "b", loader.order[7]), runtime(5, 2), CPU, seed=1)
     loader.start(3)
     assert [labels.tolist() for _, labels in loader] == whole
-    assert capfd.readouterr().out.count(" is read again: DataLoader worker") == 2
+    assert capfd.readouterr().out.count(" is read again: ") == 2
     doomed = ordered_loader(Killer(split, tmp_path / "c", 9, always=True), runtime(3, 1), CPU)
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
+    with pytest.raises((RuntimeError, ConnectionError, EOFError)):
         list(doomed)
 
 

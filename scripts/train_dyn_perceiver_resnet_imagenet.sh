@@ -22,12 +22,11 @@ source "$root/scripts/recipe.sh"
 needs 1 "folder for results" "$@"
 needs_data
 out=$1 gpus=${GPUS:-8}
-[ $((8 % (gpus * nodes))) = 0 ] || fail "GPUS=$gpus on $nodes machines; accepted: 1, 2, 4, 8 in all"
 exec python "$root/scripts/launch.py" --nproc_per_node="$gpus" "$root/main_earlyExit.py" --model resnet50_0375_perceiver_t128 \
     --data_set IMNET --data_path "$DATA" --input_size 224 --output_dir "$out" --num_calib 0 \
     --depth_factor 1 1 1 1 --SA_widening_factor 4 --spatial_reduction true --with_last_CA true \
     --with_x2z true --with_dwc true --with_z2x true --with_isc true \
     --with_kd true --T_kd 1 --alpha_kd 0.5 --loss_cnn_factor 1 --loss_att_factor 0.5 --loss_merge_factor 1 \
-    --epochs 300 --warmup_epochs 20 --batch_size 128 --update_freq $((8 / gpus / nodes)) \
+    --epochs 300 --warmup_epochs 20 --batch_size 128 --global_batch 1024 \
     --opt adamw --lr 6e-4 --weight_decay 0.05 --decay_embeddings true --use_amp false \
     --model_ema true --model_ema_eval true "${@:2}"

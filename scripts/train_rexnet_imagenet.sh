@@ -18,9 +18,8 @@ source "$root/scripts/recipe.sh"
 needs 2 "name of a network, folder for results" "$@"
 needs_data
 model=$1 out=$2 gpus=${GPUS:-4}
-[ $((4 % (gpus * nodes))) = 0 ] || fail "GPUS=$gpus on $nodes machines; accepted: 1, 2, 4 in all"
 exec python "$root/scripts/launch.py" --nproc_per_node="$gpus" "$root/main_earlyExit.py" --model "$model" \
     --data_set IMNET --data_path "$DATA" --input_size 224 --output_dir "$out" \
-    --epochs 400 --warmup_epochs 3 --batch_size 128 --update_freq $((4 / gpus / nodes)) \
+    --epochs 400 --warmup_epochs 3 --batch_size 128 --global_batch 512 \
     --opt nesterov --lr 0.5 --min_lr 1e-5 --momentum 0.9 --weight_decay 1e-5 --use_amp true \
     --aa rand-m9-mstd0.5 --reprob 0.2 --remode pixel --smoothing 0.1 --mixup 0 --cutmix 0 "${@:3}"

@@ -44,7 +44,7 @@ def test_a_recipe_runs_on_all_machines(job):
     words = ["bash", "scripts/train_dyn_perceiver_regnet_imagenet.sh", "out"]
     code, lines = job(words, CODE="0", DATA="x", SLURM_GPUS_ON_NODE="2", **JOB)
     assert code == 0
-    assert "scripts/launch.py --nproc_per_node=2 " in lines[1] and "--update_freq 2 " in lines[1]
+    assert "scripts/launch.py --nproc_per_node=2 " in lines[1] and "--global_batch 1024 " in lines[1]
     assert lines[2:] == [
         "PET_NNODES=2",
         "PET_RDZV_BACKEND=c10d",
@@ -52,8 +52,9 @@ def test_a_recipe_runs_on_all_machines(job):
         "PET_RDZV_ID=1042",
         "PET_SHUTDOWN_TIMEOUT=110",
     ]
-    code, lines = job(words, DATA="x", SLURM_GPUS_ON_NODE="8", **JOB)
-    assert code == 2 and lines[-1] == "error: GPUS=8 on 2 machines; accepted: 1, 2, 4, 8 in all"
+    words[1:] = ["scripts/train_msdnet_imagenet.sh", "msdnet_imagenet_step4", "out"]
+    code, lines = job(words, DATA="x", SLURM_GPUS_ON_NODE="3", **JOB)
+    assert code == 2 and lines[-1] == "error: GPUS=3 on 2 machines does not divide 256"
 
 
 def test_outside_of_slurm_it_says_how_to_submit(job):

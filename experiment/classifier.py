@@ -199,12 +199,12 @@ class Classifier:
         Raises `Stopped` if a signal stopped it.
         """
         test = partial(self.evaluate, "test")
-        try:
-            with self.place.signals.answered():
+        with self.place.signals.answered():
+            try:
                 self.run.fit(self.recipe.optimization.epochs, self.one_epoch, test)
-        except Stopped:
-            self.say(self.place.stopped(self.recipe.start.resume))
-            raise
+            except Stopped:
+                self.say(self.place.stopped(self.recipe.start.resume))
+                raise
         self.logger.close(self.judged)
         if self.folder and self.compute.rank == 0:
             print("\n".join(farewell(self.recipe)))

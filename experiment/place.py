@@ -8,7 +8,7 @@ from engine import Epoch
 from experiment.checkpoint import LAST
 from experiment.recipe import Session
 from experiment.run import Figures, Run
-from experiment.stopping import Signals, Timetable
+from experiment.stopping import Signals, Stopped, Timetable
 from training.l2w import SampleWeighting
 from training.optim import Update
 from utils import Compute, Meters, gather
@@ -68,8 +68,14 @@ class Place:
 
     def after_batch(self, check: Callable[[], None]) -> None:
         """Saves or stops where one can go on: between two optimizer steps."""
-        if not self.update.micro_batch:
+        if self.update.micro_batch:
+            return
+        try:
             self.timetable.after_step(self.update.step, check)
+        except Stopped:
+            self.run.writer.wait()
+            gather(None, self.compute)  # once one process has ended, a launcher ends the others
+            raise
 
     def save(self, figures: Figures | None = None) -> None:
         """Saves within the epoch; with its `figures` once it is trained. A stream cannot go on there."""

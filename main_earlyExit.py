@@ -10,6 +10,7 @@ from experiment.classifier import Classifier
 from experiment.folder import run_folder
 from experiment.procedures import PUBLISHED, training_recipe
 from experiment.recipe import GROUPS, read_command
+from experiment.stopping import Signals
 from training.parallel import start_compute
 from utils import UserError, run_main
 
@@ -30,8 +31,9 @@ def main(argv: list[str]) -> None:
         return
     check(recipe)
     compute = start_compute(recipe.runtime)
-    with run_folder(recipe, compute) as recipe:
-        Classifier(recipe, compute).fit()
+    signals = Signals(recipe.session.requeue_code, compute)
+    with signals.answered(), run_folder(recipe, compute) as recipe:
+        Classifier(recipe, compute, signals).fit()
 
 
 if __name__ == "__main__":

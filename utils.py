@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -25,6 +26,10 @@ from tqdm import tqdm
 from models.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
+
+
+# What gloo and NCCL say where another process has ended.
+LOST = r"Connection (reset|closed) by peer|Broken pipe|remote process exited"
 
 
 def option(
@@ -70,6 +75,8 @@ def _ending(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would break into the ending
         return 130, "interrupted"
+    if isinstance(error, RuntimeError) and re.search(LOST, str(error)) and dist.is_initialized():
+        return 1, f"error: process {dist.get_rank()} has lost another one, which ended before it"
     if not isinstance(error, (UserError, BrokenPipeError)) or os.environ.get("DYNEXIT_TRACEBACK"):
         return 1, ""
     # An error from a data loader's worker carries the worker's traceback before its own last line.

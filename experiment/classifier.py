@@ -10,7 +10,7 @@ import torch
 
 from adaptive.flops import check_side, print_costs
 from adaptive.thresholds import geometric_quotas
-from datasets import Split, TrainLoader, mixup_collate, open_splits, with_readable
+from datasets import TrainLoader, mixup_collate, open_splits, with_readable
 from engine import train_one_epoch
 from experiment.announce import farewell, opening
 from experiment.fit import fit_to
@@ -23,7 +23,7 @@ from experiment.published import Stored
 from experiment.recipe import Recipe
 from experiment.resume import Pace, as_started, checkpoint_of, resume, with_global_batch
 from experiment.run import Figures, Run, Saving
-from experiment.stopping import Stopped
+from experiment.stopping import Signals, Stopped, Timetable
 from models import MultiExitModel, create_model
 from training.l2w import SampleWeighting
 from training.optim import Update, make_update
@@ -36,7 +36,7 @@ from utils import Compute, gather, seed_everything
 class Classifier:
     """A network in training: all that an epoch needs, from the start or as restored from a checkpoint."""
 
-    def __init__(self, recipe: Recipe, compute: Compute) -> None:
+    def __init__(self, recipe: Recipe, compute: Compute, signals: Signals) -> None:
         self.folder = Path(recipe.runtime.output_dir) if recipe.runtime.output_dir else None
         self.recipe, self.compute = recipe, compute
         stored = checkpoint_of(recipe, self.say)
@@ -61,14 +61,12 @@ class Classifier:
         self.objectives = self._objectives()
         self.judge = Judge(recipe, self.splits, self.network, self.update, compute)
         self.run = self._run()
-        session, main_process = recipe.session, compute.rank == 0
-        places = self.loader, self.update, self.weighting, compute, session
-        self.place = Place(self.run, *places, self.steps)
+        timetable = Timetable(recipe.session, signals)
+        moves = self.loader, self.update, self.weighting
+        self.place = Place(self.run, timetable, *moves, compute, self.steps)
         self._start(stored)
         self.enter(self.phase_at(self.run.first))
-        project = session.project if session.enable_wandb else None
-        config = {**recipe.flags(), **recipe.options}
-        self.logger = Logger(session.log_dir if main_process else None, project, config, self.update.step)
+        self.logger = self._logger()
         self.judged: Figures = {}  # of the last epoch
 
     def _loader(self) -> TrainLoader:
@@ -151,6 +149,12 @@ class Classifier:
             parts, self.facts, saving, score=self.judge.score, tell=self.tell, main_process=main_process
         )
 
+    def _logger(self) -> Logger:
+        session = self.recipe.session
+        folder = session.log_dir if self.compute.rank == 0 else None
+        project = session.project if session.enable_wandb else None
+        return Logger(folder, project, {**self.recipe.flags(), **self.recipe.options}, self.update.step)
+
     def facts(self) -> dict[str, Any]:
         """What a checkpoint stores about the run, besides the state of its parts."""
         return {
@@ -199,12 +203,12 @@ class Classifier:
         Raises `Stopped` if a signal stopped it.
         """
         test = partial(self.evaluate, "test")
-        with self.place.signals.answered():
-            try:
-                self.run.fit(self.recipe.optimization.epochs, self.one_epoch, test)
-            except Stopped:
-                self.say(self.place.stopped(self.recipe.start.resume))
-                raise
+        self.place.signals.train()
+        try:
+            self.run.fit(self.recipe.optimization.epochs, self.one_epoch, test)
+        except Stopped:
+            self.say(self.place.stopped(self.recipe.start.resume))
+            raise
         self.logger.close(self.judged)
         if self.folder and self.compute.rank == 0:
             print("\n".join(farewell(self.recipe)))
@@ -262,11 +266,9 @@ class Classifier:
             return {}
         figures, tables = self.weighting.take_figures(self.compute), self.weighting.take_tables()
         self.logger.add_histograms(tables, self.update.step, "l2w/")
-        every, train = self.recipe.weighting.l2w_tables, self.splits.train
+        every = self.recipe.weighting.l2w_tables
         if self.folder and every and (epoch + 1) % every == 0:
-            rows = range(len(tables["losses"]))  # samples of a stream have no index
-            if isinstance(train, Split):
-                rows = [train.indices[i] for i in self.loader.order]
+            rows = self.loader.rows or range(len(tables["losses"]))  # samples of a stream have no index
             shards = gather({"index": torch.tensor(rows), **tables}, self.compute)
             if self.compute.rank == 0:
                 write_tables(self.folder / f"l2w-{epoch + 1}.npz", shards)

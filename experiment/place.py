@@ -6,9 +6,8 @@ from typing import Any
 from datasets import TrainLoader
 from engine import Epoch
 from experiment.checkpoint import LAST
-from experiment.recipe import Session
 from experiment.run import Figures, Run
-from experiment.stopping import Signals, Stopped, Timetable
+from experiment.stopping import Stopped, Timetable
 from training.l2w import SampleWeighting
 from training.optim import Update
 from utils import Compute, Meters, gather
@@ -26,18 +25,16 @@ class Place:
     def __init__(
         self,
         run: Run,
+        timetable: Timetable,
         loader: TrainLoader,
         update: Update,
         weighting: SampleWeighting | None,
         compute: Compute,
-        session: Session,
         steps: int,
     ) -> None:
         self.run, self.loader, self.update, self.weighting = run, loader, update, weighting
         self.compute, self.steps = compute, steps
-        self.signals = Signals(session.requeue_code, compute)
-        often = session.save_every_steps, session.save_every_minutes
-        self.timetable = Timetable(*often, compute, self.signals, self.save)
+        self.timetable, self.signals = timetable, timetable.signals
         self.epoch = Epoch()
 
     def move(self, number: int, partial: dict[str, Any], images: float = 1.0) -> None:
@@ -71,7 +68,7 @@ class Place:
         if self.update.micro_batch:
             return
         try:
-            self.timetable.after_step(self.update.step, check)
+            self.timetable.after_step(self.update.step, check, self.save)
         except Stopped:
             self.run.writer.wait()
             gather(None, self.compute)  # once one process has ended, a launcher ends the others

@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from experiment.recipe import Session
 from utils import Compute, gather
 
 NOTHING, SAVE, STOP = range(3)
@@ -21,24 +22,38 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """SIGTERM, SIGUSR1 and Ctrl-C: noted, for whoever trains to stop where it can go on later.
+    """SIGTERM, SIGUSR1 and Ctrl-C, answered by `Stopped`.
 
-    A second Ctrl-C is a KeyboardInterrupt at once.
+    While a run starts that is at once (Ctrl-C: KeyboardInterrupt). While it trains (`patient`) the first is
+    noted, for whoever trains to stop where it can go on later, and a second Ctrl-C is a KeyboardInterrupt.
     """
 
     def __init__(self, code: int, compute: Compute) -> None:
-        self.code, self.compute, self.patient = code, compute, True
+        self.code, self.compute, self.patient = code, compute, False
         self.name = ""  # of the first that came
 
     @contextmanager
     def answered(self) -> Iterator[None]:
-        """Notes the signals in the block."""
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        """The block of a run, from its start."""
+        before = {number: signal.signal(number, self._starting) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def train(self) -> None:
+        """From now on there is something to lose."""
+        self.patient = True
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _starting(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.compute.rank == 0:
+            print(f"stopped by {signal.Signals(number).name} before training: the same command starts again")
+        self.stop()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -97,22 +112,24 @@ class Agreement:
 class Timetable:
     """Saves within an epoch every so many optimizer steps or minutes, and when a signal stops the run.
 
-    `save()` is called on all processes at the same step. The first one's clock counts. 0 means never.
+    The first process's clock counts. 0 means never.
     """
 
-    def __init__(
-        self, steps: int, minutes: float, compute: Compute, signals: Signals, save: Callable[[], None]
-    ) -> None:
-        self.steps, self.seconds, self.signals, self.save = steps, 60 * minutes, signals, save
-        self.agreement, self.keeps_time = Agreement(compute), compute.rank == 0 and minutes > 0
+    def __init__(self, session: Session, signals: Signals) -> None:
+        self.steps, self.seconds = session.save_every_steps, 60 * session.save_every_minutes
+        self.signals, self.agreement = signals, Agreement(signals.compute)
+        self.keeps_time = signals.compute.rank == 0 and self.seconds > 0
         self.restart(0)
 
     def restart(self, step: int) -> None:
         """The run was saved at this step, now."""
         self.saved_step, self.saved_at, self.asked = step, time.monotonic(), False
 
-    def after_step(self, step: int, check: Callable[[], None]) -> None:
-        """After optimizer step `step`, which ends a batch: saves if it is time, after a `check`, or stops."""
+    def after_step(self, step: int, check: Callable[[], None], save: Callable[[], None]) -> None:
+        """After optimizer step `step`, which ends a batch: saves if it is time, after a `check`, or stops.
+
+        All processes do so at the same step.
+        """
         late = self.keeps_time and not self.asked and time.monotonic() > self.saved_at + self.seconds
         self.asked |= late
         action = self.agreement(STOP if self.signals.name else SAVE if late else NOTHING)
@@ -121,7 +138,7 @@ class Timetable:
         if action == NOTHING:
             return
         check()
-        self.save()
+        save()
         self.restart(step)
         if action == STOP:
             self.signals.stop()

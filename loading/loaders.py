@@ -171,6 +171,11 @@ class TrainLoader:
         mine = slice(self.compute.rank, None, self.compute.world_size)
         return self.batches.order[mine].tolist() if self.seekable else []
 
+    @property
+    def rows(self) -> list[int]:
+        """The same as rows of the data set."""
+        return [self.split.indices[i] for i in self.order]
+
     def names(self, batch: int) -> list[str]:
         """Names of the samples in a micro-batch of this epoch on this process; none for a stream."""
         if not self.seekable:

@@ -111,6 +111,15 @@ def test_a_run_stopped_at_any_step_ends_as_an_unbroken_one(
         assert all(np.array_equal(tables[0][name], tables[1][name]) for name in tables[0])
 
 
+@pytest.mark.parametrize(("number", "end"), [(signal.SIGUSR1, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_before_training_ends_the_run_at_once(tmp_path, monkeypatch, capsys, on, number, end):
+    monkeypatch.setattr(Place, "move", lambda *_: os.kill(os.getpid(), number))
+    with pytest.raises(end) as stopped:
+        train(on("--epochs", 1, "--output_dir", tmp_path, "--requeue_code", 9))
+    said = "stopped by SIGUSR1 before training: the same command starts again" in capsys.readouterr().out
+    assert said == (end is Stopped) and (end is KeyboardInterrupt or stopped.value.code == 9)
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, on):
     def twice(place, check):
         os.kill(os.getpid(), signal.SIGINT)

@@ -160,7 +160,8 @@ def main(argv: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + stop.sigval
     except RendezvousError as error:
-        print(f"error: the machines lost each other: {error}", file=sys.stderr)
+        where = f"the machines have no connection at --rdzv_endpoint {args.rdzv_endpoint}"
+        print(f"error: {where} ({type(error).__name__}); start them all again", file=sys.stderr)
         return 1
     return 0
 

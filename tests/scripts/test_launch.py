@@ -77,8 +77,14 @@ def test_a_failure_that_was_said_is_not_said_again(ended):
 def test_a_process_that_could_not_speak_is_spoken_for(ended):
     assert ended(failed(-9)) == (137, "error: process 1 ended with exit code -9\n")
     assert ended(SignalException("Ctrl-C", sigval=signal.SIGINT)) == (130, "interrupted\n")
-    closed = RendezvousClosedError("closed")
-    assert ended(closed) == (1, "error: the machines lost each other: closed\n")
+
+
+def test_machines_that_lost_each_other_are_told_so(ended):
+    line = (
+        "the machines have no connection at --rdzv_endpoint a:1 (RendezvousClosedError); start them all again"
+    )
+    words = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "a:1"]
+    assert ended(RendezvousClosedError("closed"), *words) == (1, f"error: {line}\n")
 
 
 @pytest.mark.parametrize(

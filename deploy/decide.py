@@ -22,6 +22,9 @@ WORDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", 
 class RunnerError(ValueError):
     """Something is wrong with a folder, an image or a request; one line says what."""
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())
+
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file; RunnerError if there is none."""

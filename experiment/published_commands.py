@@ -162,12 +162,18 @@ def _training(network: Flags, given: Flags, program: str) -> str:
         del settings["num_calib"]
     small = network["data_set"] != "IMNET"
     if settings.pop("lr_type", "multistep") == "multistep" and program != "L2W":  # which has a cosine always
-        epochs = int(settings["epochs"])
+        epochs = _epochs_of(settings["epochs"])
         milestones = [epochs // 2, epochs * 3 // 4] if small else range(30, epochs, 30)
         settings |= {"schedule": "multistep", "decay_epochs": " ".join(map(str, milestones))}
     bilinear = dict.fromkeys(["train_interpolation", "interpolation"], "bilinear")
     settings |= {"download": "true"} if small else bilinear
     return _command("python main_earlyExit.py", network | settings)
+
+
+def _epochs_of(word: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", word):
+        raise UserError(f"--epochs {word[:40]}: accepted: a whole number of at most five digits")
+    return int(word)
 
 
 def _evaluating(network: Flags, given: Flags, program: str, mode: str) -> str:

@@ -136,6 +136,7 @@ class Recipe:
 
 
 GROUPS: dict[str, type] = {entry.name: entry.type for entry in fields(Recipe) if entry.name != "options"}
+NESTS = dict, list, tuple, set  # which a few lines of YAML may make larger than any memory
 DEFAULTS = plain(*(group() for group in GROUPS.values()))
 
 
@@ -157,13 +158,19 @@ def read_recipe(path: str) -> list[str]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the second of a date such as 2001-99-99
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "recipe" in content:
         held = "a recipe" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise UserError(f"recipe {path} holds {held}, expected flags as NAME: VALUE")
     given = {name: value for name, value in content.items() if value not in (None, [])}
-    return [word for name, value in given.items() for word in words_of(name, value)]
+    for name, value in given.items():
+        if any(isinstance(part, NESTS) for part in (value if isinstance(value, list) else [value])):
+            raise UserError(f"recipe {path}: {name} is nested, accepted: a value or a list of values")
+    try:
+        return [word for name, value in given.items() for word in words_of(name, value)]
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"recipe {path}: {error}") from None
 
 
 def words_of(name: str, value: Any) -> list[str]:

@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset
 from torchvision import datasets as vision
 
 from loading.folders import Folders
-from loading.pixels import UNREADABLE, to_rgb
+from loading.pixels import to_rgb
 from loading.shards import Shards, read_classes
 from loading.split import Images, split_train
 from loading.streams import PREFIXES, Stream, classes_of, open_timm
@@ -127,8 +127,8 @@ def load_npz(path: str | Path, num_classes: int) -> ArrayImages:
         if {"jpeg", "offsets"} <= arrays.keys():
             files = [io.BytesIO(arrays["jpeg"][start:stop]) for start, stop in pairwise(arrays["offsets"])]
             arrays["images"] = np.stack([np.asarray(to_rgb(Image.open(file))) for file in files])
-    except UNREADABLE as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    except Exception as error:  # damaged bytes can fail anywhere in the readers
+        raise UserError(f"cannot read {path}: {str(error) or type(error).__name__}") from None
     if not {"images", "labels"} <= arrays.keys():
         raise UserError(
             f"{path} holds {sorted(arrays)}; expected images and labels, or jpeg, offsets and labels"

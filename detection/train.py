@@ -13,11 +13,11 @@ from detection.data import CocoImages, collate
 from detection.detectors import DetectorOptions, create_detector
 from detection.measure import detect, precision
 from experiment.checkpoint import LAST, latest, load
+from experiment.entries import check_entries
 from experiment.folder import hold, release
 from experiment.options import fill
 from experiment.published import read
 from experiment.run import Run, Saving
-from experiment.verify import check_entries
 from loading.loaders import shuffled
 from models.multi_exit import map_leaves
 from training.optim import Optimization, make_update

@@ -54,7 +54,7 @@ class Place:
         self.timetable.restart(self.update.step)
         if self.weighting:
             self.weighting.start(number, batch)
-            self.weighting.load_epoch_state([state["l2w"] for state in states])
+            self.weighting.load_epoch_state([state["l2w"] for state in states if "l2w" in state])
 
     def _own(self, partial: dict[str, Any]) -> Sequence[dict[str, Any]]:
         """What this process goes on from; of what another number of them gathered the first takes all."""

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from datasets import View
 from experiment.checkpoint import load
+from experiment.entries import check_entries
 from experiment.fit import Weights
 from experiment.options import options_of_signature, restore, restored
-from experiment.verify import check_entries, checked_arch
+from experiment.verify import checked_arch
 from models import create_model, list_models, model_class, model_options
 from training.optim import param_groups
 from utils import UserError

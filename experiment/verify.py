@@ -1,19 +1,20 @@
-"""Whether a checkpoint can be trusted: its bytes, its size, its entries, its network, its weights."""
+"""Whether a checkpoint can be trusted: its bytes, its size, its network, its weights."""
 
 import math
 import stat
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from experiment.entries import LARGE, NUMBERS
 from experiment.members import upgraded
 from experiment.options import Option, options_of_signature
 from models import create_model, model_options
@@ -21,10 +22,7 @@ from utils import UserError
 
 RATIO = 20  # a file that unpacks to more than so many times its size is refused
 KINDS = {stat.S_IFDIR: "Is a directory", stat.S_IFIFO: "Is a FIFO"}
-NUMBERS = int, float
-PACE = {"world_size", "images", "at_start"}  # see experiment.resume.Pace
 PARAMETER = 10**6  # the numbers that one parameter counts for, besides its own
-LARGE = 4096  # the largest side of images; also of integers in an arch, unless its weights are larger
 
 
 class Damaged(UserError):
@@ -106,80 +104,6 @@ def _unpacked(value: object, known: dict[int, float]) -> float:
         known[id(value)] = math.inf  # of one that holds itself
         known[id(value)] = 1 + sum(_unpacked(part, known) for part in parts)
     return known[id(value)]
-
-
-class Entry(NamedTuple):
-    """What an entry about the run may be, in words and as a test of a value that is not None."""
-
-    accepted: str
-    fits: Callable[[Any], bool]
-
-
-def _counts(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_epoch(value: object) -> bool:
-    return value == -1 or _counts(value)
-
-
-def _fits_pace(value: object) -> bool:
-    return isinstance(value, dict) and value.keys() == PACE and all(_counts(n) and n for n in value.values())
-
-
-def _fits_partial(value: object) -> bool:
-    if not isinstance(value, dict) or not value:
-        return value == {}
-    counts, processes = [value.get(name) for name in ("batch", "micro_batch", "step")], value.get("processes")
-    return (
-        all(map(_counts, counts))
-        and type(value.get("seconds")) is float
-        and isinstance(value.get("figures"), dict)
-        and isinstance(processes, list)
-        and all(isinstance(shard, dict) and "meters" in shard for shard in processes)
-    )
-
-
-def _fits_record(value: object) -> bool:
-    return isinstance(value, dict) and (not value or value.keys() >= {"epoch", "seconds"})
-
-
-def _are_words(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and all(type(name) is str for name in value)
-
-
-ROWS = "distinct numbers of rows, from 0"
-ENTRIES = {
-    "arch": Entry("name, options and num_classes", lambda value: isinstance(value, (dict, str))),
-    "epoch": Entry("a number from -1, or a word", lambda value: isinstance(value, str) or _is_epoch(value)),
-    "best": Entry("a finite number", lambda value: type(value) in NUMBERS and math.isfinite(value)),
-    "calib_indices": Entry(ROWS, lambda value: isinstance(value, list)),
-    "class_names": Entry("a list of words", _are_words),
-    "pace": Entry(f"numbers for {', '.join(sorted(PACE))}", _fits_pace),
-    "record": Entry("a line of log.txt", _fits_record),
-    "partial": Entry("what is done of an epoch", _fits_partial),
-}
-
-
-def check_entries(content: Mapping[str, Any], source: object) -> None:
-    """Raises ValueError, naming entry and value, for one about the run that no run writes."""
-
-    def check(name: str, value: object, accepted: str, right: bool) -> None:
-        if not right:
-            held = f"checkpoint {source} has {name} {shortened(value)}"
-            raise UserError(f"{held}; accepted: {accepted}")
-
-    for name, entry in ENTRIES.items():
-        value = content.get(name)
-        check(name, value, entry.accepted, value is None or entry.fits(value))
-    seen: set[int] = set()
-    for row in content.get("calib_indices") or ():
-        check("among calib_indices", row, ROWS, _counts(row) and row not in seen)
-        seen.add(row)
-    args = content.get("args")
-    flags = vars(args) if isinstance(args, Namespace) else args
-    side = flags.get("input_size") if isinstance(flags, dict) else None
-    check("input_size", side, f"at most {LARGE}", type(side) is not int or side <= LARGE)
 
 
 def checked_arch(arch: Mapping[str, Any], source: object) -> dict[str, Any]:

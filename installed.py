@@ -24,5 +24,17 @@ def _interrupt(*_: object) -> None:
     os._exit(130)
 
 
-if os.path.basename(sys.argv[0]) in ("main_earlyExit.py", "eval_dynamic.py"):
+def _stop(*_: object) -> None:
+    """SIGTERM and SIGUSR1 before training takes over: as it would end, for the same command to start again."""
+    words = ["--requeue_code", "75", *sys.argv]
+    last = max(i for i, word in enumerate(words[:-1]) if word.replace("-", "_") == "__requeue_code")
+    os.write(1, b"stopped before training: the same command starts again\n" * ("RANK" not in os.environ))
+    os._exit(int(words[last + 1]) if words[last + 1].isdigit() else 75)
+
+
+PROGRAM = os.path.basename(sys.argv[0])
+if PROGRAM in ("main_earlyExit.py", "eval_dynamic.py"):
     signal.signal(signal.SIGINT, _interrupt)
+if PROGRAM == "main_earlyExit.py":
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop)

@@ -34,10 +34,13 @@ class Signals:
 
     @contextmanager
     def answered(self) -> Iterator[None]:
-        """The block of a run, from its start."""
+        """The block of a run, from its start; after a stop the process ignores what all were sent."""
         before = {number: signal.signal(number, self._starting) for number in SIGNALS}
         try:
             yield
+        except Stopped:  # a launcher passes on what the process may have had itself, while that ends
+            before |= dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), signal.SIG_IGN)
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

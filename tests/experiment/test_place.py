@@ -33,6 +33,15 @@ PARTS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A process that stopped ignores signals; this one goes on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def assert_same(parts, whole, read_log):
     """Two runs ended the same, bit by bit, and logged the same."""
     contents = [torch.load(out / "checkpoint-last.pth", weights_only=True) for out in (parts, whole)]

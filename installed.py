@@ -25,7 +25,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _stop(*_: object) -> None:
-    """SIGTERM and SIGUSR1 before training takes over: as it would end, for the same command to start again."""
+    """SIGTERM and SIGUSR1 before training takes over: the same command starts again."""
     words = ["--requeue_code", "75", *sys.argv]
     last = max(i for i, word in enumerate(words[:-1]) if word.replace("-", "_") == "__requeue_code")
     os.write(1, b"stopped before training: the same command starts again\n" * ("RANK" not in os.environ))

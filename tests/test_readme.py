@@ -38,6 +38,7 @@ NPZ = "--data_path $DATA/cifar{0}_train.npz --eval_data_path $DATA/cifar{0}_test
 SMALLER = [
     (r"^main_earlyExit.py", f"{RUN} --epochs 1 --batch_size 8 --save_ckpt_num 0 --warmup_epochs 0"),
     (r"--schedule multistep", "--decay_epochs 1"),
+    (r"--global_batch", "--global_batch 8"),
     (r"--accuracy", "--accuracy 0"),  # no more can be asked of a network that saw 24 images of noise
     (r"^eval_dynamic.py", f"{RUN} --batch_size 8 --runtime_images 4 --micro_batch 4"),
     (r"--data_set CIFAR10 ", NPZ.format(10)),

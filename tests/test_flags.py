@@ -77,6 +77,7 @@ SHARED_DEFAULTS = {
 }
 TRAIN_DEFAULTS = {
     "update_freq": 1,
+    "global_batch": None,
     "epochs": 300,
     "classifier_type": "cnn",
     "with_kd": False,
@@ -143,9 +144,13 @@ TRAIN_DEFAULTS = {
     "log_dir": None,
     "resume": "",
     "auto_resume": True,
+    "other_world_size": "keep",
     "save_ckpt": True,
     "save_ckpt_freq": 1,
     "save_ckpt_num": 3,
+    "save_every_steps": 0,
+    "save_every_minutes": 15.0,
+    "requeue_code": 75,
     "start_epoch": 0,
     "eval": False,
     "dist_eval": True,

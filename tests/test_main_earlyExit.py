@@ -255,14 +255,13 @@ def test_torchrun_starts_two_processes_whose_mistake_is_one_line(tmp_path):
     assert end.stderr == "error: --smoothing: 1 is above the greatest value accepted, 0.9999\n"
 
 
-def test_torchrun_trains_in_two_processes(trained, tmp_path, on, read_log):
+def test_two_processes_train(trained, tmp_path, capfd, on, read_log, in_processes):
     flags = on("--epochs", 1, "--warmup_epochs", 0, *PLAIN, "--output_dir", tmp_path, "--num_calib", 7)
     flags += ["--drop_last", "false", "--batch_size", "5"]
     flags += ["--finetune", trained / "checkpoint-last.pth"]
-    launch = shlex.split("-m torch.distributed.run --standalone --nproc_per_node 2 main_earlyExit.py")
-    end = script(*launch, *flags, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert end.returncode == 0, end.stderr
-    assert [end.stdout.count(text) for text in ("2 exits,", "fine-tuning", "epoch 1/1")] == [1, 1, 1]
+    in_processes(2, train, flags)
+    printed = capfd.readouterr().out
+    assert [printed.count(text) for text in ("2 exits,", "fine-tuning", "epoch 1/1")] == [1, 1, 1]
     (line,) = read_log(tmp_path)
     # All 7 images held out, and all 20 test images, are counted once.
     assert line["calib/acc1/exit0"] * 7 == pytest.approx(round(line["calib/acc1/exit0"] * 7))

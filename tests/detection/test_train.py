@@ -61,7 +61,7 @@ def test_a_run_is_parts_facts_and_an_epoch_of_figures(detection, whole, tmp_path
     assert job.run().parts == {"model": job.detector, **job.update.parts}
     content = load(whole / LAST)
     states = {"model", "optimizer", "scaler"}
-    assert content.keys() == states | job.facts().keys() | {"epoch", "record", "best"}
+    assert content.keys() == states | job.facts().keys() | {"epoch", "record", "best", "partial"}
     assert job.facts().keys() == {"model_name", "args", "categories", "step"}
     assert content["args"] == job.facts()["args"] | {"output_dir": str(whole)}
     assert content["args"]["sampled"] == 8 and content["categories"][2] == [3, "triangle"]

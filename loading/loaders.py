@@ -116,7 +116,7 @@ class TrainLoader:
             if least:
                 raise UserError("--drop_last false: the batches of a stream are always filled up")
             split.reader.batch_size = group  # each worker's images are rounded up to full groups
-            split.set_loader_cfg(runtime.num_workers)
+            split.set_loader_cfg(max(runtime.num_workers, 1))
             # timm's readers shuffle a pass anew only in a new process
             self.options |= {"batch_size": runtime.batch_size, "collate_fn": collate}
             self.options["num_workers"] = max(runtime.num_workers, 1)

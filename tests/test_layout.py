@@ -92,8 +92,19 @@ def tokens_of(path):
             and ast.get_docstring(node) is not None
         ):
             documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    found = [t for t in tokenize.generate_tokens(io.StringIO(text_of(path)).readline) if t.type not in NOISE]
+    found = whole_strings(tokenize.generate_tokens(io.StringIO(text_of(path)).readline))
+    found = [t for t in found if t.type not in NOISE]
     return [t for t in found if not (t.type == tokenize.STRING and t.start[0] in documented)]
+
+
+def whole_strings(tokens):
+    """The tokens with an f-string as one, as before Python 3.12."""
+    start, end = (getattr(tokenize, f"FSTRING_{name}", None) for name in ("START", "END"))
+    depth = 0
+    for token in tokens:
+        depth += (token.type == start) - (token.type == end)
+        if not depth:
+            yield token
 
 
 def functions_of(path):

@@ -64,7 +64,7 @@ def test_crash_while_saving_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
 def test_unsaveable_state_leaves_the_old_file(tmp_path):
     save(tmp_path / "x.pth", {"epoch": 1})
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match="local object"):
         save(tmp_path / "x.pth", {"epoch": lambda: 2})
     assert names(tmp_path) == ["x.pth"]
     assert load(tmp_path / "x.pth") == {"epoch": 1}
@@ -96,7 +96,7 @@ def test_text_missing_file_folder_and_list_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("attack", "held"), [(TouchesFile, r"io\.open"), (RunsCommand, r"(posix|nt)\.system")]
+    ("attack", "held"), [(TouchesFile, r"_?io\.open"), (RunsCommand, r"(posix|nt)\.system")]
 )
 def test_malicious_pickle_is_refused_and_not_run(tmp_path, attack, held):
     touched = tmp_path / "touched"

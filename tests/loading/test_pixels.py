@@ -17,7 +17,10 @@ def test_greys_of_16_bits_are_scaled(kind, dtype):
 
 @pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
 def test_files_of_16_bits_are_scaled(tmp_path, ending):
-    Image.fromarray(RAMP).save(tmp_path / f"a.{ending}")
+    if ending == "pgm":  # which not all versions of Pillow write
+        (tmp_path / "a.pgm").write_bytes(b"P5 16 16 65535\n" + RAMP.astype(">u2").tobytes())
+    else:
+        Image.fromarray(RAMP).save(tmp_path / f"a.{ending}")
     rgb = np.asarray(read_image(str(tmp_path / f"a.{ending}")))
     assert np.array_equal(rgb[..., 1].ravel(), np.arange(256))
 

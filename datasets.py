@@ -7,19 +7,21 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from loading.bad_images import with_readable
+from loading.device import DeviceLoader
 from loading.loaders import TrainLoader, ordered_loader
 from loading.pixels import to_rgb
 from loading.relabel import only_popular
 from loading.sources import IMAGENET_STATS, Data, Source, open_source
 from loading.split import Split, default_num_calib, make_split, split_train
 from loading.streams import PREFIXES, Stream
-from loading.transforms import Mixing, Transform, View, eval_transform, mixup_collate, train_transform
+from loading.transforms import Mixing, Transform, View, eval_transform, mixer, mixup_collate, train_transform
 from utils import UserError
 
 __all__ = [
     "IMAGENET_STATS",
     "PREFIXES",
     "Data",
+    "DeviceLoader",
     "Mixing",
     "Source",
     "Split",
@@ -29,6 +31,7 @@ __all__ = [
     "Transform",
     "View",
     "eval_transform",
+    "mixer",
     "mixup_collate",
     "open_splits",
     "ordered_loader",

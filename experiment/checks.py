@@ -16,6 +16,7 @@ def check(recipe: Recipe) -> None:
         raise UserError("name a network: --model NAME")
     _check_numbers(recipe)
     _check_objective(recipe)
+    _check_device_data(recipe)
     if recipe.session.enable_wandb and not recipe.session.log_dir:
         raise UserError("--enable_wandb mirrors TensorBoard: give --log_dir")
     if recipe.weighting.l2w:
@@ -34,6 +35,15 @@ def _check_numbers(recipe: Recipe) -> None:
         raise UserError(f"--decay_epochs {list(o.decay_epochs)}: give them in ascending order, each once")
     if recipe.mixing.on and batch_size % 2:
         raise UserError(f"--batch_size {batch_size}: mixup and cutmix need an even number")
+
+
+def _check_device_data(recipe: Recipe) -> None:
+    transform = recipe.transform
+    if transform.device_data and (transform.aa not in ("", "none") or transform.color_jitter):
+        asked = f"--aa {transform.aa} --color_jitter {transform.color_jitter:g}"
+        raise UserError(f"--device_data true: {asked} work image by image; give --aa none --color_jitter 0")
+    if transform.flip != "random" and not transform.device_data:
+        raise UserError(f"--flip {transform.flip} needs --device_data true")
 
 
 def _check_objective(recipe: Recipe) -> None:

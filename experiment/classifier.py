@@ -1,6 +1,5 @@
 """Training a classifier by a recipe: what is built once, and what every epoch does."""
 
-import math
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -10,9 +9,10 @@ import torch
 
 from adaptive.flops import check_side, print_costs
 from adaptive.thresholds import geometric_quotas
-from datasets import TrainLoader, mixup_collate, open_splits, with_readable
+from datasets import open_splits, with_readable
 from engine import train_one_epoch
 from experiment.announce import farewell, opening
+from experiment.batches import loader_of
 from experiment.fit import fit_to
 from experiment.judge import Judge
 from experiment.log import Logger, epoch_line
@@ -54,7 +54,7 @@ class Classifier:
         # After what may refuse the flags: it may read all images.
         train = with_readable(self.splits.train, recipe.data, recipe.runtime, compute)
         self.splits = replace(self.splits, train=train)
-        self.loader = self._loader()
+        self.loader = loader_of(recipe, self.splits, compute, self.passes)
         self.update = self._update()
         self.regime = "heads" if recipe.objective.freeze_backbone else recipe.objective.regime
         self.weighting: SampleWeighting | None = None
@@ -68,20 +68,6 @@ class Classifier:
         self.enter(self.phase_at(self.run.first))
         self.logger = self._logger()
         self.judged: Figures = {}  # of the last epoch
-
-    def _loader(self) -> TrainLoader:
-        """Shuffled, augmented, and mixed if mixup or cutmix is on; batch norm needs 2 images per loss."""
-        recipe = self.recipe
-        update_freq = recipe.optimization.update_freq
-        return TrainLoader(
-            self.splits.train,
-            recipe.runtime,
-            self.compute,
-            update_freq=update_freq // math.gcd(update_freq, self.passes),
-            least=0 if recipe.data.drop_last else 2 * self.passes,
-            collate=mixup_collate(recipe.mixing, recipe.objective.smoothing, self.splits.source.num_classes),
-            seed=recipe.data.seed,
-        )
 
     def _network(self, *, fresh: bool) -> tuple[dict[str, Any], MultiExitModel]:
         """The architecture, and the network on its device; a fresh one may start from other weights."""

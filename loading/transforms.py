@@ -80,6 +80,14 @@ class Transform:
     reprob: float = option(0.25, "probability of random erasing", low=0)
     remode: str = option("pixel", "what is erased with: const, rand or pixel")
     recount: int = option(1, "boxes erased per image", low=1)
+    flip: Literal["random", "alternating"] = option(
+        "random", "each time by chance, or every other epoch (--device_data true)"
+    )
+    device_data: bool = option(
+        False,
+        "keep training images of up to 64 pixels on the device and augment them there, by crops "
+        "(4 black pixels around), flips, --reprob, mixup and cutmix: without --aa and --color_jitter",
+    )
 
     def __post_init__(self) -> None:
         _check_pair("scale", self.scale)
@@ -177,20 +185,22 @@ def _square(size: int, mode: InterpolationMode = InterpolationMode.BICUBIC) -> t
     return transforms.Resize((size, size), mode)
 
 
+def mixer(mixing: Mixing, smoothing: float, num_classes: int) -> Mixup | None:
+    """Mixes a batch: images [B, 3, H, W], labels [B] -> images, targets [B, C]; None if off.
+
+    Sample i is mixed with sample B - 1 - i, so the batch size must be even. `mixup` and `cutmix` are the
+    alphas of their Beta distributions; `cutmix_minmax` replaces the second by a range of box sizes. Targets
+    spread `smoothing` evenly over all C classes before mixing. It draws from NumPy's global generator.
+    """
+    # The fields are timm's parameters, in its order.
+    return Mixup(*astuple(mixing), label_smoothing=smoothing, num_classes=num_classes) if mixing.on else None
+
+
 def _mixed(mixup: Mixup, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     return mixup(*default_collate(samples))
 
 
 def mixup_collate(mixing: Mixing, smoothing: float, num_classes: int) -> Callable | None:
-    """Mixes a batch: list of (image [3, H, W], int) -> images [B, 3, H, W], targets [B, C]; None if off.
-
-    Sample i is mixed with sample B - 1 - i, so the batch size must be even. `mixup` and `cutmix` are the
-    alphas of their Beta distributions; `cutmix_minmax` replaces the second by a range of box sizes. Targets
-    spread `smoothing` evenly over all C classes before mixing. It draws from NumPy's global generator, which
-    torch seeds in every loader worker.
-    """
-    if not mixing.on:
-        return None
-    # The fields are timm's parameters, in its order.
-    mixup = Mixup(*astuple(mixing), label_smoothing=smoothing, num_classes=num_classes)
-    return partial(_mixed, mixup)
+    """`mixer` for a loader: list of (image [3, H, W], int) -> images [B, 3, H, W], targets [B, C]."""
+    mixup = mixer(mixing, smoothing, num_classes)
+    return partial(_mixed, mixup) if mixup else None

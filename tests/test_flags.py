@@ -173,6 +173,8 @@ TRAIN_DEFAULTS = {
     "exit_weights": None,
     "print_freq": 50,
     "compile": False,
+    "flip": "random",
+    "device_data": False,
 }
 
 

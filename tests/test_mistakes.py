@@ -61,6 +61,11 @@ RUN = shlex.split("--num_workers 0 --device cpu")
         ("--exit_weights 1 2 3", r"3 exit weights given, the network has 2 exits"),
         ("--loss_cnn_factor 1", r"loss factors are for four exits, the network has 2"),
         ("--nb_classes 3", r"--nb_classes 3, but image_folder has 2 classes"),
+        (
+            "--device_data true",
+            r"--device_data true: --aa rand-m9-mstd0.5-inc1 --color_jitter 0.4 work image by",
+        ),
+        ("--flip alternating", r"--flip alternating needs --device_data true"),
         ("--mean 0.5", r"--mean \(0.5,\).*give three numbers each"),
         ("--data_set IMAGENET", r"unknown data set 'IMAGENET': not DIGITS"),
         ("--data_path nowhere", r"image folder nowhere: there is no such folder"),

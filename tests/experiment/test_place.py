@@ -99,7 +99,8 @@ def run_in_parts(words, stops, monkeypatch, capsys):
             [(0, 2), (1, 5)],  # within a step: it is done first; the epoch's last one has 2 micro-batches
         ),
         (
-            PLAIN + "--l2w true --meta_net_hidden_size 8 --meta_interval 3 --l2w_tables 2 --print_freq 3",
+            PLAIN + "--l2w true --meta_net_hidden_size 8 --meta_interval 3 --l2w_tables 2 --print_freq 3 "
+            "--device_data true --flip alternating",
             [(0, 2), (1, 7)],
         ),
         (PLAIN + "--regime disjoint --with_kd true --disable_eval true", [(0, 3), (1, 8)]),
@@ -176,7 +177,11 @@ def dist_rank():
 
 
 @pytest.mark.parametrize(
-    "words", [PLAIN + "--update_freq 2 --drop_last false", PLAIN + "--l2w true --meta_net_hidden_size 8"]
+    "words",
+    [
+        PLAIN + "--update_freq 2 --drop_last false",
+        PLAIN + "--l2w true --meta_net_hidden_size 8 --device_data true",
+    ],
 )
 def test_two_processes_stop_at_the_same_step_and_go_on(tmp_path, capfd, on, read_log, in_processes, words):
     flags = shlex.split(f"--epochs 2 --lr 0.01 --num_calib 8 --save_ckpt_num 0 {words}")

@@ -251,7 +251,11 @@ PUBLISHED = {
         "mixup_mode": "batch",
     },
 }
-ADDED = {View: {"input_size", "mean", "std", "interpolation"}, Transform: {"scale"}, Mixing: set()}
+ADDED = {
+    View: {"input_size", "mean", "std", "interpolation"},
+    Transform: {"scale", "flip", "device_data"},
+    Mixing: set(),
+}
 
 
 @pytest.mark.parametrize("group", PUBLISHED)

@@ -259,7 +259,7 @@ def test_two_processes_train(trained, tmp_path, capfd, on, read_log, in_processe
     flags = on("--epochs", 1, "--warmup_epochs", 0, *PLAIN, "--output_dir", tmp_path, "--num_calib", 7)
     flags += ["--drop_last", "false", "--batch_size", "5"]
     flags += ["--finetune", trained / "checkpoint-last.pth"]
-    in_processes(2, train, flags)
+    in_processes(2, train, [str(word) for word in flags])
     printed = capfd.readouterr().out
     assert [printed.count(text) for text in ("2 exits,", "fine-tuning", "epoch 1/1")] == [1, 1, 1]
     (line,) = read_log(tmp_path)

@@ -53,11 +53,6 @@ def _check_objective(recipe: Recipe) -> None:
         raise UserError(
             "--freeze_backbone true trains heads, jointly: not for --l2w true or another --regime"
         )
-    if recipe.session.compile and not (plain and not objective.freeze_backbone):
-        raise UserError(
-            "--compile true compiles the plain forward pass: "
-            "not for --l2w true, --freeze_backbone or another --regime"
-        )
     if objective.with_kd and objective.kd_teacher:
         raise UserError(
             f"--with_kd true, and --kd_teacher {objective.kd_teacher}: either the last exit teaches "

@@ -82,8 +82,6 @@ class Classifier:
             network.load_state_dict(fit.weights)
             self.say(fit.line(recipe.start.finetune))
         network = self.compute.place(network)
-        if recipe.session.compile:
-            network.compile()
         return arch, network
 
     def _update(self) -> Update:
@@ -180,6 +178,8 @@ class Classifier:
         """From now on trains as this phase of the regime does."""
         side = self.splits.view.size
         core = trained_through(self.network, phase, (3, side, side))
+        if self.recipe.session.compile:
+            core.compile()
         self.model, self.phase = wrapped(core, self.compute), phase
         self.update.attach(self.model)
 

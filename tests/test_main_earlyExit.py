@@ -269,3 +269,15 @@ def test_two_processes_train(trained, tmp_path, capfd, on, read_log, in_processe
     assert (
         torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)["step"] == 4
     )  # 17 images each in batches of 5
+
+
+@pytest.mark.parametrize(
+    ("words", "compiled"),
+    [("--regime equilibrium", ["Equilibrium"]), ("--regime disjoint --epochs 2", ["MSDNet", "HeadsOnly"])],
+)
+def test_what_a_phase_trains_through_is_compiled(tmp_path, monkeypatch, on, words, compiled):
+    found = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: found.append(type(module).__name__))
+    flags = shlex.split(f"--epochs 1 --disable_eval true --compile true {words} --output_dir {tmp_path}")
+    train(on(*flags))
+    assert found == compiled

@@ -103,7 +103,6 @@ def test_mistakes_in_training_flags(error_of, words, complaint, on):
             "--l2w true --batch_size 2",
             r"--batch_size 2: L2W trains on halves of a batch and needs at least 4",
         ),
-        ("--l2w true --compile true", r"--compile true compiles the plain forward pass: not for --l2w true"),
         ("--l2w true --opt Lookahead_sgd", r"--opt Lookahead_sgd: L2W looks one step of SGD ahead"),
         (
             "--l2w true --constraint_dimension diag",
@@ -112,10 +111,6 @@ def test_mistakes_in_training_flags(error_of, words, complaint, on):
         (
             "--l2w true --meta_net_input_type logits",
             r"--meta_net_input_type: 'logits' is not one of loss, conf, both",
-        ),
-        (
-            "--regime equilibrium --compile true",
-            r"--compile true compiles the plain forward pass: .* another --regime",
         ),
         ("--regime joined", r"--regime: 'joined' is not one of joint, equilibrium, disjoint, mixed"),
         ("--first_share 2", r"--first_share: 2 is above the greatest value accepted, 1"),

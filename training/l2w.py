@@ -130,9 +130,16 @@ class SampleWeighting:
         self.batch += 1
 
     def _half(self, model: nn.Module, train: tuple, judge: tuple) -> tuple[Tensor, list[Tensor]]:
+        learns = self.batch % self.batches % self.options.meta_interval == 0
+        # Compiled code frees what backward reads, which learning reads twice, and takes no dual numbers.
+        with torch.compiler.set_stance("force_eager" if learns else "default"):
+            return self._weighted(model, train, judge, learns)
+
+    def _weighted(
+        self, model: nn.Module, train: tuple, judge: tuple, learns: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         images, targets = train
         bare = model.module if isinstance(model, DistributedDataParallel) else model
-        learns = self.batch % self.batches % self.options.meta_interval == 0
         if learns and self.forward_mode is None:
             self._choose_mode(bare, images[:2], targets[:2])
         recording = Recording(images.device)

@@ -530,3 +530,13 @@ def test_two_processes_go_on_with_the_heads_alone(both):
     after = dict(zip(names, both[0]["heads"], strict=True))
     for name, weight in trained.items():
         assert torch.equal(weight, after[name]) == (not name.startswith("heads")), name
+
+
+def test_compiled_code_is_gone_around_where_the_weight_net_learns(monkeypatch):
+    network, stances, set_stance = toy(), [], torch.compiler.set_stance
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda one: stances.append(one) or set_stance(one))
+    objective = weighting(network, meta_interval=2)
+    for _ in range(3):
+        for loss, _ in objective(network, *batch(8)):
+            objective.update(loss)
+    assert stances == ["force_eager"] * 2 + ["default"] * 2 + ["force_eager"] * 2

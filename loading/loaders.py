@@ -171,11 +171,12 @@ class TrainLoader:
                 for images, targets in batches:
                     batch += 1
                     yield images, targets
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error) or died_at == batch:
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                if not _is_of_dead_worker(error) or died_at == batch:
                     raise
                 died_at = batch
-                print(f"batch {batch} is read again: {str(error).splitlines()[0]}", flush=True)
+                said = str(error).partition("\n")[0] or type(error).__name__
+                print(f"batch {batch} is read again, a loader's process died: {said}", flush=True)
 
     @property
     def order(self) -> list[int]:
@@ -188,6 +189,13 @@ class TrainLoader:
         if not self.seekable:
             return []
         return [self.split.name(int(self.batches.order[place])) for place in self.batches.places(batch)]
+
+
+def _is_of_dead_worker(error: Exception) -> bool:
+    """Whether a loader raised this upon the death of a worker, maybe while that handed over a batch."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error) or "ancdata" in str(error)
+    return True
 
 
 def leave_signals(worker: int) -> None:

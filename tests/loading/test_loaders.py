@@ -1,8 +1,11 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DistributedSampler, Subset, default_collate
 
+from loading import loaders
 from loading.loaders import TrainLoader, ordered_loader, shuffled
 from loading.relabel import only_popular
 from loading.sources import Data, open_source
@@ -179,3 +182,41 @@ def test_too_few_images_for_one_step_is_refused(cifar, as_tensor):
         TrainLoader(split, runtime(4), processes(2)[0], update_freq=3)
     with pytest.raises(ValueError, match="1 training images are fewer than one global batch of batch size 2"):
         TrainLoader(Split(cifar.train, [0], as_tensor), runtime(4), CPU, least=2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+        RuntimeError("received 0 items of ancdata"),
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly\nmore"),
+    ],
+)
+def test_what_a_worker_held_that_dies_is_read_again(cifar, monkeypatch, capsys, error):
+    loader, read = augmented_loader(cifar, 0), loaders.DataLoader.__iter__
+    whole, passes = one_epoch(loader, 2), []
+
+    def broken(self):
+        passes.append(self.sampler)
+        yield from itertools.islice(read(self), 2)
+        if len(passes) == 1:
+            raise error
+        yield from itertools.islice(read(self), 2, None)
+
+    monkeypatch.setattr(loaders.DataLoader, "__iter__", broken)
+    monkeypatch.setattr(loaders.signal, "signal", lambda *_: None)
+    torch.testing.assert_close(one_epoch(loader, 2), whole, rtol=0, atol=0)
+    assert [left.start for left in passes] == [0, 2]
+    assert capsys.readouterr().out.startswith("batch 2 is read again, a loader's process died: ")
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), EOFError()])
+def test_what_no_worker_did_is_raised(cifar, monkeypatch, error):
+    def broken(self):
+        raise error
+        yield
+
+    monkeypatch.setattr(loaders.DataLoader, "__iter__", broken)
+    with pytest.raises(type(error)):
+        one_epoch(augmented_loader(cifar, 0), 0)

@@ -24,8 +24,8 @@ from common import print_table, read_flags
 
 import numpy as np
 import torch
-from chaos_faults import FAULTS, STOPPED, Bench
-from chaos_runs import EPOCHS, NAMES, Moment, Result, send
+from chaos_faults import FAULTS, Bench
+from chaos_runs import EPOCHS, NAMES, STOPPED, Moment, Result, send
 
 from utils import option, run_main
 

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +15,23 @@ from pathlib import Path
 from common import digest_of
 
 import numpy as np
-from chaos_runs import Moment, Result, Story, harm, send, words_of_regime, write_digits
+from chaos_runs import (
+    MISTAKE,
+    STOPPED,
+    Launch,
+    Moment,
+    Result,
+    Story,
+    as_nobody,
+    harm,
+    refusal,
+    send,
+    words_of_regime,
+    write_digits,
+)
 
 from experiment.checkpoint import BEST, LAST, latest, load, numbered
 from utils import UserError
-
-STOPPED, REFUSED = 75, 2  # exit codes
 
 
 class Bench:
@@ -144,12 +156,31 @@ def disk(bench: Bench) -> Result:
     limit = int(needed * bench.draws.uniform(0.05, 0.95))
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, hard))
-    launch = story.start(Moment("step", bench.step(story), full))
+    return bench.result(story, full_disk(story.start(Moment("step", bench.step(story), full))))
+
+
+def full_disk(launch: Launch) -> str:
+    """What is wrong with how a run ended whose disk was full, maybe."""
     codes, last = launch.wait(), launch.lines[-1]
-    wrong = "" if codes == [REFUSED] and last.startswith("error: cannot write ") else f"{codes}: {last}"
-    for path in story.folder.glob("*.pth"):
-        load(path)
-    return bench.result(story, wrong)
+    right = codes == [0] or (codes == [MISTAKE] and last.startswith("error: cannot write "))
+    return "" if right else f"{codes}: {last}"
+
+
+def small_disk(bench: Bench) -> Result:
+    """A disk of its own fills up; the run goes on when it has grown. As `disk` for who may not mount."""
+    story = bench.some(processes=1)
+    size = int((bench.whole(story).folder / LAST).stat().st_size * bench.draws.uniform(0, 2.5)) + 4096
+    story.folder.mkdir()
+    place = str(story.folder)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "chaos", place]
+    if subprocess.run(mount, capture_output=True).returncode:
+        return disk(bench)
+    try:
+        wrong = full_disk(story.start())
+        subprocess.run(["mount", "-o", "remount,size=1g", place], check=True)
+        return bench.result(story, wrong)
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def clock(bench: Bench) -> Result:
@@ -187,20 +218,6 @@ def folder(bench: Bench) -> Result:
     return bench.result(story, wrong or (f"the first ended with {code}" if code else ""))
 
 
-def as_nobody() -> None:
-    """Gives up the right to write anywhere."""
-    if os.geteuid() == 0:
-        os.setuid(65534)
-
-
-def refusal(story: Story, line: str, prepare: Callable[[], None] = lambda: None) -> str:
-    """What is wrong if a start is not refused in one line that begins so."""
-    launch = story.start(prepare=prepare)
-    codes, lines = launch.wait(), launch.lines
-    right = codes == [REFUSED] and len(lines) == 1 and lines[0].startswith(f"error: {line}")
-    return "" if right else f"not refused: {codes}, {lines[-1:]}"
-
-
 def damage(bench: Bench) -> Result:
     """Bytes of checkpoints change; the newest intact one is found, with what was written into it."""
     draws, source = bench.draws, bench.written()
@@ -234,6 +251,7 @@ FAULTS: dict[str, tuple[Callable[[Bench], Result], int, int]] = {
     "rank": (rank, 20, 0),
     "worker": (worker, 10, 1),
     "disk": (disk, 20, 1),
+    "small-disk": (small_disk, 20, 0),
     "damage": (damage, 300, 30),
     "clock": (clock, 10, 0),
     "folder": (folder, 5, 0),

@@ -58,6 +58,7 @@ NETWORKS = {
     "boosted": f"boosted/{MSDNET}",
     "dropout": "cifar_wrn --depth 10 --widen_factor 1 --dropRate 0.3",
 }
+MISTAKE, STOPPED = 2, 75  # exit codes
 NAMES = (*REGIMES, *NETWORKS)
 # Where something can happen to a run: at a call of one of these.
 PLACES: dict[str, tuple[Any, str]] = {
@@ -180,7 +181,7 @@ class Story:
     def finish(self) -> list[int]:
         """Starts it until it ends well, or with a mistake or a bug; returns the last exit codes."""
         codes = [-9]
-        while any(code < 0 or code == 75 for code in codes):
+        while any(code < 0 or code == STOPPED for code in codes):
             codes = self.start().wait()
         return codes
 
@@ -285,3 +286,17 @@ def harm(path: Path, draws: np.random.Generator) -> None:
         count = min(4096 if draws.integers(2) else len(data), len(data) - place)
         data[place : place + count] = bytes(count)
     path.write_bytes(data)
+
+
+def as_nobody() -> None:
+    """Gives up the right to write anywhere."""
+    if os.geteuid() == 0:
+        os.setuid(65534)
+
+
+def refusal(story: Story, line: str, prepare: Callable[[], None] = lambda: None) -> str:
+    """What is wrong if a start is not refused in one line that begins so."""
+    launch = story.start(prepare=prepare)
+    codes, lines = launch.wait(), launch.lines
+    right = codes == [MISTAKE] and len(lines) == 1 and lines[0].startswith(f"error: {line}")
+    return "" if right else f"not refused: {codes}, {lines[-1:]}"

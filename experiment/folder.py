@@ -77,9 +77,10 @@ def hold(folder: Path) -> Path:
         return folder
     if not os.fstat(file.fileno()).st_nlink:  # a run that has just ended removed the file
         return hold(folder)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    with writing(folder / LOCK):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
     _HELD[folder] = file
     return folder
 

@@ -183,6 +183,13 @@ class TrainLoader:
         return [self.split.name(int(self.batches.order[place])) for place in self.batches.places(batch)]
 
 
+def _is_of_dead_worker(error: Exception) -> bool:
+    """Whether a loader raised this upon the death of a worker, maybe while that handed over a batch."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error) or "ancdata" in str(error)
+    return True
+
+
 def leave_signals(worker: int) -> None:
     """In a loader's process: what is sent to the run's group of processes is for the run to answer."""
     os.setpgid(0, 0)
@@ -204,15 +211,12 @@ def whatever_dies(loader_from: Callable[[int], DataLoader], first: int, count: i
             for read in batches:
                 batch += 1
                 yield read
-        except (
-            RuntimeError,
-            ConnectionError,
-            EOFError,
-        ) as error:  # the last two: it died handing over a batch
-            if (type(error) is RuntimeError and "DataLoader worker" not in str(error)) or died_at == batch:
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not _is_of_dead_worker(error) or died_at == batch:
                 raise
             died_at = batch
-            print(f"batch {batch} is read again: {error or type(error).__name__}".splitlines()[0], flush=True)
+            said = str(error).partition("\n")[0] or type(error).__name__
+            print(f"batch {batch} is read again, a loader's process died: {said}", flush=True)
 
 
 class OrderedLoader(DataLoader):

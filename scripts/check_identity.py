@@ -9,7 +9,6 @@ the metrics in log.txt without the seconds, and one over each of `model`, `model
 checkpoint-last.pth. The last run resumes the one before it after its first epoch, and must end in the
 same weights. Exit code 1 where a run fails or differs. About 100 s on one core."""
 
-import hashlib
 import json
 import os
 import shlex
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import read_flags
+from common import digest_of, read_flags
 
 import torch
 
@@ -77,29 +76,6 @@ class Flags:
     save: Path | None = option(None, "JSON file to write")
     against: Path | None = option(None, "JSON file to compare with")
     only: tuple[str, ...] = option((), "these runs, and those they need", choices=tuple(RUNS))
-
-
-def add_bytes(digest: Any, value: Any) -> None:
-    """Feeds nested plain types and tensors to a hash, keys in the order of their text."""
-    if isinstance(value, torch.Tensor):
-        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, dict):
-        for key in sorted(value, key=str):
-            digest.update(f"{key}:".encode())
-            add_bytes(digest, value[key])
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"{len(value)} items".encode())
-        for item in value:
-            add_bytes(digest, item)
-    else:
-        digest.update(repr(value).encode())
-
-
-def digest_of(value: Any) -> str:
-    """The sha256 of a nested value, in hexadecimal digits."""
-    add_bytes(digest := hashlib.sha256(), value)
-    return digest.hexdigest()
 
 
 def outcome(folder: Path) -> dict[str, Any]:

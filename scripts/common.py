@@ -11,6 +11,7 @@ Imported before the repository's modules, which it puts on the path.
 """
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -156,3 +157,26 @@ def matrix_products(side: int, device: torch.device) -> dict[str, Callable[[], T
 def largest_difference(found: Tensor, expected: Tensor) -> float:
     """The largest difference of two tensors, relative to the largest value expected."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def add_bytes(digest: Any, value: Any) -> None:
+    """Feeds nested plain types and tensors to a hash, keys in the order of their text."""
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            digest.update(f"{key}:".encode())
+            add_bytes(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)} items".encode())
+        for item in value:
+            add_bytes(digest, item)
+    else:
+        digest.update(repr(value).encode())
+
+
+def digest_of(value: Any) -> str:
+    """The sha256 of a nested value, in hexadecimal digits."""
+    add_bytes(digest := hashlib.sha256(), value)
+    return digest.hexdigest()

@@ -1,3 +1,4 @@
+import itertools
 import os
 import signal
 
@@ -7,6 +8,7 @@ import torch
 from torch.utils.data import DistributedSampler, Subset, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from loading import loaders
 from loading.loaders import TrainLoader, ordered_loader, shuffled
 from loading.relabel import only_popular
 from loading.sources import Data, open_source
@@ -212,7 +214,7 @@ def test_batches_of_a_worker_that_died_are_read_again(tmp_path, cifar, as_tensor
     loader = TrainLoader(Killer(split, tmp_path / "b", loader.order[7]), runtime(5, 2), CPU, seed=1)
     loader.start(3)
     assert [labels.tolist() for _, labels in loader] == whole
-    assert capfd.readouterr().out.count(" is read again: ") == 2
+    assert capfd.readouterr().out.count(" is read again, a loader's process died: ") == 2
     doomed = ordered_loader(Killer(split, tmp_path / "c", 9, always=True), runtime(3, 1), CPU)
     with pytest.raises((RuntimeError, ConnectionError, EOFError)):
         list(doomed)
@@ -235,3 +237,41 @@ def test_augmentation_of_a_place_does_not_depend_on_the_number_of_processes(cifa
     pairs = [TrainLoader(split, runtime(2), compute, seed=7) for compute in processes(2)]
     for batch, first, second in zip(alone, *pairs, strict=True):
         assert torch.equal(batch[0], torch.stack([first[0], second[0]], 1).flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+        RuntimeError("received 0 items of ancdata"),
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly\nmore"),
+    ],
+)
+def test_what_a_worker_held_that_dies_is_read_again(cifar, monkeypatch, capsys, error):
+    loader, read = augmented_loader(cifar, 0), loaders.DataLoader.__iter__
+    whole, passes = one_epoch(loader, 2), []
+
+    def broken(self):
+        passes.append(self.sampler)
+        yield from itertools.islice(read(self), 2)
+        if len(passes) == 1:
+            raise error
+        yield from itertools.islice(read(self), 2, None)
+
+    monkeypatch.setattr(loaders.DataLoader, "__iter__", broken)
+    monkeypatch.setattr(loaders.signal, "signal", lambda *_: None)
+    torch.testing.assert_close(one_epoch(loader, 2), whole, rtol=0, atol=0)
+    assert [left.start for left in passes] == [0, 2]
+    assert capsys.readouterr().out.startswith("batch 2 is read again, a loader's process died: ")
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), EOFError()])
+def test_what_no_worker_did_is_raised(cifar, monkeypatch, error):
+    def broken(self):
+        raise error
+        yield
+
+    monkeypatch.setattr(loaders.DataLoader, "__iter__", broken)
+    with pytest.raises(type(error)):
+        one_epoch(augmented_loader(cifar, 0), 0)

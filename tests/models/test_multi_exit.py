@@ -27,7 +27,9 @@ def test_every_name_builds_and_answers_on_the_meta_device(name, is_cifar, on_met
 
 def test_every_registered_class_has_a_small_variant(small_options):
     classes = {type(create_model(name, **options)) for name, options in small_options.items()}
-    assert classes == {entry.model_class for entry in registry._ENTRIES.values()}
+    registered = {entry.model_class for entry in registry._ENTRIES.values()}
+    # Programs of README.md, which tests run, may have registered others.
+    assert classes == {found for found in registered if found.__module__.startswith("models.")}
 
 
 @torch.no_grad()

@@ -71,6 +71,10 @@ SMALLER = [
     (r"^scripts/bench_latency.py", "--models cifar_resnet --input_size 32 --rounds 1"),
     (r"^scripts/bench_thresholds.py", "--samples 300"),
     (r"^scripts/bench_ebjr.py", "--rounds 1"),
+    (
+        r"^scripts/bench_loader.py",
+        "--batches 1 --rounds 1 --workers 0 --device cpu --batch_size 8",
+    ),
     (r"^scripts/compare_cascades.py", f"{RUN} --steps 3 --budgets 1e9 --drop 1"),
 ]
 # (pattern in a word, what stands there instead), where words at the end cannot win.

@@ -29,6 +29,8 @@ from chaos_runs import EPOCHS, NAMES, STOPPED, Moment, Result, send
 
 from utils import option, run_main
 
+STOPS = ("first", "middle", "last", "within")  # steps of an epoch; and before one is done
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -43,6 +45,7 @@ class Flags:
     regimes: tuple[str, ...] = option(NAMES, "kinds of runs", choices=NAMES)
     workers: tuple[int, ...] = option((0, 2), "loader's processes in the matrix", low=0)
     processes: tuple[int, ...] = option((1, 2), "processes of a run in the matrix", low=1)
+    stops: tuple[str, ...] = option(STOPS, "where runs are stopped in the matrix", choices=STOPS)
     folder: Path | None = option(None, "where files of failed trials are kept")
 
 
@@ -78,12 +81,11 @@ def show(results: dict[str, list[Result]]) -> None:
 
 def matrix(bench: Bench, flags: Flags) -> int:
     """Prints whether a run that SIGTERM stops at a step and that is resumed is the unbroken one."""
-    wrong, stops = 0, ("first", "middle", "last", "within")
-    row = "{:16} {:>7} {:>9}" + " {:>8}" * len(stops)
-    print(row.format("stopped at step", "workers", "processes", *stops))
+    wrong, row = 0, "{:16} {:>7} {:>9}" + " {:>8}" * len(flags.stops)
+    print(row.format("stopped at step", "workers", "processes", *flags.stops))
     for regime, workers, processes in itertools.product(flags.regimes, flags.workers, flags.processes):
         cells = []
-        for stop in stops:
+        for stop in flags.stops:
             story = bench.story(regime, workers, processes)
             each = len(bench.whole(story).launches[0].steps) // EPOCHS
             count = {"first": 1, "middle": (each + 1) // 2, "last": each, "within": each + 1}[stop]

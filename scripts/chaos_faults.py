@@ -71,9 +71,9 @@ class Bench:
 
     def written(self) -> Path:
         """The folder of a run that has ended, or of one that was stopped within its second epoch."""
-        whole = self.whole(self.story())
+        half = self.story(self.regimes[0])
+        whole = self.whole(half)
         if not self.halves:
-            half = self.story()
             steps = len(whole.launches[0].steps) * 3 // 4
             half.start(Moment("step", steps, partial(send, signal.SIGTERM))).wait()
             self.halves = [whole.folder, half.folder]

@@ -1,5 +1,6 @@
 """Loaders: shuffled for training, where any epoch can be repeated on its own, and in order for evaluation."""
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -191,7 +192,13 @@ def _is_of_dead_worker(error: Exception) -> bool:
 
 
 def leave_signals(worker: int) -> None:
-    """In a loader's process: what is sent to the run's group of processes is for the run to answer."""
+    """In a loader's process: what is sent to the run's group of processes is for the run to answer.
+
+    torch's worker ends with the run, unless that was killed just before: then it ends here.
+    """
+    run = multiprocessing.parent_process()
+    if run and multiprocessing.get_start_method() == "fork" and os.getppid() != run.pid:
+        os._exit(1)
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,7 @@
 import itertools
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -275,3 +276,13 @@ def test_what_no_worker_did_is_raised(cifar, monkeypatch, error):
     monkeypatch.setattr(loaders.DataLoader, "__iter__", broken)
     with pytest.raises(type(error)):
         one_epoch(augmented_loader(cifar, 0), 0)
+
+
+def test_a_worker_whose_run_was_killed_as_it_started_ends(monkeypatch):
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(loaders.multiprocessing, "parent_process", lambda: SimpleNamespace(pid=os.getpid()))
+    monkeypatch.setattr(loaders.os, "_exit", end)
+    with pytest.raises(SystemExit):
+        loaders.leave_signals(0)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 from importlib.util import find_spec
@@ -26,10 +27,9 @@ def _interrupt(*_: object) -> None:
 
 def _stop(*_: object) -> None:
     """SIGTERM and SIGUSR1 before training takes over: the same command starts again."""
-    words = ["--requeue_code", "75", *sys.argv]
-    last = max(i for i, word in enumerate(words[:-1]) if word.replace("-", "_") == "__requeue_code")
+    codes = re.findall(r"--requeue[-_]code[ =](\d+)", " ".join(["--requeue_code 75", *sys.argv]))
     os.write(1, b"stopped before training: the same command starts again\n" * ("RANK" not in os.environ))
-    os._exit(int(words[last + 1]) if words[last + 1].isdigit() else 75)
+    os._exit(int(codes[-1]))
 
 
 PROGRAM = os.path.basename(sys.argv[0])

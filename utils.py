@@ -212,9 +212,11 @@ class Meters:
                 parts = {f"{name}{k}": value for k, value in enumerate(values)}
             pairs |= {part: (value, self.counts[name]) for part, value in parts.items()}
         everybody = [pairs] if compute is None else gather(pairs, compute)
-        return {
-            name: sum(p[name][0] for p in everybody) / sum(p[name][1] for p in everybody) for name in pairs
-        }
+        means: dict[str, float] = {}
+        for name in dict.fromkeys(name for pairs in everybody for name in pairs):
+            counted = [pairs[name] for pairs in everybody if name in pairs]
+            means[name] = sum(total for total, _ in counted) / sum(count for _, count in counted)
+        return means
 
 
 class Progress:
@@ -234,9 +236,8 @@ class Progress:
         if not sys.stderr.isatty():
             words = "{desc}: {n_fmt}/{total_fmt}, {elapsed} elapsed, {remaining} left{postfix}"
             looks = {"mininterval": every, "delay": every, "bar_format": words, "file": _Lines()}
-        self.bar = tqdm(
-            items, title, total, leave=False, disable=not shown, miniters=1, initial=first, **looks
-        )
+        looks |= {"leave": False, "miniters": 1, "initial": first}
+        self.bar = tqdm(items, title, total, disable=not shown, **looks)
 
     def note(self, values: dict[str, float]) -> None:
         """Replaces the values at the end of the line."""

@@ -30,7 +30,7 @@ from training.optim import Update, make_update
 from training.parallel import wrapped
 from training.regimes import PHASES, phase_of, trained_through
 from training.weight_net import write_tables
-from utils import Compute, gather, seed_everything
+from utils import Compute, UserError, gather, seed_everything
 
 
 class Classifier:
@@ -162,6 +162,9 @@ class Classifier:
                 self.say(f"other than in {stored.source}: {changes}")
             if "l2w" in missing:
                 self.say(f"checkpoint {stored.source} holds no weight net: it starts anew")
+        seen = gather((run.first, run.partial.get("batch"), bool(run.partial.get("figures"))), self.compute)
+        if len(set(seen)) > 1:
+            raise UserError(f"--output_dir {self.folder}: all processes must see the same checkpoint there")
         images = self.pace.images / stored.content["pace"]["images"] if stored and run.partial else 1.0
         self.place.move(run.first, run.partial, images)
         source = stored.source if stored else ""
@@ -206,7 +209,7 @@ class Classifier:
         figures = self.run.partial.get("figures") or self._train()
         try:
             return figures | self.evaluate("calib")
-        except Stopped:
+        except (Stopped, RuntimeError):  # another process may have been stopped
             self.place.save(figures)
             raise
 
@@ -254,7 +257,11 @@ class Classifier:
         self.logger.add_histograms(tables, self.update.step, "l2w/")
         every = self.recipe.weighting.l2w_tables
         if self.folder and every and (epoch + 1) % every == 0:
-            rows = self.loader.rows or range(len(tables["losses"]))  # samples of a stream have no index
+            count = len(tables["losses"])
+            rows = self.loader.rows or range(count)  # samples of a stream have no index
+            if len(rows) != count:
+                self.say(f"no l2w-{epoch + 1}.npz: other processes began the epoch")
+                return {f"l2w/{name}": value for name, value in figures.items()}
             shards = gather({"index": torch.tensor(rows), **tables}, self.compute)
             if self.compute.rank == 0:
                 write_tables(self.folder / f"l2w-{epoch + 1}.npz", shards)

@@ -44,7 +44,7 @@ def _fits_partial(value: object) -> bool:
         and value["micro_batch"] > 0
         and type(value.get("seconds")) is float
         and _are_numbers(value.get("figures"))
-        and (norm is None or _is_number(norm))
+        and (norm is None or (isinstance(norm, Tensor) and norm.ndim == 0))
         and isinstance(shards, list)
         and all(isinstance(shard, dict) and _are_sums(shard.get("meters")) for shard in shards)
         and all(_fits_weighting(shard["l2w"]) for shard in shards if "l2w" in shard)
@@ -105,6 +105,8 @@ def check_entries(content: Mapping[str, Any], source: object) -> None:
             held = f"checkpoint {source} has {name} {shortened(value)}"
             raise UserError(f"{held}; accepted: {accepted}")
 
+    lacks = content.get("partial") and not content.get("pace")
+    check("pace", None, "that of its partial epoch", not lacks)
     for name, entry in ENTRIES.items():
         value = content.get(name)
         check(name, value, entry.accepted, value is None or entry.fits(value))

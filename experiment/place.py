@@ -54,7 +54,9 @@ class Place:
         self.timetable.restart(self.update.step)
         if self.weighting:
             self.weighting.start(number, batch)
-            self.weighting.load_epoch_state([state["l2w"] for state in states if "l2w" in state])
+            gathered = [state["l2w"] for state in states if "l2w" in state]
+            alike = len(partial.get("processes", [])) == self.compute.world_size
+            self.weighting.load_epoch_state(gathered, tables=alike)  # else they are of other samples
 
     def _own(self, partial: dict[str, Any]) -> Sequence[dict[str, Any]]:
         """What this process goes on from; of what another number of them gathered the first takes all."""
@@ -75,8 +77,8 @@ class Place:
             raise
 
     def save(self, figures: Figures | None = None) -> None:
-        """Saves within the epoch; with its `figures` once it is trained. A stream cannot go on there."""
-        if not self.loader.seekable:
+        """Saves within the epoch, in which a stream cannot go on; with its `figures` once it is trained."""
+        if not self.loader.seekable and not figures:
             return
         epoch = self.epoch
         place = {
@@ -97,11 +99,14 @@ class Place:
     def stopped(self, resumes: str) -> str:
         """The line of a run that a signal stopped; `resumes` is what it was told to resume."""
         self.run.writer.wait()
-        place = f"stopped by {self.signals.name or 'a signal'} in epoch {self.epoch.number + 1}"
-        place += f" after batch {self.epoch.batch} of {len(self.loader)}"
+        batch, whole = self.epoch.batch, len(self.loader)
+        place = f"stopped by {self.signals.name or 'a signal'} "
+        place += (
+            f"in epoch {self.epoch.number + 1} after batch {batch} of {whole}" if batch else "between epochs"
+        )
         if not self.run.saves:
             return f"{place}; checkpoints are not written (--save_ckpt false)"
-        if not self.loader.seekable:
+        if not self.loader.seekable and 0 < batch < whole:
             return f"{place}; a stream cannot be entered there: the same command repeats the epoch"
         folder = self.run.saving.folder
         assert folder

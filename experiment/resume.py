@@ -30,7 +30,7 @@ def checkpoint_of(recipe: Recipe, say: Callable[[str], None]) -> Stored | None:
     """
     start, folder = recipe.start, recipe.runtime.output_dir
     again = any(os.environ.get(name, "0") != "0" for name in RESTARTS)
-    path = (again and folder and latest(folder, say)) or start.resume
+    path = (again and folder and start.auto_resume and latest(folder, say)) or start.resume
     path = path or (folder and start.auto_resume and latest(folder, say))
     if not path:
         return None
@@ -78,7 +78,7 @@ def with_global_batch(recipe: Recipe, world_size: int, stored: Stored | None) ->
 
 @dataclass(frozen=True)
 class Pace:
-    """What an optimizer step sees: `images` in all, read by `world_size` processes.
+    """What an optimizer step sees: `images` in all, by the flags read by `world_size` processes.
 
     `at_start` is the number of images per step with which the run began, for which its `--lr` is meant.
     """
@@ -94,6 +94,8 @@ class Pace:
         before = stored.content.get("pace") if stored else None
         if stored and not before and recipe.optimization.scale_lr:
             raise UserError(f"--scale_lr true: {stored.source} does not say how many images a step had")
+        if before and images == before["images"] and recipe.start.other_world_size == "keep":
+            world_size = before["world_size"]  # by which the flags, as given, are to be read
         return cls(world_size, images, before["at_start"] if before else images)
 
     def scaled(self, optimization: Optimization) -> Optimization:

@@ -22,7 +22,7 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """SIGTERM, SIGUSR1 and Ctrl-C, answered by `Stopped`.
+    """SIGTERM, SIGUSR1, SIGHUP and Ctrl-C, answered by `Stopped`.
 
     While a run starts that is at once (Ctrl-C: KeyboardInterrupt). While it trains (`patient`) the first is
     noted, for whoever trains to stop where it can go on later, and a second Ctrl-C is a KeyboardInterrupt.
@@ -30,16 +30,19 @@ class Signals:
 
     def __init__(self, code: int, compute: Compute) -> None:
         self.code, self.compute, self.patient = code, compute, False
+        self.heard: tuple[signal.Signals, ...] = SIGNALS
         self.name = ""  # of the first that came
 
     @contextmanager
     def answered(self) -> Iterator[None]:
         """The block of a run, from its start; after a stop the process ignores what all were sent."""
-        before = {number: signal.signal(number, self._starting) for number in SIGNALS}
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            self.heard = (*SIGNALS, signal.SIGHUP)
+        before = {number: signal.signal(number, self._starting) for number in self.heard}
         try:
             yield
         except Stopped:  # a launcher passes on what the process may have had itself, while that ends
-            before |= dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), signal.SIG_IGN)
+            before |= dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP), signal.SIG_IGN)
             raise
         finally:
             for number, handler in before.items():
@@ -48,7 +51,7 @@ class Signals:
     def train(self) -> None:
         """From now on there is something to lose."""
         self.patient = True
-        for number in SIGNALS:
+        for number in self.heard:
             signal.signal(number, self._note)
 
     def _starting(self, number: int, frame: FrameType | None) -> None:
@@ -65,6 +68,8 @@ class Signals:
             self.stop()
         self.patient = False
         try:
+            if self.name:  # one that came meanwhile
+                self.stop()
             yield
         finally:
             self.patient = True
@@ -91,25 +96,20 @@ class Agreement:
 
     def __init__(self, compute: Compute) -> None:
         self.alone = compute.world_size == 1
-        self.asked: torch.Tensor | None = None
+        self.asked = torch.tensor(NOTHING)
         self.answered: dist.Work | None = None
 
     def __call__(self, wish: int) -> int:
         """What is done now; `wish` is asked for after the next step."""
         if self.alone:
             return wish
-        answer = self.settle()
+        answer = NOTHING
+        if self.answered:
+            self.answered.wait()
+            answer = int(self.asked)
         self.asked = torch.tensor(wish, dtype=torch.int32)  # on the CPU: a GPU need not wait
         self.answered = dist.all_reduce(self.asked, dist.ReduceOp.MAX, async_op=True)
         return answer
-
-    def settle(self) -> int:
-        """The answer to the last wish, which is then forgotten."""
-        asked, self.asked = self.asked, None
-        if asked is None or self.answered is None:
-            return NOTHING
-        self.answered.wait()
-        return int(asked)
 
 
 class Timetable:
@@ -126,15 +126,15 @@ class Timetable:
 
     def restart(self, step: int) -> None:
         """The run was saved at this step, now."""
-        self.saved_step, self.saved_at, self.asked = step, time.monotonic(), False
+        self.saved_step, self.saved_at, self.wished = step, time.monotonic(), False
 
     def after_step(self, step: int, check: Callable[[], None], save: Callable[[], None]) -> None:
         """After optimizer step `step`, which ends a batch: saves if it is time, after a `check`, or stops.
 
         All processes do so at the same step.
         """
-        late = self.keeps_time and not self.asked and time.monotonic() > self.saved_at + self.seconds
-        self.asked |= late
+        late = self.keeps_time and not self.wished and time.monotonic() > self.saved_at + self.seconds
+        self.wished |= late
         action = self.agreement(STOP if self.signals.name else SAVE if late else NOTHING)
         if self.steps and step // self.steps > self.saved_step // self.steps:
             action = max(action, SAVE)

@@ -6,6 +6,19 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+
+def copied(state: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a nest in main memory, since a GPU may be full; on a CPU what is shared stays so."""
+    if isinstance(state, Tensor) and state.device.type != "cpu":
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        return {key: copied(value, memo) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(copied(value, memo) for value in state)
+    return copy.deepcopy(state, memo)
+
 
 class Writer:
     """A queue of jobs that write files; a job runs only if those before it succeeded.
@@ -35,7 +48,7 @@ class Writer:
         So no two checkpoints are written at once, and there is at most one copy of a state.
         """
         self.wait()
-        self.add(save, path, copy.deepcopy(state), **options)
+        self.add(save, path, copied(state, {}), **options)
 
     def __enter__(self) -> "Writer":
         return self

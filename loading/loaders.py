@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -164,7 +165,7 @@ class TrainLoader:
             left = range(batch, len(self))
             return DataLoader(self.batches, None, sampler=left, generator=draws, **self.options)
 
-        return whatever_dies(loader_from, self.first, len(self))
+        return with_new_workers(loader_from, self.first, len(self))
 
     @property
     def order(self) -> list[int]:
@@ -186,6 +187,8 @@ class TrainLoader:
 
 def _is_of_dead_worker(error: Exception) -> bool:
     """Whether a loader raised this upon the death of a worker, maybe while that handed over a batch."""
+    if str(error).startswith("Caught "):  # by a worker, which lives
+        return False
     if isinstance(error, RuntimeError):
         return "DataLoader worker" in str(error) or "ancdata" in str(error)
     return True
@@ -204,7 +207,7 @@ def leave_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def whatever_dies(loader_from: Callable[[int], DataLoader], first: int, count: int) -> Iterator[Any]:
+def with_new_workers(loader_from: Callable[[int], DataLoader], first: int, count: int) -> Iterator[Any]:
     """The batches of `loader_from(first)`; where a worker dies, those of it that are left are read by others.
 
     Raises what torch says where a batch cannot be had twice.
@@ -212,9 +215,11 @@ def whatever_dies(loader_from: Callable[[int], DataLoader], first: int, count: i
     batch, died_at = first, -1
     while batch < count:
         try:
-            batches = iter(loader_from(batch))
-            # torch would raise in the middle of a step; without that, waiting for a batch finds it out.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            loader = loader_from(batch)
+            batches = iter(loader)
+            if loader.num_workers and threading.current_thread() is threading.main_thread():
+                # torch would raise in the middle of a step; without that, waiting for a batch finds it out.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for read in batches:
                 batch += 1
                 yield read
@@ -232,7 +237,7 @@ class OrderedLoader(DataLoader):
     def __iter__(self) -> Any:
         if isinstance(self.dataset, Stream):
             return super().__iter__()
-        return whatever_dies(self._from, 0, len(self))
+        return with_new_workers(self._from, 0, len(self))
 
     def _from(self, batch: int) -> DataLoader:
         """The same without the batches before this one."""

@@ -146,7 +146,10 @@ def worker(bench: Bench) -> Result:
         os.kill(active_children()[-1].pid or 0, signal.SIGKILL)
 
     codes = story.start(Moment("step", bench.draws.integers(1, 3), end_one)).wait()
-    return bench.result(story, "" if codes == [0] else f"ended with {codes}")
+    replaced = any("is read again" in line for launch in story.launches for line in launch.lines)
+    return bench.result(
+        story, "" if codes == [0] and replaced else f"ended with {codes}, replaced: {replaced}"
+    )
 
 
 def disk(bench: Bench) -> Result:

@@ -11,6 +11,7 @@ import argparse
 import logging
 import signal
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import installed  # noqa: F401
 
 # isort: split
+import yaml
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -66,7 +68,8 @@ class Agent(LocalElasticAgent):
             codes = {handler.proc.returncode for handler in started}
             if codes == {0}:  # the run came to its end
                 return RunResult(WorkerState.SUCCEEDED)
-            if self.requeue_code in codes and codes <= {0, self.requeue_code}:
+            saved = self.requeue_code in codes and codes <= {0, self.requeue_code}
+            if saved or not (codes or stop.sigval == signal.SIGINT):  # or none had been started yet
                 raise Saved(str(stop), stop.sigval) from stop
             raise
 
@@ -76,6 +79,7 @@ class Agent(LocalElasticAgent):
         torch keeps the first one, where they would find the addresses of those that have died ("Connection
         refused"), on a machine that may be gone.
         """
+        self._pcontext = None
         handler: Any = worker_group.spec.rdzv_handler
         handler._bootstrap_store_info = handler._shared_tcp_store_server = None
         super()._rendezvous(worker_group)
@@ -90,6 +94,8 @@ class Agent(LocalElasticAgent):
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """Passes the signal on and waits; torch would wait 30 s where it restarts, whatever the flag says."""
+        if death_sig == signal.SIGHUP:  # training saves upon the others
+            death_sig = signal.SIGTERM
         try:
             super()._shutdown(death_sig, self._shutdown_timeout)
         except AtOnce:
@@ -111,11 +117,20 @@ def _stop_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def _flags_of_program(words: list[str]) -> argparse.Namespace:
-    """The flags of the program that also matter here."""
+    """The flags of the program that also matter here, those of its `--recipe` file too."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output_dir", "--output-dir", default="")
     parser.add_argument("--requeue_code", "--requeue-code", type=int, default=75)
-    return parser.parse_known_args(words)[0]
+    parser.add_argument("--recipe")
+    flags = parser.parse_known_args(words)[0]
+    if flags.recipe:
+        with suppress(OSError, ValueError, yaml.YAMLError):  # which the program says
+            content = yaml.safe_load(Path(flags.recipe).read_text(encoding="utf-8"))
+            found = [
+                f"--{name}={content[name]}" for name in ("output_dir", "requeue_code") if name in content
+            ]
+            flags = parser.parse_known_args([*found, *words])[0]
+    return flags
 
 
 def _refusal(args: argparse.Namespace, output_dir: str) -> str:

@@ -22,7 +22,12 @@ def test_an_interrupt_while_packages_are_imported_is_one_line():
 
 
 def test_a_signal_while_packages_are_imported_ends_with_the_code_to_start_again():
-    for words, code in (([], 75), (["--requeue-code", "9"], 9), (["--requeue_code", "x"], 75)):
+    for words, code in (
+        ([], 75),
+        (["--requeue-code=9"], 9),
+        (["--requeue_code", "8"], 8),
+        (["--requeue_code", "x"], 75),
+    ):
         argv = ["main_earlyExit.py", *words]
         program = f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {argv}; import installed; "
         program += "os.kill(os.getpid(), signal.SIGUSR1); raise SystemExit(0)"

@@ -45,6 +45,13 @@ def test_empty_meters_have_no_means():
     assert Meters().means(CPU) == {}
 
 
+def test_a_process_may_have_nothing_to_add(monkeypatch):
+    meters = Meters.of([{"sums": {"loss": torch.tensor(6.0)}, "counts": {"loss": 3}}] * 2, CPU.device)
+    monkeypatch.setattr("utils.gather", lambda pairs, _: [{}, pairs, {"loss": (8.0, 4)}])
+    assert meters.means(CPU) == {"loss": 2.0}
+    assert meters.state_dict() == {"sums": {"loss": torch.tensor(12.0)}, "counts": {"loss": 6}}
+
+
 def test_meters_take_several_sums_at_once():
     meters = Meters()
     meters.add("acc/exit", torch.tensor([1, 3]), 4)

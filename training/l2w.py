@@ -273,15 +273,12 @@ class SampleWeighting:
         tables = {name: torch.cat(parts).cpu() for name, parts in self.tables.items()}
         return {"meters": self.meters.state_dict(), "tables": tables}
 
-    def load_epoch_state(self, states: Sequence[dict[str, Any]]) -> None:
-        """Continues from what these processes had gathered."""
+    def load_epoch_state(self, states: Sequence[dict[str, Any]], *, tables: bool) -> None:
+        """Continues from what these processes had gathered; with their `tables` if that was one."""
         device = self.exit_weights.device
-        self.meters = Meters.of([state["meters"] for state in states], device)
-        tables: dict[str, list[Tensor]] = {}
-        for state in states:
-            for name, table in state["tables"].items():
-                tables.setdefault(name, []).append(table.to(device))
-        self.tables = tables
+        self.meters, self.tables = Meters.of([state["meters"] for state in states], device), {}
+        for state in states if tables else ():
+            self.tables = {name: [table.to(device)] for name, table in state["tables"].items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What exact resumption between two batches needs, besides `epoch_state`."""

@@ -11,6 +11,7 @@ METERS = {
     "counts": {"loss": 4, "acc1/exit": 4},
 }
 SHARD = {"meters": METERS, "l2w": {"meters": METERS, "tables": {"losses": torch.ones(4, 2)}}}
+PACE = {"world_size": 1, "images": 8, "at_start": 8}
 PARTIAL = {
     "batch": 3,
     "micro_batch": 8,
@@ -28,7 +29,7 @@ def test_what_a_run_stores_is_accepted():
         {},
         {**PARTIAL, "processes": [], "figures": {"train/loss": 1.0}, "grad_norm": None},
     ):
-        check_entries({"partial": partial}, "x.pth")
+        check_entries({"partial": partial, "pace": PACE}, "x.pth")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,8 @@ def test_what_a_run_stores_is_accepted():
         {"micro_batch": 0},
         {"seconds": "long"},
         {"figures": {"train/loss": "low"}},
-        {"grad_norm": torch.ones(2, 2)},
+        {"grad_norm": torch.ones(2)},
+        {"grad_norm": 1.0},
         {"processes": {}},
         {"processes": [3]},
         {"processes": [{"meters": {"sums": {"loss": 1.0}, "counts": {}}}]},
@@ -52,4 +54,11 @@ def test_what_a_run_stores_is_accepted():
 def test_strange_unfinished_epochs_are_refused(change):
     for partial in ({**PARTIAL, **change}, [PARTIAL], {"batch": 3}):
         with pytest.raises(UserError, match="^checkpoint x.pth has partial .*; accepted: what is done of an"):
-            check_entries({"partial": partial}, "x.pth")
+            check_entries({"partial": partial, "pace": PACE}, "x.pth")
+
+
+def test_an_unfinished_epoch_needs_the_images_of_a_step():
+    with pytest.raises(
+        UserError, match="^checkpoint x.pth has pace None; accepted: that of its partial epoch$"
+    ):
+        check_entries({"partial": PARTIAL}, "x.pth")

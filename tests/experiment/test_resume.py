@@ -179,8 +179,7 @@ def test_a_run_goes_on_with_other_rates_and_processes_and_says_so():
     )
     assert pace.scaled(recipe.optimization) == recipe.optimization
     pace, stored, recipe = pace_of({"lr": 0.1, "epochs": 2, "update_freq": 1}, 2, content)
-    changes = "--update_freq 1 instead of 2, 2 processes instead of 1"  # as many images
-    assert pace.changes(recipe, stored) == changes
+    assert pace.changes(recipe, stored) == "--update_freq 1 instead of 2"  # as many images
 
 
 def test_images_per_step_are_kept_or_the_change_is_refused():
@@ -191,6 +190,11 @@ def test_images_per_step_are_kept_or_the_change_is_refused():
         return with_global_batch(recipe, world_size, stored).optimization.update_freq
 
     assert [update_freq({}, n) for n in (1, 2, 4)] == [4, 2, 1]
+    for world_size in (1, 1, 2, 4):  # however often it is resumed, by the same flags
+        recipe = with_global_batch(Recipe.of({"batch_size": 8, "update_freq": 2}), world_size, stored)
+        pace = Pace.of(recipe, world_size, stored)
+        assert pace == Pace(2, 32, 32)
+        stored = understood({"args": recipe.flags(), "pace": asdict(pace)}, "x.pth")
     assert update_freq({"global_batch": 64}, 2) == update_freq({"global_batch": 64}, 2, None) == 4
     assert update_freq({"other_world_size": "accept"}, 4) == update_freq({"scale_lr": True}, 4) == 2
     was = "x.pth was trained by 2 processes, not"

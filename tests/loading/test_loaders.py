@@ -267,7 +267,10 @@ def test_what_a_worker_held_that_dies_is_read_again(cifar, monkeypatch, capsys, 
     assert capsys.readouterr().out.startswith("batch 2 is read again, a loader's process died: ")
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), EOFError()])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("a bug"), RuntimeError("Caught RuntimeError in DataLoader worker process 0."), EOFError()],
+)
 def test_what_no_worker_did_is_raised(cifar, monkeypatch, error):
     def broken(self):
         raise error

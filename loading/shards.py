@@ -157,7 +157,8 @@ def read_tar(path: Path) -> Tar:
     labels: dict[str, dict[str, int | None]] = {}
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in iter(tar.next, None):
+            # Python 3.10 cannot ask an empty tar for more.
+            for member in iter(tar.next, None) if tar.firstmember else ():
                 tar.members.clear()  # they would take a kilobyte each
                 if member.size < 0:
                     raise UserError(f"{member.name} has a negative size")

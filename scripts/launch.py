@@ -139,7 +139,8 @@ def _refusal(args: argparse.Namespace, output_dir: str) -> str:
         return ""
     if not output_dir:
         return "give the program --output_dir too: without it every restart trains anew in a new folder"
-    alone = parse_min_max_nnodes(args.nnodes)[1] == 1 and not args.master_port and not args.rdzv_endpoint
+    placed = args.rdzv_endpoint or args.master_port != parse_args(["program"]).master_port
+    alone = parse_min_max_nnodes(args.nnodes)[1] == 1 and not placed
     if args.rdzv_backend == "static" and not args.standalone and not alone:
         return "processes find each other again with --rdzv_backend c10d --rdzv_endpoint HOST:PORT only"
     return ""

@@ -96,10 +96,11 @@ class Agent(LocalElasticAgent):
         """Passes the signal on and waits; torch would wait 30 s where it restarts, whatever the flag says."""
         if death_sig == signal.SIGHUP:  # training saves upon the others
             death_sig = signal.SIGTERM
+        patience = getattr(self, "_shutdown_timeout", None)  # an older torch has 30 s
         try:
-            super()._shutdown(death_sig, self._shutdown_timeout)
+            super()._shutdown(death_sig, *([patience] if patience else []))
         except AtOnce:
-            super()._shutdown(signal.SIGKILL, 1)
+            super()._shutdown(signal.SIGKILL)
             raise
 
 

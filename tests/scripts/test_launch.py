@@ -167,12 +167,12 @@ def test_one_signal_is_passed_on_and_a_second_ctrl_c_kills(launch, agent, ended,
     os.kill(os.getpid(), signal.SIGTERM)  # not heard any more
     sent = []
 
-    def shutdown(self, death_sig, timeout):
-        sent.append((death_sig, timeout))
+    def shutdown(self, death_sig, *timeout):
+        sent.append((death_sig, *timeout))
         if len(sent) == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(LocalElasticAgent, "_shutdown", shutdown)
     with pytest.raises(launch.AtOnce):
         agent()._shutdown(signal.SIGUSR1, 30)
-    assert sent == [(signal.SIGUSR1, 60), (signal.SIGKILL, 1)]
+    assert sent == [(signal.SIGUSR1, 60), (signal.SIGKILL,)]

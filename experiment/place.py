@@ -72,6 +72,7 @@ class Place:
         try:
             self.timetable.after_step(self.update.step, check, self.save)
         except Stopped:
+            self.loader.close()
             self.run.writer.wait()
             gather(None, self.compute)  # once one process has ended, a launcher ends the others
             raise

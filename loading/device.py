@@ -4,7 +4,7 @@ What a sample draws is in tables that are made when an epoch starts, one row per
 batch follows from (seed, epoch, place) alone, as one that `loading.loaders.Batches` reads does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -135,6 +135,6 @@ class DeviceLoader(TrainLoader):
         self.batches = DeviceBatches(split, runtime.batch_size, compute, self.seed, **how)
         self.start(0)
 
-    def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         for batch in range(self.first, len(self)):
             yield self.batches[batch]

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any
 
@@ -107,6 +107,7 @@ class TrainLoader:
     ) -> None:
         self.split: Any = split
         self.seed, self.compute = seed, compute
+        self.reading: Generator[tuple[Tensor, Tensor], None, None] | None = None
         self.micro_batch = runtime.batch_size * compute.world_size  # images that all processes read at once
         group = runtime.batch_size * (1 if least else update_freq)
         self.options: dict[str, Any] = {
@@ -152,20 +153,27 @@ class TrainLoader:
         return len(self.batches) if self.seekable else len(DataLoader(self.split, **self.options))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch, (images, targets) in enumerate(self._read(), self.first):
+        self.reading = self._read()
+        for batch, (images, targets) in enumerate(self.reading, self.first):
             seed_everything(self.seed, self.epoch, batch, self.compute.rank)
             yield images, targets
 
-    def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         draws = torch.Generator().manual_seed(self.epoch)  # its own: DataLoader draws a seed for its workers
         if not self.seekable:
-            return iter(DataLoader(self.split, generator=draws, **self.options))
+            yield from DataLoader(self.split, generator=draws, **self.options)
+            return
 
         def loader_from(batch: int) -> DataLoader:
             left = range(batch, len(self))
             return DataLoader(self.batches, None, sampler=left, generator=draws, **self.options)
 
-        return with_new_workers(loader_from, self.first, len(self))
+        yield from with_new_workers(loader_from, self.first, len(self))
+
+    def close(self) -> None:
+        """Ends the processes of a pass that is broken off; they might be waited for at the program's end."""
+        if self.reading:
+            self.reading.close()
 
     @property
     def order(self) -> list[int]:

@@ -29,6 +29,13 @@ class Epoch:
     meters: Meters = field(default_factory=Meters)
     after_batch: Callable[[Callable[[], None]], None] = lambda check: None
 
+    def add(self, loss: Tensor, exits: list[Tensor], targets: Tensor) -> None:
+        """Adds to the figures a loss, and the logits K x [B, C] and targets of the images that it is of."""
+        count = len(targets)
+        self.meters.add("loss", loss.detach() * count, count)
+        for name, sums in exit_sums(exits, targets).items():
+            self.meters.add(name, sums, count)
+
 
 def train_one_epoch(
     model: nn.Module,
@@ -63,16 +70,14 @@ def train_one_epoch(
 
     for images, targets in progress:
         images, targets = compute.put(images), compute.put(targets)
-        seen = 0
         with compute.autocast():
+            seen = 0
             for loss, exits in objective(model, images, targets):
                 update(loss)
                 watch.see(loss, epoch.batch)
                 part = targets[seen : seen + len(exits[0])]
                 seen += len(part)
-                meters.add("loss", loss.detach() * len(part), len(part))
-                for name, sums in exit_sums(exits, part).items():
-                    meters.add(name, sums, len(part))
+                epoch.add(loss, exits, part)
         epoch.batch += 1
         if epoch.batch % print_freq == 0:
             watch.check()

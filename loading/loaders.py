@@ -110,11 +110,7 @@ class TrainLoader:
         self.reading: Generator[tuple[Tensor, Tensor], None, None] | None = None
         self.micro_batch = runtime.batch_size * compute.world_size  # images that all processes read at once
         group = runtime.batch_size * (1 if least else update_freq)
-        self.options: dict[str, Any] = {
-            "num_workers": runtime.num_workers,
-            "pin_memory": runtime.pin_mem and compute.device.type == "cuda",
-            "worker_init_fn": leave_signals,
-        }
+        self.options = worker_options(runtime, compute)
         if isinstance(split, Stream):
             if least:
                 raise UserError("--drop_last false: the batches of a stream are always filled up")
@@ -202,6 +198,16 @@ def _is_of_dead_worker(error: Exception) -> bool:
     return True
 
 
+def worker_options(runtime: Runtime, compute: Compute) -> dict[str, Any]:
+    """What a DataLoader is told of its processes."""
+    pin_memory = runtime.pin_mem and compute.device.type == "cuda"
+    return {
+        "num_workers": runtime.num_workers,
+        "pin_memory": pin_memory,
+        "worker_init_fn": leave_signals,
+    }
+
+
 def leave_signals(worker: int) -> None:
     """In a loader's process: what is sent to the run's group of processes is for the run to answer.
 
@@ -279,12 +285,6 @@ def ordered_loader(split: Split | Subset | Stream, runtime: Runtime, compute: Co
         split.set_loader_cfg(runtime.num_workers)
     else:
         sampler = range(compute.rank, len(split), compute.world_size)
-    return OrderedLoader(
-        split,
-        max(1, int(1.5 * runtime.batch_size)),
-        sampler=sampler,
-        num_workers=runtime.num_workers,
-        pin_memory=runtime.pin_mem and compute.device.type == "cuda",
-        generator=torch.Generator(),
-        worker_init_fn=leave_signals,
-    )
+    options = worker_options(runtime, compute)
+    size = max(1, int(1.5 * runtime.batch_size))
+    return OrderedLoader(split, size, sampler=sampler, generator=torch.Generator(), **options)

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import network_options, print_table, read_known, timed
+from common import Steps, network_options, print_table, read_known, timed
 
 import torch
 
@@ -25,9 +25,8 @@ from experiment.checkpoint import LAST, save
 from experiment.recipe import Session
 from experiment.record import describe_machine
 from experiment.run import Run, Saving
-from models import MultiExitModel, create_model, tune
-from training.losses import Losses, exit_weights, joint_objective
-from training.optim import Optimization, Update, make_update
+from models import create_model, tune
+from training.optim import Optimization, make_update
 from utils import UserError, option, run_main
 
 OPTIMIZATION = Optimization(opt="adamw", lr=1e-6, schedule="constant", warmup_epochs=0, model_ema=True)
@@ -44,20 +43,6 @@ class Flags:
     input_size: int = option(32, "side of the images", low=1)
     rounds: int = option(5, "of which the median is shown", low=1)
     folder: str = option("", "where checkpoints are written; default: a temporary folder")
-
-
-class Steps:
-    """Training steps of a network on one batch."""
-
-    def __init__(self, network: MultiExitModel, update: Update, flags: Flags) -> None:
-        self.network, self.update = network, update
-        self.objective = joint_objective(Losses(exit_weights(network.num_exits)))
-        self.images = torch.randn(flags.batch_size, 3, flags.input_size, flags.input_size)
-        self.targets = torch.randint(10, (flags.batch_size,))
-
-    def __call__(self) -> None:
-        for loss, _ in self.objective(self.network, self.images, self.targets):
-            self.update(loss)
 
 
 def resident() -> int:
@@ -122,7 +107,7 @@ def main(argv: list[str]) -> None:
     network = create_model(flags.model, 10, **network_options(Flags, flags.model, words)).train()
     tune(network, CPU)
     update = make_update(network, OPTIMIZATION, steps=1)
-    steps = Steps(network, update, flags)
+    steps = Steps(network, update, flags.batch_size, flags.input_size)
     for _ in range(3):
         steps()
     with tempfile.TemporaryDirectory() as temporary:

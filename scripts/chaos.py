@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +23,28 @@ from typing import Literal
 
 from common import print_table, read_flags
 
+import chaos_faults as faults
 import numpy as np
 import torch
-from chaos_faults import FAULTS, Bench
 from chaos_runs import EPOCHS, NAMES, STOPPED, Moment, Result, send
 
 from utils import option, run_main
 
+# With the trials of each in all of it and in continuous integration.
+FAULTS: dict[str, tuple[Callable[[faults.Bench], Result], int, int]] = {
+    "kill": (faults.kill, 120, 4),
+    "term": (partial(faults.stop, numbers=(signal.SIGTERM,)), 20, 2),
+    "usr1": (partial(faults.stop, numbers=(signal.SIGUSR1,)), 10, 0),
+    "ctrl-c": (partial(faults.stop, numbers=(signal.SIGINT,)), 10, 0),
+    "ctrl-c-twice": (partial(faults.stop, numbers=(signal.SIGINT,) * 2, code=130, line="interrupted"), 10, 1),
+    "rank": (faults.rank, 20, 0),
+    "worker": (faults.worker, 10, 1),
+    "disk": (faults.disk, 20, 1),
+    "small-disk": (faults.small_disk, 20, 0),
+    "damage": (faults.damage, 300, 30),
+    "clock": (faults.clock, 10, 0),
+    "folder": (faults.folder, 5, 0),
+}
 STOPS = ("first", "middle", "last", "within")  # steps of an epoch; and before one is done
 
 
@@ -49,7 +65,7 @@ class Flags:
     folder: Path | None = option(None, "where files of failed trials are kept")
 
 
-def survey(bench: Bench, flags: Flags) -> dict[str, list[Result]]:
+def survey(bench: faults.Bench, flags: Flags) -> dict[str, list[Result]]:
     """The results by fault; the faults take turns."""
     end = time.monotonic() + flags.seconds
     results: dict[str, list[Result]] = {name: [] for name in flags.faults or FAULTS}
@@ -79,7 +95,7 @@ def show(results: dict[str, list[Result]]) -> None:
     print_table(["fault", "tried:d", "survived:d", "lost steps:.2f", "most:d", "s to go on"], rows)
 
 
-def matrix(bench: Bench, flags: Flags) -> int:
+def matrix(bench: faults.Bench, flags: Flags) -> int:
     """Prints whether a run that SIGTERM stops at a step and that is resumed is the unbroken one."""
     wrong, row = 0, "{:16} {:>7} {:>9}" + " {:>8}" * len(flags.stops)
     print(row.format("stopped at step", "workers", "processes", *flags.stops))
@@ -106,7 +122,7 @@ def main(argv: list[str]) -> int:
     flags = read_flags(Flags, argv, __doc__)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        bench = Bench(flags.folder or Path(name), flags.seed, flags.regimes)
+        bench = faults.Bench(flags.folder or Path(name), flags.seed, flags.regimes)
         if flags.matrix:
             return int(matrix(bench, flags) > 0)
         results = survey(bench, flags)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing import active_children
@@ -242,20 +242,3 @@ def damage(bench: Bench) -> Result:
         intact = [path.name for path in files if Path(name, path.name).read_bytes() == path.read_bytes()]
         older = epoch < max(written[name][1] for name in intact)
         return Result(f"{found} was taken, which is not the newest" if older else "", [], [])
-
-
-# With the trials of each in all of it and in continuous integration.
-FAULTS: dict[str, tuple[Callable[[Bench], Result], int, int]] = {
-    "kill": (kill, 120, 4),
-    "term": (partial(stop, numbers=(signal.SIGTERM,)), 20, 2),
-    "usr1": (partial(stop, numbers=(signal.SIGUSR1,)), 10, 0),
-    "ctrl-c": (partial(stop, numbers=(signal.SIGINT,)), 10, 0),
-    "ctrl-c-twice": (partial(stop, numbers=(signal.SIGINT,) * 2, code=130, line="interrupted"), 10, 1),
-    "rank": (rank, 20, 0),
-    "worker": (worker, 10, 1),
-    "disk": (disk, 20, 1),
-    "small-disk": (small_disk, 20, 0),
-    "damage": (damage, 300, 30),
-    "clock": (clock, 10, 0),
-    "folder": (folder, 5, 0),
-}

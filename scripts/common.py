@@ -34,6 +34,8 @@ from adaptive.timing import interleaved
 from experiment.options import Parser, fill, options_of, parse, underscored
 from experiment.samples import Seen
 from models import MultiExitModel, nearest
+from training.losses import Losses, exit_weights, joint_objective
+from training.optim import Update
 from utils import UserError
 
 Flags = TypeVar("Flags")
@@ -129,6 +131,20 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     for first, *others in lines:
         cells = [first.ljust(first_width), *map(str.rjust, others, widths)]
         print("   ".join(cells).rstrip())
+
+
+class Steps:
+    """Training steps of a network on one batch of random images, under the loss of all its exits."""
+
+    def __init__(self, network: MultiExitModel, update: Update, batch_size: int, side: int) -> None:
+        self.network, self.update = network, update
+        self.objective = joint_objective(Losses(exit_weights(network.num_exits)))
+        self.images = torch.randn(batch_size, 3, side, side)
+        self.targets = torch.randint(10, (batch_size,))
+
+    def __call__(self) -> None:
+        for loss, _ in self.objective(self.network, self.images, self.targets):
+            self.update(loss)
 
 
 def timed(call: Callable[[], Answer]) -> tuple[Answer, float]:

@@ -11,15 +11,14 @@ time in operators, forward and backward together.
 from collections import Counter
 from dataclasses import dataclass
 
-from common import matrix_products, print_table, read_flags, warm_times
+from common import Steps, matrix_products, print_table, read_flags, warm_times
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from adaptive.flops import exit_costs
 from experiment.record import describe_machine
-from models import MultiExitModel, create_model, tune
-from training.losses import Losses, exit_weights, joint_objective
+from models import create_model, tune
 from training.optim import Optimization, make_update
 from utils import option, run_main
 
@@ -49,28 +48,13 @@ class Flags:
     rounds: int = option(5, "of which the median is shown", low=1)
 
 
-class Step:
-    """A training step of a network on one batch."""
-
-    def __init__(self, network: MultiExitModel, flags: Flags) -> None:
-        optimization = Optimization(opt=flags.opt, lr=1e-6, schedule="constant", warmup_epochs=0)
-        self.network, self.update = network, make_update(network, optimization, steps=1)
-        self.objective = joint_objective(Losses(exit_weights(network.num_exits)))
-        self.images = torch.randn(flags.batch_size, 3, flags.input_size, flags.input_size)
-        self.targets = torch.randint(10, (flags.batch_size,))
-
-    def __call__(self) -> None:
-        for loss, _ in self.objective(self.network, self.images, self.targets):
-            self.update(loss)
-
-
 def kind_of(operator: str) -> str:
     """What an operator is, by its name."""
     name = operator.lower()
     return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
 
 
-def shares_of(step: Step) -> tuple[float, dict[str, float]]:
+def shares_of(step: Steps) -> tuple[float, dict[str, float]]:
     """Seconds in operators in one step, and the share of each kind of them, largest first."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
         step()
@@ -92,7 +76,9 @@ def main(argv: list[str]) -> None:
         network = create_model(name, 10).train()
         tune(network, CPU)
         macs = exit_costs(network, (3, flags.input_size, flags.input_size))[-1]
-        step = Step(network, flags)
+        optimization = Optimization(opt=flags.opt, lr=1e-6, schedule="constant", warmup_epochs=0)
+        update = make_update(network, optimization, steps=1)
+        step = Steps(network, update, flags.batch_size, flags.input_size)
         product = matrix_products(SIDE, CPU)["fp32"]
         seconds = warm_times({"step": step, "product": product}, flags.rounds, CPU)
         floor = 3 * macs * flags.batch_size / SIDE**3 * seconds["product"]

@@ -124,18 +124,17 @@ class SampleWeighting:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
+        learns = self.batch % self.batches % self.options.meta_interval == 0
         first, second = slice(0, (n + 1) // 2), slice((n + 1) // 2, n)
         for train, judge in ((first, second), (second, first)):
-            yield self._half(model, (images[train], targets[train]), (images[judge], targets[judge]))
+            halves = (images[train], targets[train]), (images[judge], targets[judge])
+            # Compiled code frees what backward reads, which learning reads twice, and takes no dual numbers.
+            with torch.compiler.set_stance("force_eager" if learns else "default"):
+                half = self._half(model, *halves, learns)
+            yield half
         self.batch += 1
 
-    def _half(self, model: nn.Module, train: tuple, judge: tuple) -> tuple[Tensor, list[Tensor]]:
-        learns = self.batch % self.batches % self.options.meta_interval == 0
-        # Compiled code frees what backward reads, which learning reads twice, and takes no dual numbers.
-        with torch.compiler.set_stance("force_eager" if learns else "default"):
-            return self._weighted(model, train, judge, learns)
-
-    def _weighted(
+    def _half(
         self, model: nn.Module, train: tuple, judge: tuple, learns: bool
     ) -> tuple[Tensor, list[Tensor]]:
         images, targets = train

@@ -20,11 +20,6 @@ def runs(script):
     return script("chaos_runs")
 
 
-@pytest.fixture(scope="module")
-def faults(script):
-    return script("chaos_faults")
-
-
 def chaos(*words):
     """The exit code of the script in a process of its own, which forks, and the lines that it prints."""
     command = [sys.executable, "scripts/chaos.py", *words]
@@ -82,7 +77,7 @@ def test_harm_changes_bytes(runs, tmp_path, seed):
     assert path.read_bytes() != before and len(path.read_bytes()) <= len(before)
 
 
-def test_faults_take_turns_until_time_is_up(script, faults, monkeypatch, capsys):
+def test_faults_take_turns_until_time_is_up(script, monkeypatch, capsys):
     chaos, order = script("chaos"), []
 
     def fault(name, bench):
@@ -90,7 +85,7 @@ def test_faults_take_turns_until_time_is_up(script, faults, monkeypatch, capsys)
         return script("chaos_runs").Result("a-1: other bits" if order == ["b"] else "", [2, 0], [0.25])
 
     for name, count in (("a", 1), ("b", 3)):
-        monkeypatch.setitem(faults.FAULTS, name, (lambda bench, name=name: fault(name, bench), count, 0))
+        monkeypatch.setitem(chaos.FAULTS, name, (lambda bench, name=name: fault(name, bench), count, 0))
     flags = SimpleNamespace(faults=("b", "a"), trials=0, preset="full", seconds=60)
     results = chaos.survey(None, flags)
     assert order == ["b", "a", "b", "b"]

@@ -68,7 +68,9 @@ class Published(SampleWeighting):
 
     build: Callable[[], MultiExitModel]
 
-    def _half(self, model: nn.Module, train: tuple, judge: tuple) -> tuple[Tensor, list[Tensor]]:
+    def _half(
+        self, model: nn.Module, train: tuple, judge: tuple, learns: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         images, targets = train
         copied = self.build().train()
         copied.load_state_dict(model.state_dict())

@@ -41,6 +41,10 @@ SMALLER = [
     (r"--global_batch", "--global_batch 8"),
     (r"--accuracy", "--accuracy 0"),  # no more can be asked of a network that saw 24 images of noise
     (r"^eval_dynamic.py", f"{RUN} --batch_size 8 --runtime_images 4 --micro_batch 4"),
+    (
+        r"^main_earlyExit.py(?!.*--(data_set|recipe|resume|eval|procedure))",
+        f"--data_set CIFAR10 --num_calib 4 {NPZ.format(10)}",
+    ),
     (r"--data_set CIFAR10 ", NPZ.format(10)),
     # Evaluated is a run on the stand-in of CIFAR-10.
     (r"^eval_dynamic.py .*\bruns/.*--data_path \S*/cifar", NPZ.format(10)),

@@ -27,6 +27,7 @@ from experiment.lines import (
     runtime_lines,
 )
 from experiment.options import Given
+from experiment.origin import origin_of
 from experiment.recipe import read_command
 from experiment.record import Record
 from experiment.samples import Seen, see
@@ -59,6 +60,7 @@ def evaluate_checkpoint(given: Given) -> None:
     tell(record, anytime_lines(record.exits), folder)
     tell(record, confidence_lines(record.confidence), folder)
     if exits.mode == "anytime":
+        record.write(folder)
         return
     found = find(subject, rules, seen, costs, times)
     record = judge(record, found, subject, seen, costs)
@@ -89,6 +91,7 @@ def opening(subject: Subject, seen: Seen, costs: Costs) -> Record:
     return Record(
         exits=exit_figures(seen.test, costs.macs, costs.stages.alone()),
         provenance=subject.provenance(seen.origin, len(seen.test), costs.uncounted),
+        origin=origin_of(subject, seen),
         unit=subject.unit,
         unit_costs=unit_costs(subject, costs),
         confidence=confidence_of(seen),

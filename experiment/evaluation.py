@@ -15,7 +15,7 @@ from adaptive.flops import Costs
 from adaptive.front import front_rows
 from adaptive.goals import Choice
 from adaptive.headline import headline_of
-from adaptive.policy import Policy, content_hash, model_hash
+from adaptive.policy import Policy
 from adaptive.reading import Reading
 from adaptive.reference import Reference
 from adaptive.routing import routing
@@ -23,7 +23,8 @@ from adaptive.rules import Rule, rules_of
 from adaptive.stage_timing import StageTimes, measure_stages
 from adaptive.timing import Comparison, Deployed, compare_orders
 from experiment.galleries import galleries
-from experiment.provenance import command_line, made
+from experiment.origin import Origin
+from experiment.provenance import command_line
 from experiment.record import Record, describe_machine
 from experiment.sample_rows import write_samples
 from experiment.samples import Seen, see, test_images
@@ -89,7 +90,7 @@ def deployed(subject: Subject, images: Tensor) -> Deployed:
 
 def judge(record: Record, found: Found, subject: Subject, seen: Seen, costs: Costs) -> Record:
     """The record with what all policies do to the test images."""
-    choices = [replace(one, policy=sign(one.policy, subject, seen)) for one in found.choices]
+    choices = [replace(one, policy=sign(one.policy, record.origin, subject)) for one in found.choices]
     headlines = [headline_of(one, seen.read_by(one.policy), costs.stages) for one in choices]
     if seen.calib is seen.test:
         headlines = [replace(one, calibrated=False) for one in headlines]
@@ -125,24 +126,14 @@ def without(argv: Sequence[str], names: Collection[str]) -> list[str]:
     return kept
 
 
-def sign(policy: Policy, subject: Subject, seen: Seen) -> Policy:
+def sign(policy: Policy, origin: Origin, subject: Subject) -> Policy:
     """The policy with the hashes of weights and images that it was found with, and how it was made.
 
     One that comes from a file stays as it is.
     """
     if subject.policy:
         return policy
-    assert seen.calib is not None
-    data_set = subject.recipe.data.data_set
-    images = content_hash({f"{data_set}: {seen.origin}": seen.calib.targets})
-    origin = made(
-        subject.compute.device,
-        data_set=data_set,
-        images=seen.origin,
-        num_images=len(seen.calib),
-        precision=subject.recipe.exits.precision,
-    )
-    return replace(policy, model_hash=model_hash(subject.network), calib_hash=images, made=origin)
+    return replace(policy, model_hash=origin.model, calib_hash=origin.calib, made=origin.made)
 
 
 def show(record: Record, subject: Subject, seen: Seen, folder: Path) -> Record:

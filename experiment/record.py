@@ -32,6 +32,7 @@ class Unit:
 
 
 MACS = Unit("MACs", counter="macs")
+SCHEMA = 1  # of record.json; a number is never used for two layouts
 
 
 def describe_machine(device: torch.device) -> str:
@@ -101,10 +102,11 @@ class Record(Findings):
 
     Of each there is one of `headlines`; the first is to be deployed. `confidence` says what that of every
     exit is worth. `unit_costs` [K] are the costs of exits 0..k in the unit of dynamic.txt; by default
-    multiply-adds.
+    multiply-adds. `origin` (`experiment.origin.Origin`) is what it takes to repeat the evaluation.
     """
 
     provenance: Provenance
+    origin: Any = None
     policies: Sequence[Policy] = ()
     headlines: Sequence[Headline] = ()
     confidence: Sequence[ConfidenceFigures] = ()
@@ -138,14 +140,27 @@ class Record(Findings):
             }
         return tables
 
+    def content(self) -> dict[str, Any]:
+        """What record.json holds, as plain types."""
+        known = {
+            "schema": SCHEMA,
+            "provenance": asdict(self.provenance),
+            "origin": asdict(self.origin) if self.origin else None,
+            "headline": asdict(self.headline) if self.headline else None,
+            "headlines": [asdict(one) for one in self.headlines] if len(self.headlines) > 1 else None,
+            "policies": [asdict(policy) for policy in self.policies],
+            "confidence": [asdict(row) for row in self.confidence],
+        }
+        return {name: part for name, part in known.items() if part} | self.plain()
+
+    def write(self, folder: Path) -> None:
+        """Writes record.json."""
+        _write_json(folder / "record.json", self.content())
+
     def report(self, folder: Path) -> None:
         """Writes record.json, the curve and the page."""
+        self.write(folder)
         about = self.provenance
-        headline = {"headline": asdict(self.headline)} if self.headline else {}
-        others = {"headlines": [asdict(one) for one in self.headlines]} if len(self.headlines) > 1 else {}
-        confidence = {"confidence": [asdict(row) for row in self.confidence]}
-        content = {"provenance": asdict(about), **headline, **others, **confidence, **self.plain()}
-        _write_json(folder / "record.json", content)
         title = f"{about.network} on {about.data_set}"
         plot_curve(folder / "curve.png", self, title)
         subtitle = f"{len(self.exits)} exits, {about.num_test} test images"

@@ -118,6 +118,15 @@ def is_constructor_of_models(path, node):
     return path.parent.name == "models" and node.name == "__init__"
 
 
+CHECKS = []  # of one file each
+
+
+def checked(check):
+    """Adds a check to `CHECKS`."""
+    CHECKS.append(check)
+    return check
+
+
 def test_every_file_is_seen():
     names = {module_of(path) for path in FILES}
     assert {
@@ -140,22 +149,22 @@ def test_the_check_finds_forbidden_edges():
     )
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_imports_go_down(path):
+@checked
+def check_imports_go_down(path):
     importer = module_of(path)
     wrong = {name for name in imports_of(path) if forbidden(importer, name)}
     assert not wrong, f"{importer} must not import {wrong}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_budgets_of_a_file(path):
+@checked
+def check_budgets_of_a_file(path):
     lines = text_of(path).splitlines()
     assert len(lines) <= 320 and len(tokens_of(path)) <= 2500
     assert max(map(len, lines), default=0) <= 110
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_budgets_of_functions(path):
+@checked
+def check_budgets_of_functions(path):
     for node in functions_of(path):
         inside = sum(node.lineno <= token.start[0] <= node.end_lineno for token in tokens_of(path))
         assert node.end_lineno - node.lineno + 1 <= 60 and inside <= 450, (node.name, inside)
@@ -173,8 +182,8 @@ def test_budget_of_the_whole():
     assert tokens <= 197_000 and tokens / lines <= 10.3
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_public_names_are_documented(path):
+@checked
+def check_public_names_are_documented(path):
     tree = tree_of(path)
     if path.name != "__init__.py" or tree.body:
         assert ast.get_docstring(tree), f"{path} says nothing of itself"
@@ -183,8 +192,8 @@ def test_public_names_are_documented(path):
             assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_every_load_is_weights_only(path):
+@checked
+def check_every_load_is_weights_only(path):
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
@@ -193,8 +202,8 @@ def test_every_load_is_weights_only(path):
                 assert given.get("weights_only") == "True", f"{path}:{node.lineno}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_nothing_is_executed_or_patched(path):
+@checked
+def check_nothing_is_executed_or_patched(path):
     """No exec, eval or unittest.mock in the product."""
     assert not any(name.startswith("unittest") for name in _all_imports(tree_of(path)))
     for node in ast.walk(tree_of(path)):
@@ -207,6 +216,13 @@ def _all_imports(tree):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_a_file_follows_the_plan(path):
+    assert len(CHECKS) == 6
+    for check in CHECKS:
+        check(path)
 
 
 def test_the_readme_is_short():

@@ -7,24 +7,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+_KNOWN: dict[Any, tuple[Any, int]] = {}  # what a call on the meta device gives, and its operations
+
 
 class Operators(TorchDispatchMode):
     """Collects the operators that run within it: `seen`, and `total`, their operations by torch's formulas.
 
-    On the meta device only shapes matter: of equal calls one is worked out, and the others repeat its shapes,
-    for layers repeat and torch's meta kernels are slow. Tensors on other devices are computed as always.
+    On the meta device only shapes matter: of a process's equal calls one is worked out, and the others repeat
+    its shapes, for layers repeat and torch's meta kernels are slow. Tensors on other devices are computed as
+    always.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[Any] = set()
         self.total = 0  # two for one multiply-add
-        self._known: dict[Any, tuple[Any, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         call = func, _key(args), _key([*kwargs.items()])
-        if call not in self._known:
+        if call not in _KNOWN:
             with self:  # in inference mode an operator made of others comes whole
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -35,8 +37,9 @@ class Operators(TorchDispatchMode):
             if func._schema.is_mutable or not _is_meta(out):
                 self.total += operations
                 return out
-            self._known[call] = out, operations
-        out, operations = self._known[call]
+            _KNOWN[call] = out, operations
+        out, operations = _KNOWN[call]
+        self.seen.add(func._overloadpacket)
         self.total += operations
         return _again(out)
 

@@ -521,6 +521,35 @@ def in_processes() -> Callable[..., None]:
     return start
 
 
+def _script(path: str, words: list[str], folder: Path) -> None:
+    """What `python path words` does, with all that it prints in files of the folder."""
+    with open(folder / "out", "w", buffering=1) as out, open(folder / "err", "w", buffering=1) as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.stdout, sys.stderr = out, err
+        sys.argv, sys.path = [path, *words], [str((ROOT / path).parent), *sys.path]
+        torch.set_num_threads(1)
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+
+
+@pytest.fixture
+def forked(tmp_path_factory) -> Callable[..., tuple[int, str, str]]:
+    """`forked(path, *words)` runs a script in a process of its own: its exit code, stdout and stderr.
+
+    Which is a fork of this one where that is safe, as in `in_processes`.
+    """
+
+    def run(path: str, *words: object) -> tuple[int, str, str]:
+        folder = tmp_path_factory.mktemp("forked")
+        context = mp.get_context("spawn" if torch.cuda.is_available() else "fork")
+        process = context.Process(target=_script, args=(path, list(map(str, words)), folder))
+        process.start()
+        process.join()
+        return process.exitcode, (folder / "out").read_text(), (folder / "err").read_text()
+
+    return run
+
+
 # Exported networks
 
 

@@ -26,8 +26,9 @@ from adaptive.thresholds import (
     simulate,
 )
 from models import create_model, list_models, model_options
-from training.directional import buffers_of, tangent_of
-from training.l2w import SampleWeighting, Weighting, confidence_table
+from training import l2w
+from training.directional import buffers_of
+from training.l2w import SampleWeighting, Weighting
 from training.losses import (
     Losses,
     exit_weights,
@@ -37,15 +38,7 @@ from training.losses import (
     soft_cross_entropy,
 )
 from training.optim import Optimization, Update, make_optimizer
-from training.weight_net import (
-    WeightNet,
-    assign_exits,
-    judgement,
-    look_ahead,
-    loss_table,
-    sample_weights,
-    weight_inputs,
-)
+from training.weight_net import WeightNet
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parents[2] / "shared" / "golden")
 if not GOLDEN.is_dir():
@@ -161,21 +154,12 @@ def check_meta_step(golden, fill):
     start = fill.fill_(create_model(golden["model"], **our_options(golden["model_kwargs"]))).train()
     inputs = set()
     for case in golden["cases"].values():
-        halves = [case[name] for name in HALVES]
         # Second order takes long, and cases of the same inputs differ in the weights' centring and size alone.
         both = case["options"]["meta_net_input_type"] not in inputs
         inputs.add(case["options"]["meta_net_input_type"])
-        run = MetaStep(start, case, fill)
-        cut = (len(run.images) + 1) // 2
-        parts = [(run.images[:cut], run.targets[:cut]), (run.images[cut:], run.targets[cut:])]
-        for half, (train, judge) in zip(halves, (parts, parts[::-1]), strict=True):
-            run.check_half(train, judge, half, both)
         for forward_mode in (True, False) if both else (True,):
-            run = MetaStep(start, case, fill, forward_mode)
-            for half, (loss, _) in zip(halves, run.objective(run.net, run.images, run.targets), strict=True):
-                assert loss.item() == near(half["15_weighted_loss"])
-                run.update(loss)
-                run.check_after(half)
+            with pytest.MonkeyPatch.context() as patch:
+                MetaStep(start, case, fill, forward_mode, patch).check([case[name] for name in HALVES])
 
 
 def test_a_meta_step_in_which_exits_stay_without_samples(fill):
@@ -280,26 +264,28 @@ def norm(tensors):
     return math.sqrt(sum(t.double().square().sum().item() for t in tensors))
 
 
-class MetaStep:
-    """The set-up of the L2W golden, and one half of an iteration, made of the pure functions called in
-    order."""
+STEPS = ("loss_table", "weight_inputs", "sample_weights", "_gradients", "look_ahead", "functional_call")
+STEPS += ("assign_exits", "judgement")
 
-    def __init__(self, net, case, fill, forward_mode=True):
-        self.fill, self.options = fill, case["options"]
-        options = self.options
+
+class MetaStep:
+    """The set-up of the L2W golden, and what each function of an iteration is given and gives."""
+
+    def __init__(self, net, case, fill, forward_mode, patch):
+        self.fill, options = fill, case["options"]
         self.net = copy.deepcopy(net)
         given = {name: options[name] for name in ("lr", "weight_decay", "momentum")}
         sgd = Optimization(opt="sgd", opt_eps=None, filter_bias_and_bn=False, **given)
         optimizer = make_optimizer(self.net, sgd)
         rates = {name: lambda step, value=options[name]: value for name in ("lr", "weight_decay")}
         self.update = Update(self.net, optimizer, **rates)
-        self.proportions = geometric_quotas(options["target_p_index"] / 20, self.net.num_exits)
-        assert self.proportions.tolist() == pytest.approx(case["target_probs_float32"], rel=1e-6)
+        proportions = geometric_quotas(options["target_p_index"] / 20, self.net.num_exits)
+        assert proportions.tolist() == pytest.approx(case["target_probs_float32"], rel=1e-6)
         self.objective = SampleWeighting(
             Weighting(**{name: options[name] for name in Weighting.__annotations__ if name in options}),
             self.update,
             Losses([1.0] * self.net.num_exits),
-            proportions=self.proportions,
+            proportions=proportions,
             batches=1000,
             epochs=options["epochs"],
             forward_mode=forward_mode,
@@ -311,66 +297,55 @@ class MetaStep:
         self.images = torch.from_numpy(fill.draw(options["input_key"], (n, 3, 32, 32)))
         self.targets = torch.arange(n) % 10
         self.before = self.snapshot()
+        self.calls = {}
+        for name in STEPS:
+            patch.setattr(l2w, name, partial(self.call, name, getattr(l2w, name)))
+
+    def call(self, name, function, *args, **options):
+        result = function(*args, **options)
+        self.calls.setdefault(name, []).append((args, result))
+        return result
 
     def snapshot(self):
         return [[p.detach().clone() for p in net.parameters()] for net in (self.net, self.weight_net)]
 
-    def check_half(self, train, judge, half, second_order):
-        images, targets = train
-        named = dict(self.net.named_parameters())
-        exits = self.net(images)
-        losses = loss_table(exits, targets)
+    def check(self, halves):
+        for half, (loss, _) in zip(halves, self.objective(self.net, self.images, self.targets), strict=True):
+            self.check_learning(half)
+            self.check_weight_net(half)
+            assert loss.item() == near(half["15_weighted_loss"])
+            self.update(loss)
+            self.check_after(half)
+            self.calls.clear()
+
+    def check_learning(self, half):
+        """The steps of a half until the weights are learned and applied."""
+        results = {name: [result for _, result in calls] for name, calls in self.calls.items()}
+        losses = results["loss_table"][0]
         assert losses.tolist() == [near(row) for row in half["1_pseudo_losses"]]
-        inputs = weight_inputs(self.options["meta_net_input_type"], losses, confidence_table(exits))
+        (inputs,) = results["weight_inputs"]
         assert inputs.tolist() == [near(row) for row in half["2_meta_net_input"]]
-        raw = self.weight_net(inputs)
-        assert raw.tolist() == [near(row) for row in half["3_raw_weights"]]
-        weighing = self.options["epsilon"], self.options["constraint_dimension"]
-        weights = sample_weights(raw, *weighing)
-        assert weights.tolist() == [near(row) for row in half["4_weights"]]
-        leaf = weights.detach().requires_grad_()
-        pseudo_loss = (leaf * losses).mean(0).sum()
+        names = ("3_raw_weights", "4_weights"), ("14_raw_weights", "14_weights")  # before and after it learns
+        for (of_raw, of_weights), call in zip(names, self.calls["sample_weights"], strict=True):
+            (raw, *_), weights = call
+            assert raw.tolist() == [near(row) for row in half[of_raw]]
+            assert weights.tolist() == [near(row) for row in half[of_weights]]
+        assert (weights * losses).mean(0).tolist() == near(half["15_weighted_loss_per_exit"])
+        (pseudo_loss, _), gradients = self.calls["_gradients"][0]
         assert pseudo_loss.item() == near(half["5_pseudo_loss"])
-        found = torch.autograd.grad(pseudo_loss, named.values(), retain_graph=True, create_graph=second_order)
-        assert norm(found) == near(half["6_pseudo_grad_norm"])
-        gradients = {p: g.detach() for p, g in zip(named.values(), found, strict=True)}
-        moved, rates = look_ahead(self.update.optimizer, gradients)
+        assert norm(gradients.values()) == near(half["6_pseudo_grad_norm"])
+        ((moved, _),) = results["look_ahead"]
         assert norm(moved.values()) == near(half["7_pseudo_param_norm"])
         assert norm(moved[p] - p for p in moved) == near(half["7_pseudo_delta_norm"])
-        moved = {name: moved[p].requires_grad_() for name, p in named.items()}
-        judged = functional_call(self.net, moved | buffers_of(self.net), judge[0])
+        (judged,) = results["functional_call"]
         assert all(map(self.fill.matches, judged, half["8_meta_logits"]))
-        assigned = assign_exits(confidence_table(judged), self.proportions)
+        (assigned,) = results["assign_exits"]
         assert [rows.tolist() for rows in assigned] == half["9_selected"]
-        meta_loss = judgement(judged, judge[1], assigned)
+        (meta_loss,) = results["judgement"]
         assert meta_loss.item() == near(half["10_meta_loss"])
-        # An exit without samples is not judged, so its head has no slope.
-        towards = torch.autograd.grad(meta_loss, moved.values(), materialize_grads=True)
-        directions = {name: rates[named[name]] * g for name, g in zip(moved, towards, strict=True)}
-        slopes = [tangent_of(lambda e: loss_table(e, targets), self.net, directions, images) / len(images)]
-        if second_order:
-            slopes += torch.autograd.grad(found, leaf, list(directions.values()), retain_graph=True)
-        for by_weights in slopes:
-            meta_gradients = torch.autograd.grad(
-                weights, list(self.weight_net.parameters()), by_weights, retain_graph=True
-            )
-            norms = [g.norm().item() for g in meta_gradients]
-            names = [name for name, _ in self.weight_net.named_parameters()]
-            assert dict(zip(names, norms, strict=True)) == near(half["11_meta_grad_norm"])
-            assert meta_gradients[-1].tolist() == near(half["11_meta_grad_output_bias"])
-        for p, g in zip(self.weight_net.parameters(), meta_gradients, strict=True):
-            p.grad = g
-        self.objective.optimizer.step()
-        self.check_weight_net(half)
-        with torch.no_grad():
-            raw = self.weight_net(inputs)
-            weights = sample_weights(raw, *weighing)
-        assert raw.tolist() == [near(row) for row in half["14_raw_weights"]]
-        assert weights.tolist() == [near(row) for row in half["14_weights"]]
-        per_exit = (weights * losses).mean(0)
-        assert per_exit.tolist() == near(half["15_weighted_loss_per_exit"])
-        self.update(per_exit.sum())
-        self.check_after(half)
+        norms = {name: p.grad.norm().item() for name, p in self.weight_net.named_parameters()}
+        assert norms == near(half["11_meta_grad_norm"])
+        assert list(self.weight_net.parameters())[-1].grad.tolist() == near(half["11_meta_grad_output_bias"])
 
     def check_weight_net(self, half):
         pairs = zip(self.weight_net.named_parameters(), self.before[1], strict=True)

@@ -40,11 +40,7 @@ SMALLER = [
     (r"--schedule multistep", "--decay_epochs 1"),
     (r"--global_batch", "--global_batch 8"),
     (r"--accuracy", "--accuracy 0"),  # no more can be asked of a network that saw 24 images of noise
-    (r"^eval_dynamic.py", f"{RUN} --batch_size 8 --runtime_images 4 --micro_batch 4"),
-    (
-        r"^main_earlyExit.py(?!.*--(data_set|recipe|resume|eval|procedure))",
-        f"--data_set CIFAR10 --num_calib 4 {NPZ.format(10)}",
-    ),
+    (r"^eval_dynamic.py", f"{RUN} --batch_size 8 --runtime_images 2 --micro_batch 2"),
     (r"--data_set CIFAR10 ", NPZ.format(10)),
     # Evaluated is a run on the stand-in of CIFAR-10.
     (r"^eval_dynamic.py .*\bruns/.*--data_path \S*/cifar", NPZ.format(10)),
@@ -52,7 +48,11 @@ SMALLER = [
     (r"--accuracy", "--accuracy 0"),
     (r"--data_set CIFAR100 ", NPZ.format(100)),
     (r"--data_set (IMNET|shards)", "--input_size 64"),
-    (r"--data_set DIGITS", f"--data_set CIFAR10 --num_calib 4 {NPZ.format(10)}"),
+    # Digits, which are also what a run trains on that names no data.
+    (
+        r"--data_set DIGITS|^main_earlyExit.py (?!.*--(data_set|recipe|help))",
+        f"--data_set CIFAR10 --num_calib 4 {NPZ.format(10)}",
+    ),
     (r"--data_set Flowers102", FOLDER),
     (r"--model msdnet_cifar", SMALL_MSDNET),
     (r"--model msdnet_imagenet", f"{SMALL_MSDNET} --stem imagenet"),
@@ -217,7 +217,7 @@ def finished(data, tmp_path_factory) -> Callable[[str], Path]:
             f"{network} --data_set CIFAR10 {NPZ.format(10)} {RUN} --epochs 1 --batch_size 8 --warmup_epochs 0"
         )
         main_earlyExit.main([*expanded(shlex.split(command), {"DATA": str(data)}), "--output_dir", str(out)])
-        command = f"--checkpoint {out}/checkpoint-best.pth {NPZ.format(10)} {RUN} --runtime_images 4 --micro_batch 4"
+        command = f"--checkpoint {out}/checkpoint-best.pth {NPZ.format(10)} {RUN} --runtime_images 2 --micro_batch 2"
         eval_dynamic.main(expanded(shlex.split(command), {"DATA": str(data)}))
         return out
 

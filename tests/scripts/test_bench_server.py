@@ -20,7 +20,7 @@ WORDS = [
 
 
 def test_loads_attacks_and_signals(exported_colors, npz, script, printed, monkeypatch):
-    monkeypatch.setattr(script("bench_server"), "CLIENTS", 6)
+    monkeypatch.setattr(script("bench_server"), "CLIENTS", 32)  # some of the malformed wait 2 s for an answer
     text = printed("bench_server", exported_colors, npz, *WORDS)
     lines = text.splitlines()
     assert [line.split("  ")[0] for line in lines[2:5]] == ["capacity", "0.8 of it", "twice it"]

@@ -1,9 +1,6 @@
 """Runs that are broken go on as if they were not, and the bench sees those that do not."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,33 +9,25 @@ import torch
 
 from experiment.checkpoint import save
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def runs(script):
     return script("chaos_runs")
 
 
-def chaos(*words):
-    """The exit code of the script in a process of its own, which forks, and the lines that it prints."""
-    command = [sys.executable, "scripts/chaos.py", *words]
-    end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return end.returncode, end.stdout.splitlines(), end.stderr
-
-
-def test_broken_runs_survive():
+def test_broken_runs_survive(forked):
     words = "--faults kill damage --trials 1 --regimes accumulation-2 --seed 1"
-    code, lines, error = chaos(*words.split())
-    assert (code, error) == (0, ""), lines
+    code, text, error = forked("scripts/chaos.py", *words.split())
+    assert (code, error) == (0, ""), text
+    lines = text.splitlines()
     assert [line.split()[:3] for line in lines[1:]] == [[name, "1", "1"] for name in words.split()[1:3]]
 
 
-def test_a_run_that_is_stopped_goes_on_exactly():
+def test_a_run_that_is_stopped_goes_on_exactly(forked):
     words = "--matrix true --regimes plain --workers 0 --processes 1 --stops middle"
-    code, lines, error = chaos(*words.split())
-    assert (code, error) == (0, ""), lines
-    assert lines[1].split() == ["plain", "0", "1", "same"]
+    code, text, error = forked("scripts/chaos.py", *words.split())
+    assert (code, error) == (0, ""), text
+    assert text.splitlines()[1].split() == ["plain", "0", "1", "same"]
 
 
 def a_run(runs, folder, **changes):

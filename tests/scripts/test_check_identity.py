@@ -1,6 +1,8 @@
 """The guard of a refactor sees the same bits twice, and a changed one."""
 
 import json
+from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +29,12 @@ def test_needed_runs_come_first(check):
     assert check.chosen([]) == list(check.RUNS)
 
 
-def test_a_run_is_compared_with_an_earlier_one(check, tmp_path, capsys, monkeypatch):
+def test_a_run_is_compared_with_an_earlier_one(check, tmp_path, capsys, monkeypatch, forked):
+    def run(command, **_):  # without the seconds that a new process imports
+        _, *words = command
+        return CompletedProcess(words, *forked(*words))
+
+    monkeypatch.setattr(check, "subprocess", SimpleNamespace(run=run))
     file = tmp_path / "before.json"
     assert check.main(["--only", "plain", "--save", str(file)]) == 0
     before = json.loads(file.read_text())

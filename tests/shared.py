@@ -81,7 +81,7 @@ SMALL = {
     "mobilenetv2": {"width_mult": 0.1},
     "timm_ee": {"backbone": "mobilenetv3_small_050", "head_width": 8},
 }
-SIDES = {"cifar_resnext": 16}  # of its images, where 32 or 48 pixels cost much
+SIDES = {"cifar_resnext": 16}  # of its images, where 32 or 36 pixels cost much
 
 # Files of tests that take long.
 LONGEST = {"test_golden.py", "test_published.py", "test_readme.py"}
@@ -96,6 +96,7 @@ def pytest_collection_finish():
     """What is imported stays: the garbage collector need not visit it, nor copy it in every loader's process."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(50_000)  # tests make many objects, and few cycles
 
 
@@ -172,7 +173,7 @@ def settled() -> Callable[[MultiExitModel, Tensor], MultiExitModel]:
 @cache
 def _small(name: str) -> tuple[MultiExitModel, Tensor]:
     torch.manual_seed(0)
-    side = SIDES.get(name, 32 if _is_cifar(name) else 48)
+    side = SIDES.get(name, 32 if _is_cifar(name) else 36)
     images = torch.randn(5, 3, side, side, dtype=torch.float64)
     return _settled(create_model(name, num_classes=7, **SMALL[name]), images), images
 

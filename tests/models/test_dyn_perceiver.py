@@ -10,7 +10,7 @@ from models.dyn_perceiver import map_of, tokens_of
 
 CORES = ("reg400m_perceiver_t32", "resnet18_perceiver_t128", "mobilenetV3_0x5_perceiver_t128")
 OFF = ("with_x2z", "with_z2x", "with_dwc", "with_last_CA", "with_isc", "spatial_reduction")
-SIDE = 48
+SIDE = 36
 
 
 @pytest.fixture(scope="module")

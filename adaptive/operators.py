@@ -34,14 +34,16 @@ class Operators(TorchDispatchMode):
             out, formula = func(*args, **kwargs), flop_registry.get(func._overloadpacket)
             operations = formula(*args, **kwargs, out_val=out) if formula else 0
             self.seen.add(func._overloadpacket)
-            if func._schema.is_mutable or not _is_meta(out):
+            # In place, as activations are; others may change what they are given, or several things.
+            changes = func._schema.is_mutable and not (out is args[0] and _key(args) == call[1])
+            if changes or not _is_meta(out):
                 self.total += operations
                 return out
             _KNOWN[call] = out, operations
         out, operations = _KNOWN[call]
         self.seen.add(func._overloadpacket)
         self.total += operations
-        return _again(out)
+        return args[0] if func._schema.is_mutable else _again(out)
 
 
 def _key(value: Any) -> Any:

@@ -24,7 +24,6 @@ import torch.multiprocessing as mp
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import Tensor, nn
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import eval_dynamic
 import main_earlyExit
@@ -115,15 +114,6 @@ def no_flushing():
     """Files are not flushed to the disk, which takes long: what is read back is the same, short of a power cut."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def operators_listed_once():
-    """An export lists all operators of ONNX that torch knows, which takes longer than to export a small stage."""
-    listed = staticmethod(cache(ONNXRegistry.from_torchlib))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", listed)
         yield
 
 

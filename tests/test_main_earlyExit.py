@@ -217,10 +217,16 @@ def test_bare_weights_are_not_resumed(trained, tmp_path, error_of, on):
 # Processes
 
 
-def test_a_script_ends_with_one_line_for_its_user(forked):
-    code, out, error = forked("main_earlyExit.py", "--model", "msdnet", "--epoch", 3)
-    assert (code, out) == (2, "")
-    assert re.fullmatch(r"error: unknown flag --epoch; did you mean --epochs, .*\?\n", error)
+def script(*words, **options):
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, **options
+    )
+
+
+def test_a_script_ends_with_one_line_for_its_user():
+    end = script("main_earlyExit.py", "--model", "msdnet", "--epoch", 3)
+    assert (end.returncode, end.stdout) == (2, "")
+    assert re.fullmatch(r"error: unknown flag --epoch; did you mean --epochs, .*\?\n", end.stderr)
 
 
 # What an entry script does with processes and mistakes, without what takes it seconds to import.
@@ -244,9 +250,7 @@ def test_torchrun_starts_two_processes_whose_mistake_is_one_line(tmp_path):
     path = tmp_path / "entry.py"
     path.write_text(ENTRY.format(root=str(ROOT)))
     launch = shlex.split("scripts/launch.py --standalone --nproc_per_node 2")
-    command = [sys.executable, *launch, path, "--smoothing", "1"]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=one_thread)
+    end = script(*launch, path, "--smoothing", 1, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (end.returncode, end.stdout) == (2, "['--smoothing', '1'] 2 2\n")
     assert end.stderr == "error: --smoothing: 1 is above the greatest value accepted, 0.9999\n"
 

@@ -22,8 +22,8 @@ class Origin:
 
     `model` is the SHA-256 of the weights; `test` and `calib` those of the labels of the images reported on
     and of those that thresholds were chosen on, in order ("" for none); `files` those of the data's files, by
-    name. `training` and `evaluation` are the flags that differ from their defaults, and the seed; `training`
-    is empty where the checkpoint does not say.
+    name. `training` and `evaluation` are the flags that differ from their defaults, and the seed; of a
+    checkpoint that does not say how it was trained, `training` has the default seed alone.
     """
 
     made: Made

@@ -1,0 +1,153 @@
+"""Tables of the records in results/: results/index.csv, and the marked blocks of the documents.
+
+    python scripts/results.py                  # rewrites both
+    python scripts/results.py --check true     # says what differs; exit code 1 if anything does
+
+A record is the record.json of an evaluation under a name of its own; to add one, add its file. A block is
+
+    <!-- results: exits PATTERN -->
+    <!-- end of results -->
+
+where PATTERN names records (cifar10/msdnet*). `exits` is the accuracy of every exit; `curves` the
+area below the curve over log cost and the accuracy within three budgets. The seeds of one setting are a row:
+mean ± standard deviation.
+"""
+
+import csv
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from common import read_flags
+
+from experiment.provenance import ROOT
+from experiment.results import Result, Spread, by_setting, read_results
+from utils import UserError, option, run_main, write_text
+
+BLOCK = re.compile(r"(<!-- results: (\w+) (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+COLUMNS = (
+    "record",
+    "network",
+    "regime",
+    "data_set",
+    "test_images",
+    "seed",
+    "exits",
+    "macs",
+    "top1",
+    "commit",
+    "machine",
+)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Where records and documents are."""
+
+    results: Path = option(ROOT / "results", "folder of records")
+    docs: Path = option(ROOT / "docs", "folder of documents with marked blocks")
+    check: bool = option(False, "write nothing; say what differs, with exit code 1")
+
+
+def index_of(results: Sequence[Result]) -> str:
+    """One line per record, as CSV; cost and accuracy are those of the last exit."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for one in results:
+        made = one.content["origin"]["made"]
+        last = one.exits[-1]
+        about = (one.name, one.network, one.regime, one.data_set, one.num_test, one.seed, len(one.exits))
+        writer.writerow((*about, round(last.macs), last.accuracy, made["commit"], made["machine"]))
+    return text.getvalue()
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def named(group: Sequence[Result]) -> list[str]:
+    """What the first columns of a row say: the network and how its exits were trained."""
+    return [f"`{group[0].network}`", group[0].regime]
+
+
+def exits_table(results: Sequence[Result]) -> str:
+    """Cost and accuracy of every exit, a row per setting."""
+    groups = by_setting(results).values()
+    count = max(len(group[0].exits) for group in groups)
+    rows = []
+    for group in groups:
+        columns = zip(*(one.exits for one in group), strict=True)
+        cells = [
+            f"{Spread.of([one.accuracy for one in column]).text(100)} at {column[0].macs / 1e6:.2f} M"
+            for column in columns
+        ]
+        rows.append([*named(group), *cells, *["–"] * (count - len(cells))])
+    return table(["network", "regime", *(f"exit {k}, %" for k in range(count))], rows)
+
+
+def curves_table(results: Sequence[Result]) -> str:
+    """Area below the curve and accuracy within three budgets, which all rows share."""
+    low = max(one.exits[0].macs for one in results)
+    high = min(one.exits[-1].macs for one in results)
+    if low >= high:
+        raise UserError(f"the curves have no cost in common: {low:g} to {high:g} multiply-adds")
+    budgets = [low * (high / low) ** (i / 4) for i in (1, 2, 3)]
+    rows = []
+    for group in by_setting(results).values():
+        measures = [[one.area(low, high) for one in group]]
+        measures += [[one.at(budget) for one in group] for budget in budgets]
+        rows.append([*named(group), *(Spread.of(values).text(100) for values in measures)])
+    heads = [
+        f"area, {low / 1e6:.2f} to {high / 1e6:.2f} M, %",
+        *(f"within {b / 1e6:.2f} M, %" for b in budgets),
+    ]
+    return table(["network", "regime", *heads], rows)
+
+
+TABLES: dict[str, Callable[[Sequence[Result]], str]] = {"exits": exits_table, "curves": curves_table}
+
+
+def rewritten(text: str, results: Sequence[Result], where: str) -> str:
+    """A document with its blocks made anew. Raises ValueError for an unknown kind and for no records."""
+
+    def block(match: re.Match) -> str:
+        start, kind, pattern, _, end = match.groups()
+        if kind not in TABLES:
+            raise UserError(f"{where}: results: {kind}; accepted: {', '.join(TABLES)}")
+        chosen = [one for one in results if fnmatchcase(one.name, pattern)]
+        if not chosen:
+            raise UserError(f"{where}: no record is named {pattern}")
+        return f"{start}\n{TABLES[kind](chosen)}\n{end}"
+
+    return BLOCK.sub(block, text)
+
+
+def main(argv: list[str]) -> int:
+    """Rewrites the files that differ, or names them; returns the exit code."""
+    flags = read_flags(Flags, argv, __doc__)
+    if not flags.results.is_dir():
+        raise UserError(f"--results {flags.results}: no such folder")
+    results = read_results(flags.results)
+    made = {flags.results / "index.csv": index_of(results)}
+    for path in sorted(flags.docs.glob("*.md")):
+        made[path] = rewritten(path.read_text(encoding="utf-8"), results, path.name)
+    differ = [
+        path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    for path in differ:
+        if not flags.check:
+            write_text(path, made[path])
+        print(f"{path} {'differs from the records' if flags.check else 'written'}")
+    print(f"{len(results)} records, {len(differ)} of {len(made)} files differ")
+    return int(flags.check and bool(differ))
+
+
+if __name__ == "__main__":
+    run_main(lambda argv: sys.exit(main(argv)))

@@ -1,0 +1,77 @@
+"""Records as data."""
+
+import json
+import math
+
+import pytest
+
+from experiment.results import Point, Result, Spread, by_setting, read_results, regime_of
+
+
+def record(seed=0, front=((1e6, 0.5), (4e6, 0.75)), **training):
+    about = {"network": "msdnet", "options": {}, "data_set": "DIGITS", "num_test": 8}
+    return {
+        "schema": 1,
+        "provenance": {**about, "input_size": 32, "confidence": "max_prob"},
+        "origin": {"training": {"seed": seed, "output_dir": f"runs/{seed}", **training}},
+        "anytime": [{"macs": 1e6, "acc1": 0.25}, {"macs": 8e6, "acc1": 0.875}],
+        "front": [{"macs": macs, "accuracy": {"value": accuracy}} for macs, accuracy in front],
+    }
+
+
+def test_an_evaluation_is_a_result(evaluated, tmp_path):
+    (tmp_path / "mine.json").write_text((evaluated / "record.json").read_text())
+    (one,) = read_results(tmp_path)
+    content = json.loads((evaluated / "anytime.json").read_text())
+    assert (one.name, one.network, one.regime, one.num_test) == ("mine", "msdnet", "joint", 20)
+    assert [point.accuracy for point in one.exits] == [row["acc1"] for row in content]
+    assert one.at(one.exits[-1].macs) >= one.exits[-1].accuracy and math.isnan(one.at(1.0))
+
+
+def test_seeds_are_of_one_setting_and_other_flags_are_not():
+    results = [Result.of("a", record(0)), Result.of("b", record(1)), Result.of("c", record(0, l2w=True))]
+    assert [[one.name for one in group] for group in by_setting(results).values()] == [["a", "b"], ["c"]]
+    assert [one.regime for one in results] == ["joint", "joint", "L2W"]
+
+
+def test_area_is_the_mean_over_log_cost():
+    one = Result.of("a", record())
+    assert one.exits[1] == Point(8e6, 0.875) and one.at(5e6) == 0.75
+    assert one.area(1e6, 8e6) == pytest.approx((2 * 0.5 + 0.75) / 3)  # doubled three times
+    assert one.area(1e6, 16e6) == pytest.approx((2 * 0.5 + 0.75 + 0.875) / 4)
+
+
+@pytest.mark.parametrize(
+    ("network", "training", "name"),
+    [
+        ("ranet", {}, "joint"),
+        ("boosted/msdnet", {"with_kd": True}, "boosted + self-KD"),
+        ("msdnet", {"l2w": True, "with_kd": True}, "L2W + self-KD"),
+        ("msdnet", {"regime": "equilibrium"}, "equilibrium"),
+    ],
+)
+def test_the_regime_is_read_from_flags(network, training, name):
+    assert regime_of(network, training) == name
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "it has no schema"),
+        ('{"schema": 2}', "its schema is 2, accepted: 1"),
+        ("[1]", "list indices"),
+        ("{", "Expecting"),
+        (json.dumps(record() | {"origin": None}), "not subscriptable"),
+        (json.dumps(record() | {"anytime": [{"macs": 1}]}), "it has no acc1"),
+    ],
+)
+def test_what_is_no_record_is_refused_in_one_line(tmp_path, content, said):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=said) as raised:
+        read_results(tmp_path)
+    assert "x.json is no record of an evaluation: " in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_spreads():
+    assert Spread.of([0.5]).text(100) == "50.00 (n = 1)"
+    assert Spread.of([0.8, 0.82]).text(100, 1) == "81.0 ± 1.4 (n = 2)"

@@ -1,0 +1,76 @@
+"""Tables of records: an index, and blocks of documents."""
+
+import csv
+import json
+
+import pytest
+
+BLOCK = "# Title\n\n<!-- results: {} {} -->\nold\n<!-- end of results -->\n\nThe end.\n"
+
+
+def record(network, seed, accuracy):
+    """The record of two exits of which the last has this accuracy, with a front of one policy."""
+    return {
+        "schema": 1,
+        "provenance": {
+            "network": network,
+            "options": {},
+            "data_set": "DIGITS",
+            "num_test": 8,
+            "input_size": 32,
+            "confidence": "max_prob",
+        },
+        "origin": {"training": {"seed": seed}, "made": {"commit": "abc", "machine": "a CPU"}},
+        "anytime": [{"macs": 1e6, "acc1": 0.25}, {"macs": 16e6, "acc1": accuracy}],
+        "front": [{"macs": 3e6, "accuracy": {"value": 0.5}}],
+    }
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Records of two seeds of one network and of one of another, and a document; as words of a command."""
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    results.mkdir(), docs.mkdir()
+    records = {"a-0": ("msdnet", 0, 0.8), "a-1": ("msdnet", 1, 0.9), "b-0": ("ranet", 0, 0.7)}
+    for name, what in records.items():
+        (results / f"{name}.json").write_text(json.dumps(record(*what)))
+    (docs / "x.md").write_text(BLOCK.format("exits", "a-*"))
+    return ["--results", str(results), "--docs", str(docs)], results, docs
+
+
+def test_an_index_and_blocks_are_written(folders, script, capsys):
+    (words, results, docs), main = folders, script("results").main
+    assert main([*words, "--check", "true"]) == 1
+    assert not (results / "index.csv").exists() and "old" in (docs / "x.md").read_text()
+    assert main(words) == 0 and main([*words, "--check", "true"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "3 records, 0 of 2 files differ"
+    rows = list(csv.DictReader((results / "index.csv").open()))
+    assert [(row["record"], row["seed"], row["top1"]) for row in rows][1:] == [
+        ("a-1", "1", "0.9"),
+        ("b-0", "0", "0.7"),
+    ]
+    text = (docs / "x.md").read_text()
+    assert "| `msdnet` | joint | 25.00 ± 0.00 (n = 2) at 1.00 M | 85.00 ± 7.07 (n = 2) at 16.00 M |\n" in text
+    assert text.startswith("# Title\n") and text.endswith("The end.\n") and "ranet" not in text
+
+
+def test_curves_of_all_networks_share_their_costs(folders, script):
+    (words, _, docs), main = folders, script("results").main
+    (docs / "x.md").write_text(BLOCK.format("curves", "*"))
+    assert main(words) == 0
+    lines = (docs / "x.md").read_text().splitlines()
+    assert lines[4].endswith("| within 2.00 M, % | within 4.00 M, % | within 8.00 M, % |")
+    assert [line.split("|")[1:3] for line in lines[6:8]] == [
+        [" `msdnet` ", " joint "],
+        [" `ranet` ", " joint "],
+    ]
+    assert "| 25.00 ± 0.00 (n = 2) | 50.00 ± 0.00 (n = 2) |" in lines[6]
+
+
+def test_mistakes_are_one_line(folders, script, error_of):
+    (words, _, docs), main = folders, script("results").main
+    assert error_of(main, "--results", "nowhere") == "--results nowhere: no such folder"
+    (docs / "x.md").write_text(BLOCK.format("area", "*"))
+    assert error_of(main, *words) == "x.md: results: area; accepted: exits, curves"
+    (docs / "x.md").write_text(BLOCK.format("exits", "c-*"))
+    assert error_of(main, *words) == "x.md: no record is named c-*"

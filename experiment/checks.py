@@ -53,6 +53,8 @@ def _check_objective(recipe: Recipe) -> None:
         raise UserError(
             "--freeze_backbone true trains heads, jointly: not for --l2w true or another --regime"
         )
+    if objective.cache_features:
+        _check_cache(recipe)
     if objective.with_kd and objective.kd_teacher:
         raise UserError(
             f"--with_kd true, and --kd_teacher {objective.kd_teacher}: either the last exit teaches "
@@ -63,6 +65,17 @@ def _check_objective(recipe: Recipe) -> None:
         raise UserError(
             "--energy_hinge takes three numbers, with --popular_classes, without mixup, cutmix and L2W"
         )
+
+
+def _check_cache(recipe: Recipe) -> None:
+    if not recipe.objective.freeze_backbone:
+        raise UserError("--cache_features true needs --freeze_backbone true: other features change")
+    if recipe.mixing.on:
+        raise UserError("--cache_features true: features are not mixed; give --mixup 0 --cutmix 0")
+    if recipe.transform.device_data:
+        raise UserError("--cache_features true reads no images in training; give --device_data false")
+    if recipe.objective.kd_teacher:
+        raise UserError("--cache_features true: a teacher reads images; give no --kd_teacher")
 
 
 def _check_l2w(recipe: Recipe) -> None:

@@ -13,9 +13,10 @@ from datasets import open_splits, with_readable
 from engine import train_one_epoch
 from experiment.announce import farewell, opening
 from experiment.batches import loader_of
+from experiment.cached import features_of
 from experiment.fit import fit_to
 from experiment.judge import Judge
-from experiment.log import Logger, epoch_line
+from experiment.log import epoch_line, logger_of
 from experiment.open import architecture, open_teacher, read_weights
 from experiment.options import plain
 from experiment.place import Place
@@ -54,19 +55,20 @@ class Classifier:
         # After what may refuse the flags: it may read all images.
         train = with_readable(self.splits.train, recipe.data, recipe.runtime, compute)
         self.splits = replace(self.splits, train=train)
-        self.loader = loader_of(recipe, self.splits, compute, self.passes)
+        self.features = features_of(recipe, self.splits, self.network, compute)
+        self.loader = loader_of(recipe, self.splits, compute, self.passes, self.features)
         self.update = self._update()
         self.regime = "heads" if recipe.objective.freeze_backbone else recipe.objective.regime
         self.weighting: SampleWeighting | None = None
         self.objectives = self._objectives()
-        self.judge = Judge(recipe, self.splits, self.network, self.update, compute)
+        self.judge = Judge(recipe, self.splits, self.network, self.update, compute, self.features)
         self.run = self._run()
         timetable = Timetable(recipe.session, signals)
         moves = self.loader, self.update, self.weighting
         self.place = Place(self.run, timetable, *moves, compute, self.steps)
         self._start(stored)
         self.enter(self.phase_at(self.run.first))
-        self.logger = self._logger()
+        self.logger = logger_of(recipe, compute, self.update.step)
         self.judged: Figures = {}  # of the last epoch
 
     def _network(self, *, fresh: bool) -> tuple[dict[str, Any], MultiExitModel]:
@@ -133,12 +135,6 @@ class Classifier:
             parts, self.facts, saving, score=self.judge.score, tell=self.tell, main_process=main_process
         )
 
-    def _logger(self) -> Logger:
-        session = self.recipe.session
-        folder = session.log_dir if self.compute.rank == 0 else None
-        project = session.project if session.enable_wandb else None
-        return Logger(folder, project, {**self.recipe.flags(), **self.recipe.options}, self.update.step)
-
     def facts(self) -> dict[str, Any]:
         """What a checkpoint stores about the run, besides the state of its parts."""
         return {
@@ -181,6 +177,8 @@ class Classifier:
         """From now on trains as this phase of the regime does."""
         side = self.splits.view.size
         core = trained_through(self.network, phase, (3, side, side))
+        if self.features:
+            core = self.features.heads(core)
         if self.recipe.session.compile:
             core.compile()
         self.model, self.phase = wrapped(core, self.compute), phase

@@ -2,6 +2,7 @@
 
 from datasets import Splits, ordered_loader
 from engine import evaluate_all
+from experiment.cached import Features
 from experiment.recipe import Recipe
 from experiment.run import Figures
 from models import MultiExitModel
@@ -13,10 +14,16 @@ class Judge:
     """Evaluates a network, and the moving average of its weights if that is wanted."""
 
     def __init__(
-        self, recipe: Recipe, splits: Splits, network: MultiExitModel, update: Update, compute: Compute
+        self,
+        recipe: Recipe,
+        splits: Splits,
+        network: MultiExitModel,
+        update: Update,
+        compute: Compute,
+        features: Features | None = None,
     ) -> None:
         self.recipe, self.splits, self.network = recipe, splits, network
-        self.update, self.compute = update, compute
+        self.update, self.compute, self.features = update, compute, features
         self.judges_average = recipe.optimization.model_ema and recipe.optimization.model_ema_eval
 
     def evaluate(self, part: str) -> Figures:
@@ -27,6 +34,9 @@ class Judge:
         networks = {"": self.network}
         if self.judges_average and self.update.ema:
             networks["_ema"] = self.update.ema.module
+        if self.features:
+            heads = {name: self.features.heads(network) for name, network in networks.items()}
+            return evaluate_all(heads, self.features.ordered(part), self.compute, title=part)
         loader = ordered_loader(images, self.recipe.runtime, self.compute)
         return evaluate_all(networks, loader, self.compute, title=part)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from utils import UserError, to_json, write_text, writing
+from experiment.recipe import Recipe
+from utils import Compute, UserError, to_json, write_text, writing
 
 
 class Logger:
@@ -94,3 +95,11 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
     text = f"epoch {record['epoch']}/{epochs}: loss {record['train/loss']:.4f}"
     calib = f", calib top-1 by exit {' '.join(accuracies)} %" if accuracies else ""
     return f"{text}{calib}, {record['seconds']:.0f} s"
+
+
+def logger_of(recipe: Recipe, compute: Compute, step: int) -> Logger:
+    """The logger of a run that starts at an optimizer step; only the first process writes."""
+    session = recipe.session
+    folder = session.log_dir if compute.rank == 0 else None
+    project = session.project if session.enable_wandb else None
+    return Logger(folder, project, {**recipe.flags(), **recipe.options}, step)

@@ -14,6 +14,7 @@ from models import (  # noqa: F401 (to register names)
     resnet,
     rexnet,
     timm_exits,
+    vit_exits,
 )
 from models.multi_exit import MultiExitModel, State, join, map_leaves, take
 from models.registry import (

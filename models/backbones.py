@@ -139,3 +139,16 @@ def register_core(name: str, build: Builder) -> None:
     """Makes a core known to two-stream networks, and registers it alone as a network of the same name."""
     CORES[name] = build
     register(PlainCNN, name, f"{name.replace('_', ' ')}, one exit", core=name)
+
+
+def check_timm_name(name: str) -> None:
+    """Raises ValueError for a name that timm does not know."""
+    import timm
+
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())[:400]}")
+
+
+def stochastic_depth(rate: float) -> dict[str, float]:
+    """The option of timm's networks; none for zero, which those without stochastic depth would refuse."""
+    return {"drop_path_rate": rate} if rate else {}

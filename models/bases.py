@@ -1,6 +1,6 @@
 """What families have in common: one exit, exits along a chain of layers, a network around another."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,16 +36,23 @@ class SingleExit(MultiExitModel):
 
 
 class Spans(MultiExitModel):
-    """Spans of layers with a light exit (`MapHead`) after each.
+    """Spans of layers with a light exit (`MapHead` by default) after each.
 
     A family writes `span`, and `head` where an exit is another one.
     """
 
     exits: nn.ModuleList
 
-    def add_exits(self, widths: Sequence[int], head_width: int, num_classes: int, dropout: float) -> None:
-        """One light exit per map of `widths` channels, of `head_width` channels inside."""
-        self.exits = nn.ModuleList(MapHead(width, head_width, num_classes, dropout) for width in widths)
+    def add_exits(
+        self,
+        widths: Sequence[int],
+        head_width: int,
+        num_classes: int,
+        dropout: float,
+        head: Callable[..., nn.Module] = MapHead,
+    ) -> None:
+        """One light exit per map, or vector, of `widths` channels, of `head_width` channels inside."""
+        self.exits = nn.ModuleList(head(width, head_width, num_classes, dropout) for width in widths)
 
     def span(self, k: int, *values: Tensor) -> Sequence[Tensor]:
         """Runs span k on the values that it reads: features of exit k, then what later spans read."""

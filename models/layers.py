@@ -118,6 +118,22 @@ class MapHead(nn.Sequential):
         )
 
 
+class VectorHead(nn.Sequential):
+    """A light exit for pooled features: [B, n_in] to logits [B, num_classes].
+
+    Batch norm, a linear layer to `width` channels, SiLU, dropout and a linear layer.
+    """
+
+    def __init__(self, n_in: int, width: int, num_classes: int, dropout: float) -> None:
+        super().__init__(
+            nn.BatchNorm1d(n_in),
+            nn.Linear(n_in, width),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            nn.Linear(width, num_classes),
+        )
+
+
 class SqueezeExcite(nn.Module):
     """Scales the channels by a gate that reads their means (arXiv 1709.01507): [B, C, H, W] to the same."""
 

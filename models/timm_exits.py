@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 from torch import Tensor, fx, nn
 
+from models.backbones import check_timm_name, stochastic_depth
 from models.bases import SingleExit, Spans
 from models.errors import UserError
-from models.registry import nearest, register
+from models.layers import MapHead, VectorHead, check_choice
+from models.registry import register
 
 Part = Callable[..., Sequence[Tensor]]
 
@@ -31,13 +33,13 @@ class TimmNet(SingleExit):
         import timm
 
         super().__init__()
-        _check_name(name)
+        check_timm_name(name)
         self.net: nn.Module = timm.create_model(
             name,
             num_classes=num_classes,
             pretrained=pretrained,
             drop_rate=drop_rate,
-            **_depth(drop_path_rate),
+            **stochastic_depth(drop_path_rate),
         )
 
     def extract(self, images: Tensor) -> Tensor:
@@ -49,29 +51,19 @@ class TimmNet(SingleExit):
         return self.net.forward_head(features)
 
 
-def _check_name(name: str) -> None:
-    import timm
-
-    if not timm.is_model(name):
-        raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())[:400]}")
-
-
-def _depth(rate: float) -> dict[str, float]:
-    """Some architectures know no stochastic depth; passing a zero to those would be an error."""
-    return {"drop_path_rate": rate} if rate else {}
-
-
 class TimmExits(Spans):
     """Exits on the feature maps of any timm model that offers them (`features_only`).
 
     The forward pass is traced once and cut at the maps, so that a stage runs just what its exit needs beyond
-    the stages before it, whatever the architecture. Every exit is a `MapHead`. Weights of the backbone have
+    the stages before it, whatever the architecture. Weights of the backbone have
     timm's names with "backbone." before them, as `--finetune FILE --model_prefix backbone.` expects.
 
     Args:
         backbone: timm's name of the model.
         exits: how many of its maps get an exit, counted from the end.
         out_indices: numbers of the maps that get one, instead of `exits`.
+        head: what an exit reads: a "map" (`MapHead`), or "pooled" features, means over positions [B, C]
+            (`VectorHead`), which are small enough to be kept for all images.
         head_width: channels that an exit classifies by.
         pretrained: start from timm's published weights (needs network access).
         drop_rate: dropout before each exit's linear layer.
@@ -85,6 +77,7 @@ class TimmExits(Spans):
         backbone: str = "mobilenetv3_large_100",
         exits: int = 4,
         out_indices: Sequence[int] | None = None,
+        head: str = "map",
         head_width: int = 512,
         pretrained: bool = False,
         drop_rate: float = 0.0,
@@ -93,7 +86,8 @@ class TimmExits(Spans):
         import timm
 
         super().__init__()
-        _check_name(backbone)
+        check_timm_name(backbone)
+        check_choice("head", head, ("map", "pooled"))
         chosen = _chosen_maps(backbone, exits, out_indices)
         self.num_exits = len(chosen)
         self.backbone: nn.Module = timm.create_model(
@@ -101,10 +95,12 @@ class TimmExits(Spans):
             features_only=True,
             out_indices=tuple(chosen),
             pretrained=pretrained,
-            **_depth(drop_path_rate),
+            **stochastic_depth(drop_path_rate),
         )
         self.positions_first = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
-        self.add_exits(self.backbone.feature_info.channels(), head_width, num_classes, drop_rate)
+        self.pooled = head == "pooled"
+        channels = self.backbone.feature_info.channels()
+        self.add_exits(channels, head_width, num_classes, drop_rate, VectorHead if self.pooled else MapHead)
         # Tracing fixes the mode of functions that read it from a module, such as dropout.
         try:
             self.parts = {mode: cut(self.backbone.train(mode)) for mode in (False, True)}
@@ -114,9 +110,11 @@ class TimmExits(Spans):
             raise UserError(f"timm's {backbone} cannot be cut at its feature maps: {error}") from error
 
     def span(self, k: int, *values: Tensor) -> Sequence[Tensor]:
-        """Map k [B, C, H, W] and what later spans read."""
+        """Map k [B, C, H, W], or its means [B, C], and what later spans read."""
         features, *rest = self.parts[self.training][k](self.backbone, *values)
-        return [features.permute(0, 3, 1, 2) if self.positions_first else features, *rest]
+        if self.positions_first:
+            features = features.permute(0, 3, 1, 2)
+        return [features.mean((2, 3)) if self.pooled else features, *rest]
 
 
 def _chosen_maps(backbone: str, exits: int, out_indices: Sequence[int] | None) -> Sequence[int]:

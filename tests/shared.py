@@ -80,6 +80,7 @@ SMALL = {
     },
     "mobilenetv2": {"width_mult": 0.1},
     "timm_ee": {"backbone": "mobilenetv3_small_050", "head_width": 8},
+    "vit_ee": {"backbone": "test_vit", "exits": 2, "head_width": 8},
 }
 SIDES = {"cifar_resnext": 16}  # of its images, where 32 or 36 pixels cost much
 

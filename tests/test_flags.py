@@ -91,6 +91,7 @@ TRAIN_DEFAULTS = {
     "regime": "joint",
     "first_share": 0.5,
     "freeze_backbone": False,
+    "cache_features": False,
     "l2w": False,
     "target_p_index": 15,
     "epsilon": 0.8,

@@ -149,3 +149,16 @@ def test_timm_options_are_timm_nets():
 def test_unknown_timm_name_lists_close_ones():
     with pytest.raises(ValueError, match="timm has no model 'mobilenetv3_smal_050'; .*mobilenetv3_small_050"):
         create_model("timm/mobilenetv3_smal_050")
+
+
+@torch.no_grad()
+def test_pooled_exits_read_the_means_of_maps():
+    options = {"num_classes": 5, "backbone": "resnet10t", "exits": 2, "head_width": 8}
+    maps = create_model("timm_ee", **options).eval()
+    pooled = create_model("timm_ee", **options, head="pooled").eval()
+    pooled.backbone.load_state_dict(maps.backbone.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    features, _ = maps.trunk(0, [images])
+    means, state = pooled.trunk(0, [images])
+    assert_close(means, features.mean((2, 3)))
+    assert pooled.head(0, means).shape == (2, 5) and len(state) == 1

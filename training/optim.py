@@ -46,11 +46,11 @@ class Optimization:
         False, "resumed with other images per step: rates times their number over that at the run's start"
     )
     lr_scales: tuple[str, ...] = option((), "rates of parts, in multiples of --lr: features.=0.1 ...")
-    min_lr: float = option(1e-6, "final learning rate of the cosine", low=0)
-    schedule: Literal["cosine", "multistep", "constant"] = option("cosine")
+    min_lr: float = option(1e-6, "final learning rate of cosine and linear", low=0)
+    schedule: Literal["cosine", "multistep", "linear", "constant"] = option("cosine")
     decay_epochs: tuple[int, ...] = option((), "epochs at which multistep decays", low=0)
     decay_rate: float = option(0.1, "what multistep multiplies by", low=0)
-    warmup_epochs: int = option(20, low=0)
+    warmup_epochs: float = option(20, "may be a fraction, as 2.3", low=0)
     warmup_steps: int = option(-1, "optimizer steps of warm-up, instead of epochs where above 0")
     model_ema: bool = option(False, "keep a moving average of the weights")
     model_ema_decay: float = option(0.9999, low=0, high=1)
@@ -155,7 +155,7 @@ def make_update(
         schedule=o.schedule,
         base=o.lr,
         minimum=o.min_lr,
-        warmup_steps=o.warmup_steps // together if o.warmup_steps > 0 else o.warmup_epochs * steps,
+        warmup_steps=o.warmup_steps // together if o.warmup_steps > 0 else round(o.warmup_epochs * steps),
         total_steps=o.epochs * steps,
         milestones=sorted(epoch * steps for epoch in o.decay_epochs),
         decay_rate=o.decay_rate,

@@ -157,6 +157,13 @@ def test_the_last_step_of_an_epoch_may_have_fewer_micro_batches():
     assert update.step == 4 and update.figures()["opt/lr"] == 0
 
 
+def test_warm_up_may_take_a_fraction_of_epochs():
+    options = replace(SGD, epochs=4, warmup_epochs=0.5, min_lr=0.0, schedule="linear")
+    update = optim.make_update(toy(), options, steps=8)
+    triangle = [*(0.1 * i / 3 for i in range(4)), *(0.1 * (1 - i / 27) for i in range(28))]
+    assert [update.lr(step) for step in range(32)] == pytest.approx(triangle)
+
+
 def test_start_drops_a_half_done_step():
     model, inputs = nn.Linear(4, 3), torch.randn(2, 4)
     once = copy.deepcopy(model)

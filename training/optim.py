@@ -101,6 +101,22 @@ def _scale_of(text: str, names: list[str]) -> tuple[str, float]:
     return start, float(factor)
 
 
+def with_fallback(groups: list[dict], model: nn.Module) -> list[dict]:
+    """The groups for Muon, which leaves those with `use_fallback` to AdamW: the layers that give logits.
+
+    These are the linear layers with as many outputs as the last one. What is no matrix timm leaves to AdamW.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    logits = {layer.weight for layer in layers if layer.out_features == layers[-1].out_features}
+    parts = []
+    for group in groups:
+        for fallback in (False, True):
+            params = [p for p in group["params"] if (p in logits) == fallback]
+            if params:
+                parts.append(group | {"params": params, "use_fallback": fallback})
+    return parts
+
+
 def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.Optimizer:
     """A timm optimizer over `param_groups(model)`; the prefix "lookahead_" wraps any of them.
 
@@ -123,6 +139,8 @@ def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.
     if name in ("adam", "adamw"):
         given["fused"] = True  # one pass over the weights, not a dozen; on a CPU a quarter of the time
     groups = param_groups(model, o.weight_decay, o.filter_bias_and_bn, o.decay_embeddings, o.lr_scales)
+    if "muon" in name:
+        groups = with_fallback(groups, model)
     try:
         return create_optimizer_v2(groups, prefix + name, o.lr, o.weight_decay, o.momentum, **given)
     except (AssertionError, TypeError, ValueError) as error:  # a fused one needs CUDA; numbers out of range

@@ -40,8 +40,11 @@ class Costs:
     stages: StageCosts
 
 
-def check_side(model: MultiExitModel, side: int) -> None:
-    """Raises ValueError, which names the least side accepted, unless the network reads images of `side`."""
+def check_side(model: MultiExitModel, side: int, flag: str = "--input_size") -> None:
+    """Raises ValueError, which names the least side accepted, unless the network reads images of `side`.
+
+    `flag` is the one that asks for it.
+    """
     reason = _failure(model, side)
     if not reason:
         return
@@ -52,7 +55,7 @@ def check_side(model: MultiExitModel, side: int) -> None:
         middle = (low + high) // 2
         low, high = (middle, high) if _failure(model, middle) else (low, middle)
     accepted = "" if _failure(model, high) else f"; the least side accepted is {high}"
-    raise UserError(f"--input_size {side}: the network cannot read such images ({reason}){accepted}")
+    raise UserError(f"{flag} {side}: the network cannot read such images ({reason}){accepted}")
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adaptive.flops import check_side, print_costs
+from adaptive.flops import print_costs
 from adaptive.thresholds import geometric_quotas
 from datasets import open_splits, with_readable
 from engine import train_one_epoch
@@ -78,7 +78,7 @@ class Classifier:
         # Weights of the network's authors are fetched for a first epoch only.
         options = {**recipe.options, **arch["options"]} if fresh else arch["options"]
         network = create_model(name, arch["num_classes"], **options)
-        check_side(network, self.splits.view.size)
+        recipe.low_start.check(network, self.splits.view.size)
         if fresh and recipe.start.finetune:
             fit = fit_to(network, read_weights(recipe.start, network))
             network.load_state_dict(fit.weights)
@@ -108,6 +108,7 @@ class Classifier:
         if objective.kd_teacher:
             classes, device = self.splits.source.num_classes, self.compute.device
             teacher = open_teacher(objective.kd_teacher, classes, self.splits.view, device)
+            recipe.low_start.check(teacher, self.splits.view.size)
             teacher = self.compute.place(teacher)
         if recipe.weighting.l2w:
             self.weighting = SampleWeighting(
@@ -213,17 +214,18 @@ class Classifier:
 
     def _train(self) -> Figures:
         """The metrics of the epoch's training."""
-        epoch = self.place.epoch
-        if self.phase_at(epoch.number) != self.phase:
-            self.enter(self.phase_at(epoch.number))
+        epoch, recipe = self.place.epoch, self.recipe
+        phase = self.phase_at(epoch.number)
+        if phase != self.phase:
+            self.enter(phase)
         means = train_one_epoch(
             self.model,
             self.loader,
-            self.objectives[self.phase],
+            recipe.low_start.objective(self.objectives[self.phase], epoch.number, recipe.optimization.epochs),
             self.update,
             self.compute,
             epoch=epoch,
-            print_freq=self.recipe.session.print_freq,
+            print_freq=recipe.session.print_freq,
             on_print=self.report,
         )
         figures = {f"train/{name}": value for name, value in means.items()} | self.update.figures()
@@ -251,7 +253,8 @@ class Classifier:
         """Metrics of the weight net in this epoch, `l2w/...`; adds histograms, and a file if one is due."""
         if not self.weighting:
             return {}
-        figures, tables = self.weighting.take_figures(self.compute), self.weighting.take_tables()
+        means, tables = self.weighting.take_figures(self.compute), self.weighting.take_tables()
+        figures = {f"l2w/{name}": value for name, value in means.items()}
         self.logger.add_histograms(tables, self.update.step, "l2w/")
         every = self.recipe.weighting.l2w_tables
         if self.folder and every and (epoch + 1) % every == 0:
@@ -259,11 +262,11 @@ class Classifier:
             rows = self.loader.rows or range(count)  # samples of a stream have no index
             if len(rows) != count:
                 self.say(f"no l2w-{epoch + 1}.npz: other processes began the epoch")
-                return {f"l2w/{name}": value for name, value in figures.items()}
+                return figures
             shards = gather({"index": torch.tensor(rows), **tables}, self.compute)
             if self.compute.rank == 0:
                 write_tables(self.folder / f"l2w-{epoch + 1}.npz", shards)
-        return {f"l2w/{name}": value for name, value in figures.items()}
+        return figures
 
     def say(self, line: str) -> None:
         """Prints a line, once for all processes."""

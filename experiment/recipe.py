@@ -16,6 +16,7 @@ from experiment.published_commands import refuse_published
 from training.l2w import Weighting
 from training.losses import Objective
 from training.optim import Optimization
+from training.resolution import LowStart
 from utils import Runtime, UserError, option
 
 
@@ -108,6 +109,7 @@ class Recipe:
     optimization: Optimization = field(default_factory=Optimization)
     objective: Objective = field(default_factory=Objective)
     weighting: Weighting = field(default_factory=Weighting)
+    low_start: LowStart = field(default_factory=LowStart)
     exits: Exits = field(default_factory=Exits)
     runtime: Runtime = field(default_factory=Runtime)
     session: Session = field(default_factory=Session)

@@ -32,9 +32,10 @@ from adaptive.policy import Policy, model_hash
 from adaptive.reference import Reference
 from datasets import View
 from deploy.export import export
-from experiment import Opened, classifier, subject
+from experiment import Opened, subject
 from experiment.recipe import Recipe
 from models import MultiExitModel, State, create_model, model_options
+from training import resolution
 from utils import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -408,10 +409,10 @@ def costs_once(counted, monkeypatch):
     longer than to evaluate it on few images."""
 
     def remembered(function):
-        def find(network, shape):
+        def find(network, shape, *words):
             key = function.__name__, _described(network), shape
             if key not in counted:
-                counted[key] = function(network, shape)
+                counted[key] = function(network, shape, *words)
             return counted[key]
 
         return find
@@ -421,7 +422,7 @@ def costs_once(counted, monkeypatch):
     for module in (flops, eval_dynamic):
         monkeypatch.setattr(module, "count", count)
     check_side = remembered(flops.check_side)
-    for module in (classifier, subject):
+    for module in (resolution, subject):
         monkeypatch.setattr(module, "check_side", check_side)
 
 

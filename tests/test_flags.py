@@ -103,6 +103,8 @@ TRAIN_DEFAULTS = {
     "meta_lr": 1e-4,
     "meta_weight_decay": 1e-4,
     "l2w_tables": 0,
+    "low_size": 0,
+    "low_share": 0.4,
     "model_ema_warmup": False,
     "model_ema_force_cpu": False,
     "model_ema_eval": False,

@@ -46,11 +46,11 @@ class Optimization:
         False, "resumed with other images per step: rates times their number over that at the run's start"
     )
     lr_scales: tuple[str, ...] = option((), "rates of parts, in multiples of --lr: features.=0.1 ...")
-    min_lr: float = option(1e-6, "final learning rate of the cosine", low=0)
-    schedule: Literal["cosine", "multistep", "constant"] = option("cosine")
+    min_lr: float = option(1e-6, "final learning rate of cosine and linear", low=0)
+    schedule: Literal["cosine", "multistep", "linear", "constant"] = option("cosine")
     decay_epochs: tuple[int, ...] = option((), "epochs at which multistep decays", low=0)
     decay_rate: float = option(0.1, "what multistep multiplies by", low=0)
-    warmup_epochs: int = option(20, low=0)
+    warmup_epochs: float = option(20, "may be a fraction, as 2.3", low=0)
     warmup_steps: int = option(-1, "optimizer steps of warm-up, instead of epochs where above 0")
     model_ema: bool = option(False, "keep a moving average of the weights")
     model_ema_decay: float = option(0.9999, low=0, high=1)
@@ -101,6 +101,22 @@ def _scale_of(text: str, names: list[str]) -> tuple[str, float]:
     return start, float(factor)
 
 
+def with_fallback(groups: list[dict], model: nn.Module) -> list[dict]:
+    """The groups for Muon, which leaves those with `use_fallback` to AdamW: the layers that give logits.
+
+    These are the linear layers with as many outputs as the last one. What is no matrix timm leaves to AdamW.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    logits = {layer.weight for layer in layers if layer.out_features == layers[-1].out_features}
+    parts = []
+    for group in groups:
+        for fallback in (False, True):
+            params = [p for p in group["params"] if (p in logits) == fallback]
+            if params:
+                parts.append(group | {"params": params, "use_fallback": fallback})
+    return parts
+
+
 def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.Optimizer:
     """A timm optimizer over `param_groups(model)`; the prefix "lookahead_" wraps any of them.
 
@@ -123,6 +139,8 @@ def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.
     if name in ("adam", "adamw"):
         given["fused"] = True  # one pass over the weights, not a dozen; on a CPU a quarter of the time
     groups = param_groups(model, o.weight_decay, o.filter_bias_and_bn, o.decay_embeddings, o.lr_scales)
+    if "muon" in name:
+        groups = with_fallback(groups, model)
     try:
         return create_optimizer_v2(groups, prefix + name, o.lr, o.weight_decay, o.momentum, **given)
     except (AssertionError, TypeError, ValueError) as error:  # a fused one needs CUDA; numbers out of range
@@ -155,7 +173,7 @@ def make_update(
         schedule=o.schedule,
         base=o.lr,
         minimum=o.min_lr,
-        warmup_steps=o.warmup_steps // together if o.warmup_steps > 0 else o.warmup_epochs * steps,
+        warmup_steps=o.warmup_steps // together if o.warmup_steps > 0 else round(o.warmup_epochs * steps),
         total_steps=o.epochs * steps,
         milestones=sorted(epoch * steps for epoch in o.decay_epochs),
         decay_rate=o.decay_rate,

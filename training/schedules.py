@@ -13,6 +13,12 @@ def cosine(start: float, end: float, step: int, length: int) -> float:
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
 
 
+def linear(start: float, end: float, step: int, length: int) -> float:
+    """A line from `start` at step 0 to `end` at step `length`, and `end` from there on."""
+    progress = min(step / max(length, 1), 1.0)
+    return end + (start - end) * (1 - progress)
+
+
 def lr_at(
     step: int,
     *,
@@ -28,7 +34,8 @@ def lr_at(
 
     Every schedule starts with `warmup_steps` steps (at most `total_steps`) that rise linearly from 0 to
     `base`, both included. Then "cosine" falls to `minimum` (the Dynamic Perceiver recipe), "multistep" is
-    multiplied by `decay_rate` at every milestone (in steps, ascending; MSDNet, RANet), and "constant" stays.
+    multiplied by `decay_rate` at every milestone (in steps, ascending; MSDNet, RANet), "linear" has `minimum`
+    at the last step (a triangle with the warm-up; airbench), and "constant" stays.
     Raises ValueError for other names.
     """
     warmup_steps = min(warmup_steps, total_steps)
@@ -38,9 +45,11 @@ def lr_at(
         return cosine(base, minimum, step - warmup_steps, total_steps - warmup_steps)
     if schedule == "multistep":
         return base * decay_rate ** bisect_right(milestones, step)
+    if schedule == "linear":
+        return linear(base, minimum, step - warmup_steps, total_steps - warmup_steps - 1)
     if schedule == "constant":
         return base
-    raise UserError(f"unknown schedule {schedule!r}; choose from cosine, multistep, constant")
+    raise UserError(f"unknown schedule {schedule!r}; choose from cosine, multistep, linear, constant")
 
 
 def weight_decay_at(step: int, *, base: float, end: float | None, total_steps: int) -> float:

@@ -95,15 +95,16 @@ def run_in_parts(words, stops, monkeypatch, capsys):
             [(0, "calib"), (1, 3)],
         ),
         (
-            PLAIN + "--update_freq 4 --drop_last false --batch_size 6 --use_amp true --opt adamw",
+            PLAIN
+            + "--update_freq 4 --drop_last false --batch_size 6 --use_amp true --opt adamw --schedule linear",
             [(0, 2), (1, 5)],  # within a step: it is done first; the epoch's last one has 2 micro-batches
         ),
         (
             PLAIN + "--l2w true --meta_net_hidden_size 8 --meta_interval 3 --l2w_tables 2 --print_freq 3 "
-            "--device_data true --flip alternating",
+            "--device_data true --flip alternating --low_size 20 --low_share 0.5",
             [(0, 2), (1, 7)],
         ),
-        (PLAIN + "--regime disjoint --with_kd true --disable_eval true", [(0, 3), (1, 8)]),
+        (PLAIN + "--regime disjoint --with_kd true --disable_eval true --low_size 16", [(0, 3), (1, 8)]),
         (PLAIN + "--regime equilibrium --opt lookahead_sgd --schedule constant --clip_grad 1", [(1, 4)]),
     ],
 )
@@ -181,7 +182,7 @@ def dist_rank():
     "words",
     [
         PLAIN + "--update_freq 2 --drop_last false",
-        PLAIN + "--l2w true --meta_net_hidden_size 8 --device_data true",
+        PLAIN + "--l2w true --meta_net_hidden_size 8 --device_data true --low_size 20",
     ],
 )
 def test_two_processes_stop_at_the_same_step_and_go_on(tmp_path, capfd, on, read_log, in_processes, words):

@@ -157,6 +157,13 @@ def test_the_last_step_of_an_epoch_may_have_fewer_micro_batches():
     assert update.step == 4 and update.figures()["opt/lr"] == 0
 
 
+def test_warm_up_may_take_a_fraction_of_epochs():
+    options = replace(SGD, epochs=4, warmup_epochs=0.5, min_lr=0.0, schedule="linear")
+    update = optim.make_update(toy(), options, steps=8)
+    triangle = [*(0.1 * i / 3 for i in range(4)), *(0.1 * (1 - i / 27) for i in range(28))]
+    assert [update.lr(step) for step in range(32)] == pytest.approx(triangle)
+
+
 def test_start_drops_a_half_done_step():
     model, inputs = nn.Linear(4, 3), torch.randn(2, 4)
     once = copy.deepcopy(model)
@@ -202,7 +209,9 @@ def test_ema_follows_every_optimizer_step():
     torch.testing.assert_close(ema.module.weight, 0.75 * before + 0.25 * model.weight)
 
 
-@pytest.mark.parametrize(("opt", "fp16"), [("sgd", False), ("adamw", True), ("lookahead_adamw", False)])
+@pytest.mark.parametrize(
+    ("opt", "fp16"), [("sgd", False), ("adamw", True), ("lookahead_adamw", False), ("muon", False)]
+)
 def test_resumed_update_equals_an_uninterrupted_one(opt, fp16):
     torch.manual_seed(0)
     batches = torch.randn(8, 5, 4)
@@ -255,6 +264,17 @@ def test_loaded_groups_do_not_change_what_is_decayed():
     update = make_update(toy(), "adamw")
     go_on(update, state | {"step": 3})
     assert [group["weight_decay"] for group in update.optimizer.param_groups] == [0.03, 0.0]
+
+
+def test_muon_steps_convolutions_and_leaves_the_rest_to_adamw():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 5))
+    update = optim.make_update(net, replace(SGD, opt="muon", warmup_epochs=0), steps=4)
+    before = [p.detach().clone() for p in net.parameters()]
+    update(squared_error(net, torch.randn(6, 3, 3, 3)))
+    assert not any(torch.equal(p, was) for p, was in zip(net.parameters(), before, strict=True))
+    state = update.optimizer.state
+    stepped = {name for name, p in net.named_parameters() if "momentum_buffer" in state[p]}
+    assert stepped == {"0.weight", "3.weight"}  # and not the last layer, though it is a matrix too
 
 
 def test_second_order_optimizer_steps():

@@ -31,6 +31,12 @@ def test_lr_constant_after_warmup():
     assert rates(4, schedule="constant", warmup_steps=2) == [0, 1, 1, 1]
 
 
+def test_lr_linear_is_a_triangle_that_ends_at_the_minimum():
+    assert rates(8, schedule="linear", warmup_steps=3) == pytest.approx([0, 0.5, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert lr_at(9, schedule="linear", base=1.0, minimum=0.2, warmup_steps=3, total_steps=8) == 0.2
+    assert rates(1, schedule="linear") == [1.0]
+
+
 @pytest.mark.parametrize("warmup", [1, 4, 99])
 def test_lr_warmup_of_any_length_is_clipped_to_the_run(warmup):
     assert rates(4, warmup_steps=warmup)[0] == 0
@@ -39,8 +45,8 @@ def test_lr_warmup_of_any_length_is_clipped_to_the_run(warmup):
 
 
 def test_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="'linear'.*cosine, multistep, constant"):
-        rates(1, schedule="linear")
+    with pytest.raises(ValueError, match="'stairs'.*cosine, multistep, linear, constant"):
+        rates(1, schedule="stairs")
 
 
 def test_weight_decay_is_constant_or_a_cosine_without_warmup():

@@ -45,6 +45,8 @@ def signals_as_before():
 def assert_same(parts, whole, read_log):
     """Two runs ended the same, bit by bit, and logged the same."""
     contents = [torch.load(out / "checkpoint-last.pth", weights_only=True) for out in (parts, whole)]
+    groups = [content["optimizer"].pop("param_groups") for content in contents]
+    assert groups[0] == groups[1]
     for key in PARTS:
         torch.testing.assert_close(*(content.get(key) for content in contents), rtol=0, atol=0, msg=key)
     lines = [[{**line, "seconds": 0} for line in read_log(out)] for out in (parts, whole)]
@@ -105,6 +107,7 @@ def run_in_parts(words, stops, monkeypatch, capsys):
             [(0, 2), (1, 7)],
         ),
         (PLAIN + "--regime disjoint --with_kd true --disable_eval true --low_size 16", [(0, 3), (1, 8)]),
+        (PLAIN + "--opt muon --batch_size 16", [(0, 1)]),
         (PLAIN + "--regime equilibrium --opt lookahead_sgd --schedule constant --clip_grad 1", [(1, 4)]),
     ],
 )

@@ -6,6 +6,11 @@ A step is the forward pass, the loss of all exits, the backward pass and the opt
 Floor: 3 * 2 * multiply-adds of all exits * batch, at the rate of a large matrix product in the same rounds.
 "outside" is the step less the time in operators: Python, autograd's bookkeeping, waiting. Shares are of the
 time in operators, forward and backward together.
+
+    python scripts/profile_step.py --models msdnet_imagenet_step4 --batch_size 16 --input_size 224 --images 115e6
+
+estimates what it costs to train on so many images (epochs times training images) on a GPU whose matrix
+product runs at `--gpu_tflops`: the floor of all steps there, and as many times that as a step takes here.
 """
 
 from collections import Counter
@@ -46,6 +51,8 @@ class Flags:
     input_size: int = option(32, "side of the images", low=1)
     opt: str = option("sgd", "the optimizer, of timm")
     rounds: int = option(5, "of which the median is shown", low=1)
+    images: float = option(0.0, "images of a whole training, to estimate its GPU-hours", low=0)
+    gpu_tflops: float = option(156.0, "10^12 operations a second of that GPU's matrix product", low=1)
 
 
 def kind_of(operator: str) -> str:
@@ -85,13 +92,17 @@ def main(argv: list[str]) -> None:
         inside, shares = shares_of(step)
         largest = ", ".join(f"{kind} {100 * share:.0f}" for kind, share in [*shares.items()][:4])
         outside = max(0.0, 1 - inside / seconds["step"])
-        rows.append((name, 1000 * seconds["step"], 1000 * floor, seconds["step"] / floor, outside, largest))
+        times = seconds["step"] / floor
+        hours = 3 * 2 * macs * flags.images / (flags.gpu_tflops * 1e12) / 3600
+        estimate = (hours, hours * times) if flags.images else ()
+        rows.append((name, 1000 * seconds["step"], 1000 * floor, times, outside, *estimate, largest))
     heads = [
         "network",
         "ms/step:.1f",
         "floor:.1f",
         "times floor:.1f",
         "outside:.2f",
+        *(["GPU-hours at the floor:.1f", "GPU-hours:.1f"] if flags.images else []),
         "largest, % of operators",
     ]
     print_table(heads, rows)

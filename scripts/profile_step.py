@@ -7,7 +7,7 @@ Floor: 3 * 2 * multiply-adds of all exits * batch, at the rate of a large matrix
 "outside" is the step less the time in operators: Python, autograd's bookkeeping, waiting. Shares are of the
 time in operators, forward and backward together.
 
-    python scripts/profile_step.py --models msdnet_imagenet_step4 --batch_size 16 --input_size 224 --images 1e8
+    python scripts/profile_step.py --models msdnet_imagenet_step4 --input_size 224 --images 1e8
 
 estimates what it costs to train on so many images (epochs times training images) on a GPU whose matrix
 product runs at `--gpu_tflops`: the floor of all steps there, and as many times that as a step takes here.

@@ -11,7 +11,7 @@ from experiment.results import Point, Result, Spread, by_setting, read_results, 
 def record(seed=0, front=((1e6, 0.5), (4e6, 0.75)), **training):
     about = {"network": "msdnet", "options": {}, "data_set": "DIGITS", "num_test": 8}
     return {
-        "schema": 1,
+        "schema": 2,
         "provenance": {**about, "input_size": 32, "confidence": "max_prob"},
         "origin": {"training": {"seed": seed, "output_dir": f"runs/{seed}", **training}},
         "anytime": [{"macs": 1e6, "acc1": 0.25}, {"macs": 8e6, "acc1": 0.875}],
@@ -58,7 +58,7 @@ def test_the_regime_is_read_from_flags(network, training, name):
     ("content", "said"),
     [
         ("{}", "it has no schema"),
-        ('{"schema": 2}', "its schema is 2, accepted: 1"),
+        ('{"schema": 1}', "its schema is 1, accepted: 2"),
         ("[1]", "list indices"),
         ("{", "Expecting"),
         (json.dumps(record() | {"origin": None}), "not subscriptable"),

@@ -11,7 +11,7 @@ BLOCK = "# Title\n\n<!-- results: {} {} -->\nold\n<!-- end of results -->\n\nThe
 def record(network, seed, accuracy):
     """The record of two exits of which the last has this accuracy, with a front of one policy."""
     return {
-        "schema": 1,
+        "schema": 2,
         "provenance": {
             "network": network,
             "options": {},

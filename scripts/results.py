@@ -59,10 +59,10 @@ def index_of(results: Sequence[Result]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for one in results:
-        made = one.content["origin"]["made"]
-        last = one.exits[-1]
-        about = (one.name, one.network, one.regime, one.data_set, one.num_test, one.seed, len(one.exits))
-        writer.writerow((*about, round(last.macs), last.accuracy, made["commit"], made["machine"]))
+        about, made, last = one.about, one.origin.made, one.exits[-1]
+        trained = (one.name, about.network, one.regime, about.data_set, about.num_test, one.seed)
+        figures = (len(one.exits), round(last.macs), last.accuracy)
+        writer.writerow((*trained, *figures, made.commit, made.machine))
     return text.getvalue()
 
 
@@ -74,7 +74,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def named(group: Sequence[Result]) -> list[str]:
     """What the first columns of a row say: the network and how its exits were trained."""
-    return [f"`{group[0].network}`", group[0].regime]
+    return [f"`{group[0].about.network}`", group[0].regime]
 
 
 def exits_table(results: Sequence[Result]) -> str:

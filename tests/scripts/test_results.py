@@ -20,7 +20,11 @@ def record(network, seed, accuracy):
             "input_size": 32,
             "confidence": "max_prob",
         },
-        "origin": {"training": {"seed": seed}, "made": {"commit": "abc", "machine": "a CPU"}},
+        "origin": {
+            "training": {"seed": seed},
+            "made": {"commit": "abcdef0", "machine": "a CPU"},
+            "model": f"{seed:08x}",
+        },
         "anytime": [{"macs": 1e6, "acc1": 0.25}, {"macs": 16e6, "acc1": accuracy}],
         "front": [{"macs": 3e6, "accuracy": {"value": 0.5}}],
     }

@@ -1,6 +1,6 @@
-"""Tables of the records in results/: results/index.csv, and the marked blocks of the documents.
+"""Tables of the records in results/: index.csv and index.html there, and the marked blocks of the documents.
 
-    python scripts/results.py                  # rewrites both
+    python scripts/results.py                  # rewrites all
     python scripts/results.py --check true     # says what differs; exit code 1 if anything does
 
 A record is the record.json of an evaluation under a name of its own; to add one, add its file. A block is
@@ -25,7 +25,9 @@ from pathlib import Path
 from common import read_flags
 
 from experiment.provenance import ROOT
+from experiment.published_points import read_published
 from experiment.results import Result, Spread, by_setting, read_results
+from experiment.results_page import page_of
 from utils import UserError, option, run_main, write_text
 
 BLOCK = re.compile(r"(<!-- results: (\w+) (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
@@ -135,7 +137,8 @@ def main(argv: list[str]) -> int:
     if not flags.results.is_dir():
         raise UserError(f"--results {flags.results}: no such folder")
     results = read_results(flags.results)
-    made = {flags.results / "index.csv": index_of(results)}
+    page = page_of(results, read_published(flags.results))
+    made = {flags.results / "index.csv": index_of(results), flags.results / "index.html": page}
     for path in sorted(flags.docs.glob("*.md")):
         made[path] = rewritten(path.read_text(encoding="utf-8"), results, path.name)
     differ = [

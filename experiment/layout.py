@@ -74,6 +74,13 @@ class FrontRow(Part):
     accuracy: Accuracy
 
 
+class Setting(Part):
+    """A policy of the quota rule."""
+
+    macs: Positive
+    accuracy: Fraction
+
+
 class Timed(Part):
     """A way to answer that was timed; latency at batch 1 where it was."""
 
@@ -106,6 +113,7 @@ class RecordFile(Part):
     provenance: About
     origin: Origin
     anytime: Annotated[list[Exit], Field(min_length=1), AfterValidator(ascending)]
+    dynamic: list[Setting] = []
     front: list[FrontRow] = []
     runtime: Runtime | None = None
 

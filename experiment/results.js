@@ -68,7 +68,7 @@ function grouped(list, key) {
 
 // Colours a golden angle apart, so that any number of curves differ; they hold on light and dark.
 function colourOf(i) {
-  return `hsl(${(210 + i * 137.5) % 360} 65% ${i % 2 ? 42 : 52}%)`;
+  return `hsl(${(210 + i * 137.5) % 360} 65% ${i % 2 ? 48 : 56}%)`;
 }
 
 // About `count` round numbers that lie in the range: 1, 2 or 5 times a power of ten apart.

@@ -85,7 +85,8 @@ function logTicks(low, high) {
   for (let power = Math.floor(Math.log10(low)); 10 ** power <= high; power++) {
     for (const one of [1, 2, 5]) ticks.push(Number((one * 10 ** power).toPrecision(6)));
   }
-  return ticks.filter((tick) => tick >= low && tick <= high);
+  const inside = ticks.filter((tick) => tick >= low && tick <= high);
+  return inside.length > 2 ? inside : linearTicks(low, high, 5);
 }
 
 function scales(list, field) {

@@ -72,6 +72,11 @@ class Result:
         """That of the training."""
         return self.origin.training.seed
 
+    @property
+    def costs(self) -> list[float]:
+        """Multiply-adds of the exits."""
+        return [point.macs for point in self.exits]
+
     def at(self, budget: float) -> float:
         """The accuracy of the best way that costs at most `budget`; nan where none does."""
         return max(
@@ -103,10 +108,12 @@ def regime_of(network: str, training: Mapping[str, Any]) -> str:
 def read_results(folder: Path) -> list[Result]:
     """All records below a folder, by name, but for published points.
 
-    Raises ValueError, in one line that names file and field, for a file that is none, and for weights that
-    were evaluated in one setting on one machine twice.
+    Raises ValueError, in one line that names file and field, for a file that is none, for weights that were
+    evaluated in one setting on one machine twice, and for exits that cost more or less than in another
+    record of their setting.
     """
     found: dict[tuple[str, ...], Result] = {}
+    first: dict[str, Result] = {}  # of every setting
     for path in sorted(folder.rglob("*.json")):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name.startswith(f"{PUBLISHED}/"):
@@ -117,6 +124,11 @@ def read_results(folder: Path) -> list[Result]:
             same = "setting, weights and machine are the same"
             raise UserError(f"{path} is {found[key].name}.json again: {same} (seed {one.seed})")
         found[key] = one
+        other = first.setdefault(one.setting, one)
+        if one.costs != other.costs:
+            raise UserError(
+                f"{path}: exits cost {one.costs}, in {other.name}.json of its setting {other.costs}"
+            )
     return list(found.values())
 
 

@@ -84,6 +84,11 @@ def test_weights_count_once_in_a_setting(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(other))
     results = read_results(tmp_path)
     assert len(results) == 2 and [len(group) for group in by_setting(results).values()] == [1]
+    (tmp_path / "b.json").write_text(json.dumps(record(1) | {"anytime": [{"macs": 1, "acc1": 0.5}]}))
+    with pytest.raises(
+        ValueError, match=r"b.json: exits cost \[1.0\], in a.json of its setting \[1000000.0, "
+    ):
+        read_results(tmp_path)
 
 
 def test_published_points_are_no_records(tmp_path):

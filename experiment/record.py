@@ -18,6 +18,7 @@ from adaptive.reliability import ConfidenceFigures
 from adaptive.report import write_report
 from adaptive.routing import Routing
 from adaptive.timing import FILLED, Measurement
+from experiment.portable import portable
 from utils import to_json, write_text
 
 
@@ -32,7 +33,7 @@ class Unit:
 
 
 MACS = Unit("MACs", counter="macs")
-SCHEMA = 1  # of record.json; a number is never used for two layouts
+SCHEMA = 2  # of record.json; a number is never used for two layouts
 
 
 def describe_machine(device: torch.device) -> str:
@@ -141,21 +142,29 @@ class Record(Findings):
         return tables
 
     def content(self) -> dict[str, Any]:
-        """What record.json holds, as plain types."""
+        """What record.json holds, as plain types: all that others need, without paths of this machine.
+
+        Of the front it has no commands, which front.json has, and policies are whole in `policies` alone.
+        """
         known = {
             "schema": SCHEMA,
             "provenance": asdict(self.provenance),
             "origin": asdict(self.origin) if self.origin else None,
-            "headline": asdict(self.headline) if self.headline else None,
-            "headlines": [asdict(one) for one in self.headlines] if len(self.headlines) > 1 else None,
+            "headline": _brief(self.headline) if self.headline else None,
+            "headlines": [_brief(one) for one in self.headlines] if len(self.headlines) > 1 else None,
             "policies": [asdict(policy) for policy in self.policies],
             "confidence": [asdict(row) for row in self.confidence],
         }
-        return {name: part for name, part in known.items() if part} | self.plain()
+        content = {name: part for name, part in known.items() if part} | self.plain()
+        for row in content.get("front", ()):
+            del row["command"]
+            row["policy"] = _short(row["policy"])
+        return portable(content)
 
     def write(self, folder: Path) -> None:
-        """Writes record.json."""
-        _write_json(folder / "record.json", self.content())
+        """Writes record.json, a line per table."""
+        lines = [f"{to_json(name)}: {to_json(part)}" for name, part in self.content().items()]
+        write_text(folder / "record.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
     def report(self, folder: Path) -> None:
         """Writes record.json, the curve and the page."""
@@ -183,6 +192,17 @@ class Record(Findings):
             "calib_accuracy": point.policy.accuracy,
             "calib_macs": point.policy.macs,
         }
+
+
+def _brief(headline: Headline) -> dict[str, Any]:
+    plain = asdict(headline)
+    plain["point"]["policy"] = _short(plain["point"]["policy"])
+    return plain
+
+
+def _short(policy: dict[str, Any]) -> dict[str, Any]:
+    """A policy in plain types without what is empty and without where it comes from."""
+    return {name: part for name, part in policy.items() if name != "made" and part not in (None, "", (), [])}
 
 
 def _write_json(path: Path, content: Any) -> None:

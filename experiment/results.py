@@ -2,14 +2,20 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from experiment.record import SCHEMA
+from experiment.layout import About, Origin, RecordFile, read_record
 from utils import UserError
+
+Read = TypeVar("Read")
+PUBLISHED = "published"  # the folder of points that were not measured here
+MOST_BYTES = 100_000  # of a file
+OWN = ("seed", "output_dir", "num_workers")  # flags of a training that are no part of its setting
+EVALUATED = ("data_set", "num_test", "input_size", "confidence", "weights", "procedure", "backend")
 
 
 class Point(NamedTuple):
@@ -28,43 +34,48 @@ class Result:
     """
 
     name: str
-    network: str
     regime: str
-    data_set: str
-    num_test: int
-    seed: int
     setting: str
     exits: tuple[Point, ...]
     front: tuple[Point, ...]
-    content: Mapping[str, Any]
+    record: RecordFile
 
     @classmethod
-    def of(cls, name: str, content: Mapping[str, Any]) -> "Result":
-        """From a record's content. Raises KeyError, TypeError or ValueError for what is none."""
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {content['schema']!r}, accepted: {SCHEMA}")
+    def of(cls, name: str, content: Any) -> "Result":
+        """From a record's content. Raises ValueError, which names the field, for what is none."""
+        record = read_record(content)
         about, origin = content["provenance"], content["origin"]
-        training = dict(origin["training"])
-        seed = int(training.pop("seed", 0))
-        training.pop("output_dir", None)
+        training = {key: value for key, value in origin["training"].items() if key not in OWN}
         shared = {"network": about["network"], "options": about["options"], **training}
-        evaluated = {key: about[key] for key in ("data_set", "num_test", "input_size", "confidence")}
-        exits = [Point(float(row["macs"]), float(row["acc1"])) for row in content["anytime"]]
-        front = [
-            Point(float(row["macs"]), float(row["accuracy"]["value"])) for row in content.get("front", ())
-        ]
+        evaluated = {key: about.get(key) for key in EVALUATED}
         return cls(
             name=name,
-            network=about["network"],
             regime=regime_of(about["network"], training),
-            data_set=about["data_set"],
-            num_test=about["num_test"],
-            seed=seed,
             setting=json.dumps(shared | evaluated, sort_keys=True),
-            exits=tuple(exits),
-            front=tuple(sorted(front)),
-            content=content,
+            exits=tuple(Point(row.macs, row.acc1) for row in record.anytime),
+            front=tuple(sorted(Point(row.macs, row.accuracy.value) for row in record.front)),
+            record=record,
         )
+
+    @property
+    def about(self) -> About:
+        """What was evaluated."""
+        return self.record.provenance
+
+    @property
+    def origin(self) -> Origin:
+        """Where the figures come from."""
+        return self.record.origin
+
+    @property
+    def seed(self) -> int:
+        """That of the training."""
+        return self.origin.training.seed
+
+    @property
+    def costs(self) -> list[float]:
+        """Multiply-adds of the exits."""
+        return [point.macs for point in self.exits]
 
     def at(self, budget: float) -> float:
         """The accuracy of the best way that costs at most `budget`; nan where none does."""
@@ -95,17 +106,40 @@ def regime_of(network: str, training: Mapping[str, Any]) -> str:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """All records below a folder, by name. Raises ValueError, in one line, for a file that is none."""
-    found = []
+    """All records below a folder, by name, but for published points.
+
+    Raises ValueError, in one line that names file and field, for a file that is none, for weights that were
+    evaluated in one setting on one machine twice, and for exits that cost more or less than in another
+    record of their setting.
+    """
+    found: dict[tuple[str, ...], Result] = {}
+    first: dict[str, Result] = {}  # of every setting
     for path in sorted(folder.rglob("*.json")):
         name = path.relative_to(folder).with_suffix("").as_posix()
-        try:
-            found.append(Result.of(name, json.loads(path.read_text(encoding="utf-8"))))
-        except KeyError as error:
-            raise UserError(f"{path} is no record of an evaluation: it has no {error.args[0]}") from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is no record of an evaluation: {error}") from error
-    return found
+        if name.startswith(f"{PUBLISHED}/"):
+            continue
+        one = read_as(path, "record of an evaluation", lambda content, name=name: Result.of(name, content))
+        key = (one.setting, one.origin.model, one.origin.made.machine)
+        if key in found:
+            same = "setting, weights and machine are the same"
+            raise UserError(f"{path} is {found[key].name}.json again: {same} (seed {one.seed})")
+        found[key] = one
+        other = first.setdefault(one.setting, one)
+        if one.costs != other.costs:
+            raise UserError(
+                f"{path}: exits cost {one.costs}, in {other.name}.json of its setting {other.costs}"
+            )
+    return list(found.values())
+
+
+def read_as(path: Path, what: str, reader: Callable[[Any], Read]) -> Read:
+    """A file of JSON by its reader. Raises ValueError, in one line that names file and field, otherwise."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, accepted: up to {MOST_BYTES:,}")
+        return reader(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no {what}: {error}") from error
 
 
 class Spread(NamedTuple):
@@ -127,8 +161,8 @@ class Spread(NamedTuple):
 
 
 def by_setting(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results of every setting, one per seed, in the order of their names."""
-    groups: dict[str, list[Result]] = {}
+    """The results of every setting in the order of their names, one of each training."""
+    groups: dict[str, dict[str, Result]] = {}
     for one in results:
-        groups.setdefault(one.setting, []).append(one)
-    return groups
+        groups.setdefault(one.setting, {}).setdefault(one.origin.model, one)
+    return {setting: list(group.values()) for setting, group in groups.items()}

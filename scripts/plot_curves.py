@@ -1,20 +1,18 @@
 """Dynamic curves of several runs in one figure, and their exits in one Markdown table.
 
-    python scripts/plot_curves.py curves.png plain=runs/plain l2w=runs/l2w ...
+    python scripts/plot_curves.py curves.png plain=runs/plain l2w=runs/l2w kept=results/cifar10/x.json ...
 
-Each run is a label and a folder that `eval_dynamic.py` wrote `anytime.json` and `dynamic.json` to.
+Each run is a label and a record of eval_dynamic.py, or the folder that has its record.json.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common import read_flags, word
 
+from experiment.layout import Exit, Setting, read_record
+from experiment.results import read_as
 from utils import UserError, replacing, run_main
-
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -22,41 +20,41 @@ class Flags:
     """What is drawn."""
 
     figure: Path = word("file to draw to: .png, .svg or .pdf")
-    runs: tuple[str, ...] = word("LABEL=FOLDER")
+    runs: tuple[str, ...] = word("LABEL=RECORD, a file or its folder")
 
 
 @dataclass(frozen=True)
 class Curves:
-    """An evaluated run: rows for each exit, and for each setting of all; accuracies are fractions."""
+    """An evaluated run: its exits, and the settings of all of them; accuracies are fractions."""
 
     label: str
-    exits: Rows
-    settings: Rows
+    exits: list[Exit]
+    settings: list[Setting]
 
     @classmethod
     def read(cls, text: str) -> "Curves":
-        """The results from LABEL=FOLDER; ValueError where the folder holds none."""
-        label, equals, folder = text.partition("=")
+        """The results from LABEL=RECORD; ValueError where there are none."""
+        label, equals, place = text.partition("=")
         if not equals:
-            raise UserError(f"{text!r} is not LABEL=FOLDER")
-        contents = []
-        for name in ("anytime.json", "dynamic.json"):
-            path = Path(folder) / name
-            if not path.is_file():
-                raise UserError(f"no {name} in {folder}: run eval_dynamic.py on its checkpoint first")
-            contents.append(json.loads(path.read_text()))
-        return cls(label, *contents)
+            raise UserError(f"{text!r} is not LABEL=RECORD")
+        path = Path(place) / "record.json" if Path(place).is_dir() else Path(place)
+        if not path.is_file():
+            raise UserError(f"there is no {path}: run eval_dynamic.py on the checkpoint first")
+        record = read_as(path, "record of an evaluation", read_record)
+        if not record.dynamic:
+            raise UserError(f"{path} has no dynamic curve: evaluate with --mode dynamic or all")
+        return cls(label, record.anytime, record.dynamic)
 
     @property
-    def costs(self) -> list[int]:
+    def costs(self) -> list[float]:
         """Multiply-adds of the exits."""
-        return [row["macs"] for row in self.exits]
+        return [row.macs for row in self.exits]
 
     def row(self) -> str:
         """Top-1 of every exit, and of the best setting that costs no more than each exit but the first."""
-        words = [f"{100 * row['acc1']:.2f}" for row in self.exits]
+        words = [f"{100 * row.acc1:.2f}" for row in self.exits]
         for cost in self.costs[1:]:
-            good = [row["accuracy"] for row in self.settings if row["macs"] <= cost]
+            good = [row.accuracy for row in self.settings if row.macs <= cost]
             words.append(f"{100 * max(good):.2f}" if good else "–")
         return f"| {self.label} | {' | '.join(words)} |"
 
@@ -70,7 +68,7 @@ def table(runs: list[Curves]) -> str:
                 f"{other.label} is another network than {first.label}: "
                 f"exits cost {other.costs}, not {first.costs}"
             )
-    heads = [f"exit {row['exit']}" for row in first.exits]
+    heads = [f"exit {k}" for k in range(len(first.exits))]
     heads += [f"up to {cost / 1e6:.1f} M" for cost in first.costs[1:]]
     lines = [f"| run | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     return "\n".join([*lines, *(run.row() for run in runs)])
@@ -83,9 +81,9 @@ def draw(path: Path, runs: list[Curves]) -> None:
     figure = Figure(figsize=(5.6, 4), dpi=200, layout="constrained")
     axes = figure.add_subplot()
     for run in runs:
-        points = sorted((row["macs"] / 1e6, 100 * row["accuracy"]) for row in run.settings)
+        points = sorted((row.macs / 1e6, 100 * row.accuracy) for row in run.settings)
         (line,) = axes.plot(*zip(*points, strict=True), linewidth=1.6, label=run.label)
-        tops = [100 * row["acc1"] for row in run.exits]
+        tops = [100 * row.acc1 for row in run.exits]
         axes.scatter([cost / 1e6 for cost in run.costs], tops, s=24, color=line.get_color())
     axes.set(xlabel="multiply-adds per image (M)", ylabel="top-1 accuracy (%)")
     axes.grid(alpha=0.2)

@@ -1,6 +1,6 @@
-"""Tables of the records in results/: results/index.csv, and the marked blocks of the documents.
+"""Tables of the records in results/: index.csv and index.html there, and the marked blocks of the documents.
 
-    python scripts/results.py                  # rewrites both
+    python scripts/results.py                  # rewrites all
     python scripts/results.py --check true     # says what differs; exit code 1 if anything does
 
 A record is the record.json of an evaluation under a name of its own; to add one, add its file. A block is
@@ -25,7 +25,9 @@ from pathlib import Path
 from common import read_flags
 
 from experiment.provenance import ROOT
+from experiment.published_points import read_published
 from experiment.results import Result, Spread, by_setting, read_results
+from experiment.results_page import page_of
 from utils import UserError, option, run_main, write_text
 
 BLOCK = re.compile(r"(<!-- results: (\w+) (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
@@ -59,10 +61,10 @@ def index_of(results: Sequence[Result]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for one in results:
-        made = one.content["origin"]["made"]
-        last = one.exits[-1]
-        about = (one.name, one.network, one.regime, one.data_set, one.num_test, one.seed, len(one.exits))
-        writer.writerow((*about, round(last.macs), last.accuracy, made["commit"], made["machine"]))
+        about, made, last = one.about, one.origin.made, one.exits[-1]
+        trained = (one.name, about.network, one.regime, about.data_set, about.num_test, one.seed)
+        figures = (len(one.exits), round(last.macs), last.accuracy)
+        writer.writerow((*trained, *figures, made.commit, made.machine))
     return text.getvalue()
 
 
@@ -74,7 +76,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def named(group: Sequence[Result]) -> list[str]:
     """What the first columns of a row say: the network and how its exits were trained."""
-    return [f"`{group[0].network}`", group[0].regime]
+    return [f"`{group[0].about.network}`", group[0].regime]
 
 
 def exits_table(results: Sequence[Result]) -> str:
@@ -135,7 +137,8 @@ def main(argv: list[str]) -> int:
     if not flags.results.is_dir():
         raise UserError(f"--results {flags.results}: no such folder")
     results = read_results(flags.results)
-    made = {flags.results / "index.csv": index_of(results)}
+    page = page_of(results, read_published(flags.results))
+    made = {flags.results / "index.csv": index_of(results), flags.results / "index.html": page}
     for path in sorted(flags.docs.glob("*.md")):
         made[path] = rewritten(path.read_text(encoding="utf-8"), results, path.name)
     differ = [

@@ -10,6 +10,7 @@ from adaptive.policy import Policy, content_hash
 from datasets import Data
 from experiment import open_network
 from experiment.origin import changed, file_hash, hashes_of
+from experiment.portable import paths_in, portable
 from experiment.recipe import DEFAULTS
 
 
@@ -19,14 +20,16 @@ def test_a_record_says_what_repeats_it(trained, evaluate_into, tmp_path):
     record = json.loads((folder / "record.json").read_text())
     origin, policy = record["origin"], Policy.load(folder / "policy.json").check(open_network(file))
     assert (
-        record["schema"] == 1
+        record["schema"] == 2
         and origin["model"] == policy.model_hash
         and origin["calib"] == policy.calib_hash
     )
     assert record["policies"][0]["thresholds"] == list(policy.thresholds)
     assert origin["training"]["batch_size"] == 4 and origin["training"]["seed"] == 0
     assert origin["evaluation"]["mode"] == "dynamic"
-    assert policy.made and origin["made"]["command"] == policy.made.command
+    assert policy.made and origin["made"]["command"] == portable(policy.made.command)
+    assert record["provenance"]["source"] == file.name and not list(paths_in(record))
+    assert all("command" not in row for row in record["front"])
     again = evaluate_into(tmp_path / "exits", file, "--mode", "anytime")
     brief = json.loads((again / "record.json").read_text())
     assert (

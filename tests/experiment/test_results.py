@@ -11,9 +11,13 @@ from experiment.results import Point, Result, Spread, by_setting, read_results, 
 def record(seed=0, front=((1e6, 0.5), (4e6, 0.75)), **training):
     about = {"network": "msdnet", "options": {}, "data_set": "DIGITS", "num_test": 8}
     return {
-        "schema": 1,
+        "schema": 2,
         "provenance": {**about, "input_size": 32, "confidence": "max_prob"},
-        "origin": {"training": {"seed": seed, "output_dir": f"runs/{seed}", **training}},
+        "origin": {
+            "training": {"seed": seed, "output_dir": f"runs/{seed}", **training},
+            "made": {"commit": "abcdef0", "machine": "a CPU"},
+            "model": f"{seed:08x}",
+        },
         "anytime": [{"macs": 1e6, "acc1": 0.25}, {"macs": 8e6, "acc1": 0.875}],
         "front": [{"macs": macs, "accuracy": {"value": accuracy}} for macs, accuracy in front],
     }
@@ -23,7 +27,7 @@ def test_an_evaluation_is_a_result(evaluated, tmp_path):
     (tmp_path / "mine.json").write_text((evaluated / "record.json").read_text())
     (one,) = read_results(tmp_path)
     content = json.loads((evaluated / "anytime.json").read_text())
-    assert (one.name, one.network, one.regime, one.num_test) == ("mine", "msdnet", "joint", 20)
+    assert (one.name, one.about.network, one.regime, one.about.num_test) == ("mine", "msdnet", "joint", 20)
     assert [point.accuracy for point in one.exits] == [row["acc1"] for row in content]
     assert one.at(one.exits[-1].macs) >= one.exits[-1].accuracy and math.isnan(one.at(1.0))
 
@@ -54,22 +58,43 @@ def test_the_regime_is_read_from_flags(network, training, name):
     assert regime_of(network, training) == name
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("{}", "it has no schema"),
-        ('{"schema": 2}', "its schema is 2, accepted: 1"),
-        ("[1]", "list indices"),
+def test_what_is_no_record_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "x.json"
+    for content, said in (
         ("{", "Expecting"),
-        (json.dumps(record() | {"origin": None}), "not subscriptable"),
-        (json.dumps(record() | {"anytime": [{"macs": 1}]}), "it has no acc1"),
-    ],
-)
-def test_what_is_no_record_is_refused_in_one_line(tmp_path, content, said):
-    (tmp_path / "x.json").write_text(content)
-    with pytest.raises(ValueError, match=said) as raised:
+        ("[" * 100_000, "recursion"),
+        ("{}" + " " * 100_000, "100,002 bytes"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=said) as raised:
+            read_results(tmp_path)
+        assert str(raised.value).startswith(f"{path} is no record of an evaluation: ")
+        assert "\n" not in str(raised.value)
+
+
+def test_weights_count_once_in_a_setting(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(record()))
+    with pytest.raises(
+        ValueError, match=r"b.json is a.json again: setting, weights and machine .* \(seed 0\)"
+    ):
         read_results(tmp_path)
-    assert "x.json is no record of an evaluation: " in str(raised.value) and "\n" not in str(raised.value)
+    other = record()
+    other["origin"]["made"]["machine"] = "a GPU"
+    (tmp_path / "b.json").write_text(json.dumps(other))
+    results = read_results(tmp_path)
+    assert len(results) == 2 and [len(group) for group in by_setting(results).values()] == [1]
+    (tmp_path / "b.json").write_text(json.dumps(record(1) | {"anytime": [{"macs": 1, "acc1": 0.5}]}))
+    with pytest.raises(
+        ValueError, match=r"b.json: exits cost \[1.0\], in a.json of its setting \[1000000.0, "
+    ):
+        read_results(tmp_path)
+
+
+def test_published_points_are_no_records(tmp_path):
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "x.json").write_text("{}")
+    assert read_results(tmp_path) == []
 
 
 def test_spreads():

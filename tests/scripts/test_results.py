@@ -2,16 +2,19 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 BLOCK = "# Title\n\n<!-- results: {} {} -->\nold\n<!-- end of results -->\n\nThe end.\n"
 
 
 def record(network, seed, accuracy):
     """The record of two exits of which the last has this accuracy, with a front of one policy."""
     return {
-        "schema": 1,
+        "schema": 2,
         "provenance": {
             "network": network,
             "options": {},
@@ -20,7 +23,11 @@ def record(network, seed, accuracy):
             "input_size": 32,
             "confidence": "max_prob",
         },
-        "origin": {"training": {"seed": seed}, "made": {"commit": "abc", "machine": "a CPU"}},
+        "origin": {
+            "training": {"seed": seed},
+            "made": {"commit": "abcdef0", "machine": "a CPU"},
+            "model": f"{seed:08x}",
+        },
         "anytime": [{"macs": 1e6, "acc1": 0.25}, {"macs": 16e6, "acc1": accuracy}],
         "front": [{"macs": 3e6, "accuracy": {"value": 0.5}}],
     }
@@ -41,9 +48,9 @@ def folders(tmp_path):
 def test_an_index_and_blocks_are_written(folders, script, capsys):
     (words, results, docs), main = folders, script("results").main
     assert main([*words, "--check", "true"]) == 1
-    assert not (results / "index.csv").exists() and "old" in (docs / "x.md").read_text()
+    assert not list(results.glob("index.*")) and "old" in (docs / "x.md").read_text()
     assert main(words) == 0 and main([*words, "--check", "true"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "3 records, 0 of 2 files differ"
+    assert capsys.readouterr().out.splitlines()[-1] == "3 records, 0 of 3 files differ"
     rows = list(csv.DictReader((results / "index.csv").open()))
     assert [(row["record"], row["seed"], row["top1"]) for row in rows][1:] == [
         ("a-1", "1", "0.9"),
@@ -74,3 +81,37 @@ def test_mistakes_are_one_line(folders, script, error_of):
     assert error_of(main, *words) == "x.md: results: area; accepted: exits, curves"
     (docs / "x.md").write_text(BLOCK.format("exits", "c-*"))
     assert error_of(main, *words) == "x.md: no record is named c-*"
+
+
+def test_the_documents_and_the_page_are_those_of_the_records(script, capsys):
+    """What this repository's results/ and docs/ hold is what scripts/results.py makes of its records."""
+    assert script("results").main(["--check", "true"]) == 0, capsys.readouterr().out
+
+
+def unaccounted(text):
+    """Lines of a document with a figure of unknown origin: rows of tables and percentages.
+
+    Blocks that scripts/results.py makes and code are left out, and sections that name a command and a commit.
+    """
+    text = re.sub(r"<!-- results: .*?<!-- end of results -->", "", text, flags=re.DOTALL)
+    lines = []
+    for section in re.split(r"^(?=## )", text, flags=re.MULTILINE):
+        command = re.search(r"`(python|bash) \S+|^(python|bash) \S+|`[\w/]+\.py[` ]", section, re.MULTILINE)
+        commit = re.search(r"\b(at|commits?) [0-9a-f]{7,40}\b", section)
+        prose = re.sub(r"```.*?```", "", section, flags=re.DOTALL)
+        if not (command and commit):
+            lines += [line for line in prose.splitlines() if re.search(r"^\||\d ?%", line)]
+    return lines
+
+
+def test_every_figure_of_the_results_has_an_origin():
+    """In docs/results.md: rows of tables and percentages. That a section's command printed them is not checked."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert not unaccounted(text)
+    section = "## X\n\nIt has 81.5 % and costs 3 M.\n\n| a |\n|---|\n| 1 |\n"
+    assert unaccounted(text + section) == ["It has 81.5 % and costs 3 M.", "| a |", "|---|", "| 1 |"]
+    assert (
+        len(unaccounted(section + "At commit f33fa3a.")) == len(unaccounted(section + "`python x.py`")) == 4
+    )
+    assert not unaccounted(section + "At commit f33fa3a: `python x.py --a b`.")
+    assert not unaccounted("<!-- results: exits a -->\n\n| a |\n\n<!-- end of results -->\n")

@@ -1,0 +1,136 @@
+"""All results as one page that opens offline: a table, filters and plots; published points are marked."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+
+from experiment.published_points import Curve, Paper
+from experiment.results import Result, Spread, by_setting
+from models.registry import model_class
+from utils import UserError
+
+HERE = Path(__file__).parent
+STYLES = HERE.parent / "adaptive"  # of the report of an evaluation, which this page shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A way to answer: multiply-adds per image in millions, top-1 in percent, and speed where it was timed.
+
+    `top1` is the mean and `std` the standard deviation (None for one) over `n` trainings that differ in their
+    seed; published ones have no `n`. Rows of one `curve` share a colour, and `kind` says how they are drawn:
+    an "exit" is joined to the one before, "front" is a policy that is drawn but not in the table, "point"
+    stands alone. The `way` of a front is the record that it is of.
+    """
+
+    curve: str
+    kind: str
+    family: str
+    network: str
+    regime: str
+    data_set: str
+    way: str
+    macs: float
+    top1: float
+    source: str
+    std: float | None = None
+    n: int | None = None
+    ms: float | None = None
+    images_per_s: float | None = None
+    published: bool = False
+    url: str = ""
+
+
+def family_of(network: str) -> str:
+    """The family of a registered network, the file that it is in: "msdnet"; an unknown name is its own."""
+    inner = network.removeprefix("boosted/")
+    if inner.startswith("timm/"):
+        return "timm"
+    try:
+        return model_class(inner).__module__.rpartition(".")[2]
+    except UserError:
+        return inner
+
+
+def measured_rows(results: Sequence[Result]) -> Iterator[Row]:
+    """The exits and fronts of every setting, and every way that a record has timed."""
+    for i, group in enumerate(by_setting(results).values()):
+        first = group[0]
+        about = _about(first) | {"curve": f"measured {i}"}
+        commits = sorted({one.origin.made.commit[:7] or "no commit" for one in group})
+        source = f"{first.about.num_test:,} test images, commit {', '.join(commits)}"
+        for k, column in enumerate(zip(*(one.exits for one in group), strict=True)):
+            spread = Spread.of([100 * point.accuracy for point in column])
+            std = spread.std if spread.n > 1 else None
+            shown = {"way": f"exit {k}", "macs": column[0].macs / 1e6, "top1": spread.mean}
+            yield Row(**about, **shown, kind="exit", std=std, n=spread.n, source=source)
+        for one in group:
+            for point in one.front:
+                shown = {"way": one.name, "macs": point.macs / 1e6, "top1": 100 * point.accuracy}
+                yield Row(**about, **shown, kind="front", source=source)
+        for one in (one for one in results if one.setting == first.setting):
+            yield from _timed_rows(one, about)
+
+
+def _about(one: Result) -> dict[str, str]:
+    name, data_set = one.about.network, one.about.data_set
+    return {"family": family_of(name), "network": name, "regime": one.regime, "data_set": data_set}
+
+
+def _timed_rows(one: Result, about: dict[str, str]) -> Iterator[Row]:
+    runtime = one.record.runtime
+    for way in runtime.table if runtime else ():
+        yield Row(
+            **about,
+            kind="point",
+            way=way.policy,
+            macs=way.macs / 1e6,
+            top1=100 * way.accuracy,
+            n=1,
+            ms=way.p50_ms,
+            images_per_s=way.images_per_s,
+            source=f"{runtime.num_images:,} test images, {one.origin.made.machine}",
+        )
+
+
+def published_rows(papers: Sequence[Paper]) -> Iterator[Row]:
+    """The points of papers, marked as published."""
+    for paper in papers:
+        for i, curve in enumerate(paper.curves):
+            about = {"curve": f"{paper.url} {i}", "url": paper.url, "source": _source(paper, curve)}
+            about |= {"family": curve.family, "network": curve.network, "regime": curve.regime}
+            for point in curve.points:
+                yield Row(
+                    **about,
+                    kind="exit" if curve.joined else "point",
+                    data_set=curve.data_set,
+                    way=point.way,
+                    macs=point.macs_m,
+                    top1=point.top1,
+                    ms=point.latency_ms,
+                    published=True,
+                )
+
+
+def _source(paper: Paper, curve: Curve) -> str:
+    timed = f"; latency on {curve.machine}" if curve.machine else ""
+    return f"published: {paper.paper}, {curve.table}; cost: {curve.costs}{timed}"
+
+
+def page_of(results: Sequence[Result], papers: Sequence[Paper]) -> str:
+    """The page as HTML; it loads nothing and may not, and all data are text in it."""
+    rows = [*measured_rows(results), *published_rows(papers)]
+    environment = Environment(
+        loader=FileSystemLoader([HERE, STYLES]), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    shown = first_shown(rows)
+    return environment.get_template("results.html").render(
+        rows=rows, data=[asdict(row) for row in rows], records=len(results), papers=papers, shown=shown
+    )
+
+
+def first_shown(rows: Sequence[Row]) -> str:
+    """The data set that the page opens with: that of the first measured row, else of the first."""
+    return next((row.data_set for row in sorted(rows, key=lambda row: row.published)), "")

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,6 +21,14 @@ from experiment.results import read_results
 from utils import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
+# util-linux's, before a command: it is stopped, and saves, when the script dies, however that is killed.
+GUARD = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+
+
+def report(name: str, run: Future) -> None:
+    """Says how a run has ended."""
+    if not run.cancelled():
+        print(f"{name}: {run.exception() or 'done'}", flush=True)
 
 
 class Matrix:
@@ -52,7 +62,7 @@ class Matrix:
         path = self.out / "logs" / f"{log}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(ROOT / script), *words]
+        command = [*GUARD, sys.executable, str(ROOT / script), *words]
         with path.open("a", encoding="utf-8") as file:
             ended = subprocess.run(
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
@@ -88,12 +98,11 @@ class Matrix:
             for seed in self.seeds:
                 for row in rows:
                     needed = [runs[name, seed] for name in row.needs]
-                    runs[row.name, seed] = pool.submit(self.run, row, seed, needed)
-            return [
-                f"{name}, seed {seed}: {run.exception()}"
-                for (name, seed), run in runs.items()
-                if run.exception()
-            ]
+                    run = pool.submit(self.run, row, seed, needed)
+                    run.add_done_callback(partial(report, f"{row.name}, seed {seed}"))
+                    runs[row.name, seed] = run
+            ends = {f"{name}, seed {seed}": run.exception() for (name, seed), run in runs.items()}
+            return [f"{name}: {error}" for name, error in ends.items() if error]
         finally:
             pool.shutdown(cancel_futures=True)
 

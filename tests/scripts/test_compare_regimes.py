@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 from subprocess import STDOUT, CompletedProcess
@@ -70,7 +71,7 @@ class AtOnce:
 def test_a_row_is_trained_and_evaluated(tmp_path, script, parts, toy, forked, capsys, monkeypatch):
     def run(command, *, stdout, env, **_):
         assert env["OMP_NUM_THREADS"] == "1"
-        code, out, error = forked(*command[1:])
+        code, out, error = forked(*command[command.index(sys.executable) + 1 :])
         stdout.write(out + error)
         return CompletedProcess(command, code)
 
@@ -100,7 +101,7 @@ class Runs:
         self.record, self.calls, self.failing = record.read_text(), [], set()
 
     def run(self, command, *, stdout, **_):
-        _, path, *words = command
+        path, *words = command[command.index(sys.executable) + 1 :]
         folder = Path(value(words, "--output_dir"))
         self.calls.append((Path(path).stem, folder.name))
         if folder.name in self.failing:

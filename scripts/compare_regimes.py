@@ -102,7 +102,7 @@ def show_speed(outcomes: Sequence[Outcome], matrix: Matrix, images: int) -> None
         speed = next(line["images_per_s"] for line in lines if line["policy"].endswith(", throughput order"))
         headline = record["headline"]
         found.append((row.title, speed, headline["macs"]["value"] / 1e6, 100 * headline["accuracy"]["value"]))
-    print(f"\n{outcomes[0].row.family}: at {100 * goal:.2f} % or more on test images")
+    print(f"\n{outcomes[0].row.family}: at {100 * goal:.2f} % or more on test images, one thread")
     print_table(["row", "images/s:.0f", "M:.2f", "accuracy, %:.2f"], found)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from experiment.recipe import words_of
-from utils import UserError
+from utils import Runtime, UserError
 
 PARTS = {"share", "teacher", "members"}  # of a row, beside flags
 
@@ -49,22 +49,24 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a file, each after those that it needs. Raises ValueError for what is none."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        common = content["common"]
-        families = {family: rows.items() for family, rows in content["families"].items()}
+        common, families = content["common"], content["families"]
+        listed = [
+            _row(family, title, common, given)
+            for family, rows in families.items()
+            for title, given in rows.items()
+        ]
     except OSError as error:
         raise UserError(f"cannot read rows {path}: {error.strerror}") from error
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"rows {path}: expected common: and families: of rows; {said}") from error
-    rows: dict[str, Row] = {}
-    for family, listed in families.items():
-        for title, given in listed:
-            row = _row(family, title, common, given)
-            lacking = [name for name in row.needs if name not in rows]
-            if lacking:
-                raise UserError(f"rows {path}: {row.name} needs {lacking[0]}, which no row above is named")
-            rows[row.name] = row
-    return list(rows.values())
+    above = set()
+    for row in listed:
+        lacking = [name for name in row.needs if name not in above]
+        if lacking:
+            raise UserError(f"rows {path}: {row.name} needs {lacking[0]}, which no row above is named")
+        above.add(row.name)
+    return listed
 
 
 def _row(family: str, title: str, common: Mapping[str, Any], given: Mapping[str, Any]) -> Row:
@@ -92,7 +94,7 @@ def plan_of(row: Row, seconds: float, image_seconds: float, num_train: int) -> P
 
     So each of two phases gets a half.
     """
-    batch_size = row.flags["batch_size"]
+    batch_size = row.flags.get("batch_size", Runtime.batch_size)
     images = row.share * seconds / image_seconds
     epochs = 2 * math.ceil(images / num_train / 2)
     steps = min(max(1, round(images / epochs / batch_size)), num_train // batch_size)

@@ -129,12 +129,13 @@ class Matrix:
         """The record of timing a row's network on test images with a policy, as a record holds it."""
         name = f"{row.name}-seed{seed}"
         folder = self.out / "speed" / name
-        record = folder / "record.json"
-        if not record.exists():
+        record, file = folder / "record.json", folder / "chosen.json"
+        wanted = restored(Policy, {entry: value for entry, value in policy.items() if value is not None})
+        if not record.exists() or Policy.load(file) != wanted:
             folder.mkdir(parents=True, exist_ok=True)
-            known = {entry: value for entry, value in policy.items() if value is not None}
-            restored(Policy, known).save(folder / "chosen.json")
-            words = ["--mode", "runtime", "--policy", str(folder / "chosen.json")]
+            record.unlink(missing_ok=True)
+            wanted.save(file)
+            words = ["--mode", "runtime", "--policy", str(file)]
             words += ["--runtime_images", str(images), "--output_dir", str(folder)]
             self.call("eval_dynamic.py", [*self.subject(row, seed), *words], f"{name}-speed")
         return json.loads(record.read_text(encoding="utf-8"))

@@ -214,6 +214,7 @@ def test_rows_bring_what_they_need(parts, toy, tmp_path):
             TOY.replace("teacher: parts-half", "teacher: it"),
             "toy-taught needs it, which no row above is named",
         ),
+        (TOY.replace("{<<: *small}", ""), "expected common: and families: of rows"),
         ("families: {}", "expected common: and families: of rows"),
         ("[", "expected common: and families: of rows"),
     ]:

@@ -69,8 +69,13 @@ def holm(chances: Mapping[str, float]) -> dict[str, float]:
 
 
 def welch(values: Sequence[float], others: Sequence[float]) -> float:
-    """p of Welch's t-test that two means are equal; nan without spread in either, or where a value is nan."""
-    if len({*values}) < 2 and len({*others}) < 2 or any(map(math.isnan, [*values, *others])):
+    """p of Welch's t-test that two means are equal.
+
+    It is nan for less than two values of either, without any spread, or where a value is nan.
+    """
+    few = min(len(values), len(others)) < 2
+    all_same = len({*values}) == len({*others}) == 1
+    if few or all_same or any(map(math.isnan, [*values, *others])):
         return math.nan
     return float(ttest_ind(values, others, equal_var=False).pvalue)
 

@@ -232,6 +232,7 @@ def test_chances_are_corrected_for_their_number(parts):
     )
     values, others = [0.5, 0.6, 0.55], [0.7, 0.71]
     assert parts.table.welch(values, others) == ttest_ind(values, others, equal_var=False).pvalue
+    assert math.isnan(parts.table.welch([0.5, 0.5], [0.7, 0.7]))
     assert math.isnan(parts.table.welch(values, [0.7])) and math.isnan(
         parts.table.welch(values, [0.7, math.nan])
     )

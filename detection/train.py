@@ -22,7 +22,7 @@ from loading.loaders import shuffled
 from models.multi_exit import map_leaves
 from training.optim import Optimization, make_update
 from training.parallel import start_compute
-from utils import Compute, Meters, Progress, Runtime, UserError, option, seed_everything
+from utils import Meters, Progress, Runtime, UserError, option, seed_everything
 
 # What torchvision trains detectors with: plain SGD, whose rate falls to a tenth at each milestone.
 SGD = {"opt": "sgd", "schedule": "multistep", "warmup_epochs": 0, "filter_bias_and_bn": False}
@@ -79,8 +79,8 @@ class Job:
         weights = read(path).weights() if path else None
         detector = create_detector(detection.model, num_classes, detection, weights)
         self.detector: Any = detector.to(self.device)
-        self.draw = partial(shuffled, len(data), Compute(self.device), size, seed, None)
-        self.order = self.draw(0).tolist()  # of the samples of an epoch, which `train` takes
+        self.num_images = len(data)
+        self.order = self.draw(0)  # of the samples of an epoch, which `train` takes
         if not self.order:
             raise UserError(f"{len(data)} training images are fewer than --batch_size {size}")
         workers = detection.num_workers
@@ -90,6 +90,11 @@ class Job:
         self.val = loader(self.held_out)
         optimization = fill(Optimization, SGD, vars(detection))
         self.update = make_update(self.detector, optimization, steps=len(self.train))
+
+    def draw(self, epoch: int) -> list[int]:
+        """The samples of an epoch in its order, in full batches."""
+        count = self.num_images - self.num_images % self.detection.batch_size
+        return shuffled(self.num_images, self.detection.seed, epoch)[:count].tolist()
 
     def run(self) -> Run:
         """The run: the parts to train, what its checkpoints store, and how the best of them is chosen."""
@@ -127,7 +132,7 @@ class Job:
         """
         seed = self.detection.seed
         seed_everything(seed, epoch, 0)
-        self.order[:] = self.draw(epoch).tolist()
+        self.order[:] = self.draw(epoch)
         self.draws.manual_seed(int(np.random.default_rng((seed, epoch)).integers(2**63)))
         losses, figures = self._train(epoch), self.evaluate()
         shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())

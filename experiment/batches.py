@@ -20,6 +20,7 @@ def loader_of(
         "update_freq": update_freq // math.gcd(update_freq, passes),
         "least": 0 if recipe.data.drop_last else 2 * passes,
         "seed": recipe.data.seed,
+        "epoch_images": recipe.data.epoch_images,
     }
     if features:
         return FeatureLoader(features, **options)

@@ -9,7 +9,7 @@ import torch
 
 from adaptive.flops import print_costs
 from adaptive.thresholds import geometric_quotas
-from datasets import open_splits, with_readable
+from datasets import Splits, open_splits, with_readable
 from engine import train_one_epoch
 from experiment.announce import farewell, opening
 from experiment.batches import loader_of
@@ -35,16 +35,21 @@ from utils import Compute, UserError, gather, seed_everything
 
 
 class Classifier:
-    """A network in training: all that an epoch needs, from the start or as restored from a checkpoint."""
+    """A network in training: all that an epoch needs, from the start or as restored from a checkpoint.
 
-    def __init__(self, recipe: Recipe, compute: Compute, signals: Signals) -> None:
+    Without `splits` the recipe's data are opened.
+    """
+
+    def __init__(
+        self, recipe: Recipe, compute: Compute, signals: Signals, splits: Splits | None = None
+    ) -> None:
         self.folder = Path(recipe.runtime.output_dir) if recipe.runtime.output_dir else None
         self.recipe, self.compute = recipe, compute
         stored = checkpoint_of(recipe, self.say)
         if stored:
             self.recipe = recipe = as_started(recipe, stored)
         held_out = stored.held_out if stored else None
-        self.splits = open_splits(recipe.data, recipe.view, recipe.transform, held_out)
+        self.splits = splits or open_splits(recipe.data, recipe.view, recipe.transform, held_out)
         # Images held out from here on are not stored as unseen: a published network was trained on them.
         self.held_out = held_out if stored else self.splits.calib_indices
         self.passes = 2 if recipe.weighting.l2w else 1  # losses per batch

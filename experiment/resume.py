@@ -42,7 +42,7 @@ def checkpoint_of(recipe: Recipe, say: Callable[[str], None]) -> Stored | None:
 def check_same_run(recipe: Recipe, stored: Stored) -> None:
     """Raises ValueError for a checkpoint that was trained with other images or another optimizer."""
     said, flags = stored.values(Data, Optimization), recipe.flags()
-    for name in ("data_set", "num_calib", "drop_last", "seed", "opt"):
+    for name in ("data_set", "num_calib", "drop_last", "epoch_images", "seed", "opt"):
         if name in said and said[name] != flags[name]:
             here, there = ("default" if one is None else one for one in (flags[name], said[name]))
             raise UserError(f"--{name} {here}, but {stored.source} was trained with {there}")

@@ -19,27 +19,25 @@ from loading.streams import Stream
 from utils import Compute, Runtime, UserError, seed_draws, seed_everything
 
 
-def shuffled(
-    size: int,
-    compute: Compute,
-    group: int,
-    seed: int,
-    chances: np.ndarray | None,
-    epoch: int,
-    *,
-    least: int = 0,
-    multiple: int = 1,
-) -> np.ndarray:
-    """`size` samples in an epoch's order, cut to full groups of all processes; process r has [r::world size].
+def shuffled(size: int, seed: int, epoch: int, chances: np.ndarray | None = None) -> np.ndarray:
+    """`size` samples in an epoch's order.
 
-    With `least`, each process also keeps a last group of at least so many, in `multiple`s; where the samples
-    do not share out evenly, the first ones come again, as in torch's DistributedSampler. `chances` [size] are
-    the samples' sampling weights, where they are not uniform.
+    `chances` [size] are the samples' sampling weights, where they are not uniform.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(size)
-    if chances is not None:
-        order = rng.choice(size, size, p=chances)
+    return order if chances is None else rng.choice(size, size, p=chances)
+
+
+def shared_out(
+    order: np.ndarray, compute: Compute, group: int, *, least: int = 0, multiple: int = 1
+) -> np.ndarray:
+    """An epoch's order cut to full groups of all processes; process r has [r::world size].
+
+    With `least`, each process also keeps a last group of at least so many, in `multiple`s; where the samples
+    do not share out evenly, the first ones come again, as in torch's DistributedSampler.
+    """
+    size = len(order)
     count = size // (compute.world_size * group) * group  # of each process
     if least:
         share = -(-size // compute.world_size)
@@ -90,8 +88,9 @@ class TrainLoader:
     With `least`, the images left over are used too, and so is a last micro-batch of at least so many of them,
     of an even number if `collate` mixes them. Every process has the same sizes. Popular classes are
     `balanced`. A pass starts at (epoch, batch) of `start`, and what the training step draws at a batch is
-    seeded by (seed, epoch, batch, rank) as it is handed over; so that is the whole state of the loader. A
-    stream has no rows: it can only be read from an epoch's beginning.
+    seeded by (seed, epoch, batch, rank) as it is handed over; so that is the whole state of the loader. With
+    `epoch_images`, an epoch is the first so many of its order. A stream has no rows: it can only be read from
+    an epoch's beginning.
     """
 
     def __init__(
@@ -104,6 +103,7 @@ class TrainLoader:
         least: int = 0,
         collate: Callable | None = None,
         seed: int = 0,
+        epoch_images: int = 0,
     ) -> None:
         self.split: Any = split
         self.seed, self.compute = seed, compute
@@ -114,22 +114,28 @@ class TrainLoader:
         if isinstance(split, Stream):
             if least:
                 raise UserError("--drop_last false: the batches of a stream are always filled up")
+            if epoch_images:
+                raise UserError(f"--epoch_images {epoch_images}: a stream's epoch is all of it; accepted: 0")
             split.reader.batch_size = group  # each worker's images are rounded up to full groups
             split.set_loader_cfg(max(runtime.num_workers, 1))
             # timm's readers shuffle a pass anew only in a new process
             self.options |= {"batch_size": runtime.batch_size, "collate_fn": collate}
             self.options["num_workers"] = max(runtime.num_workers, 1)
         else:
+            if epoch_images > len(split):
+                held = f"accepted: at most {len(split)}, the training images"
+                raise UserError(f"--epoch_images {epoch_images}; {held}")
+            self.epoch_images = epoch_images or len(split)
             popular = isinstance(split.base, Popular)
-            chances = balanced(split.labels, len(split.base.numbers)) if popular else None
+            self.chances = balanced(split.labels, len(split.base.numbers)) if popular else None
             last = {"least": least, "multiple": 2 if collate else 1}
-            self.draw = partial(shuffled, len(split), compute, group, seed, chances, **last)
+            self.share_out = partial(shared_out, compute=compute, group=group, **last)
             self.batches = Batches(split, runtime.batch_size, compute, seed, collate or default_collate)
         self.start(0)
         if not len(self):
             product = f"{runtime.batch_size} x update_freq {update_freq} x {compute.world_size} processes"
             needed = f"one global batch of batch size {least or product}"
-            raise UserError(f"{len(split)} training images are fewer than {needed}")
+            raise UserError(f"{epoch_images or len(split)} training images are fewer than {needed}")
 
     @property
     def seekable(self) -> bool:
@@ -140,7 +146,8 @@ class TrainLoader:
         """The next pass is the epoch's from this micro-batch on, whatever ran before."""
         self.epoch, self.first = epoch, batch
         if self.seekable:
-            self.batches.start(self.draw(epoch), epoch)
+            order = shuffled(len(self.split), self.seed, epoch, self.chances)
+            self.batches.start(self.share_out(order[: self.epoch_images]), epoch)
         else:
             self.split.set_epoch(epoch)
 

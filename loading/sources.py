@@ -265,6 +265,9 @@ class Data:
         "leave out an epoch's last, partial batch; false: train on it too, as MSDNet, RANet and L2W do, "
         "if it has 2 images (L2W: 4) or more per process, with mixup or cutmix of an even number",
     )
+    epoch_images: int = option(
+        0, "training images in an epoch, other ones at random every epoch; 0: all of them", low=0
+    )
     seed: int = option(0, "seed of the splits, the weights and the training", low=0)
     download: bool = option(False, "fetch torchvision data sets that are missing")
     train_split: str = option("train", "timm data sets: name of the training split")

@@ -30,6 +30,7 @@ SHARED_DEFAULTS = {
     "std": None,
     "num_calib": None,
     "drop_last": True,  # as it does
+    "epoch_images": 0,
     "download": False,
     "train_split": "train",
     "val_split": "validation",

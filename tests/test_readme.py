@@ -99,7 +99,7 @@ PARSED = [
         r"^scripts/(bench_monitor|bench_search|check_guarantees|compare_policies|measure_confidence).py",
         "their tests in tests/scripts: they draw images hundreds of times",
     ),
-    (r"^scripts/(bench_checkpoint|chaos|profile_step).py", "their tests in tests/scripts"),
+    (r"^scripts/(bench_checkpoint|chaos|compare_regimes|profile_step).py", "their tests in tests/scripts"),
     (r"^eval_dynamic.py.*--export", "tests/deploy: exports take seconds each"),
     (
         r"^scripts/(bench_(backends|scenarios|server)|check_export|compare_earlyon|measure_precision).py",

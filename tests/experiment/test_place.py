@@ -103,8 +103,8 @@ def run_in_parts(words, stops, monkeypatch, capsys):
         ),
         (
             PLAIN + "--l2w true --meta_net_hidden_size 8 --meta_interval 3 --l2w_tables 2 --print_freq 3 "
-            "--device_data true --flip alternating --low_size 20 --low_share 0.5",
-            [(0, 2), (1, 7)],
+            "--device_data true --flip alternating --low_size 20 --low_share 0.5 --epoch_images 30",
+            [(0, 2), (1, 6)],
         ),
         (PLAIN + "--regime disjoint --with_kd true --disable_eval true --low_size 16", [(0, 3), (1, 8)]),
         (PLAIN + "--opt muon --batch_size 16", [(0, 1)]),

@@ -148,11 +148,13 @@ def test_epochs_that_are_done_are_counted_as_their_programs_do():
 
 
 def test_a_run_keeps_its_images_its_seed_and_its_optimizer():
-    given = {"data_set": "DIGITS", "num_calib": None, "seed": 3, "drop_last": True, "opt": "sgd"}
+    given = {"data_set": "DIGITS", "num_calib": None, "seed": 3, "drop_last": True, "epoch_images": 100}
+    given["opt"] = "sgd"
     recipe = Recipe.of(given)
     for args in ({}, {"seed": 3, "lr": 7}, given):  # an old file without the others
         check_same_run(recipe, understood({"args": args}, "x.pth"))
-    others = {"data_set": "CIFAR10", "num_calib": 5, "seed": 0, "drop_last": False, "opt": "adamw"}
+    others = {"data_set": "CIFAR10", "num_calib": 5, "seed": 0, "drop_last": False, "epoch_images": 9}
+    others["opt"] = "adamw"
     for name, other in others.items():
         here = given[name] or "default"
         with pytest.raises(ValueError, match=f"^--{name} {here}, but x.pth was trained with {other}$"):

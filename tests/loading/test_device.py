@@ -18,13 +18,13 @@ CPU = Compute(torch.device("cpu"))
 PLAIN = {"aa": "none", "color_jitter": 0.0, "reprob": 0.0, "device_data": True}
 
 
-def loader_of(source, *, compute=CPU, batch_size=4, mixing=None, rows=None, **changes):
+def loader_of(source, *, compute=CPU, batch_size=4, mixing=None, rows=None, epoch_images=0, **changes):
     """A loader of the training images, or of some rows of them."""
     view, transform = View().resolved(source), Transform(**{**PLAIN, **changes})
     split = Split(source.train, rows, train_transform(view, transform))
-    mix = mixing and mixer(mixing, 0.1, 10)
+    options = {"view": view, "transform": transform, "mix": mixing and mixer(mixing, 0.1, 10)}
     return DeviceLoader(
-        split, Runtime(batch_size=batch_size), compute, view=view, transform=transform, mix=mix, seed=7
+        split, Runtime(batch_size=batch_size), compute, seed=7, epoch_images=epoch_images, **options
     )
 
 
@@ -111,6 +111,16 @@ def test_batches_are_mixed_as_those_that_are_read(cifar):
     expected = read(TrainLoader(split, runtime, CPU, collate=collate, seed=7), 2)
     assert all(map(torch.equal, targets, [targets for _, targets in expected]))
     assert targets[0].shape == (4, 10)
+
+
+def test_an_epoch_of_some_images_has_the_rows_that_are_read_one_by_one(cifar):
+    loader = loader_of(cifar, flip="alternating", epoch_images=9)
+    read_ones = TrainLoader(loader.split, Runtime(batch_size=4, num_workers=0), CPU, seed=7, epoch_images=9)
+    for epoch in range(3):
+        labels = torch.cat([labels for _, labels in read(loader, epoch)])
+        read_ones.start(epoch)
+        assert loader.order == read_ones.order and len(labels) == 8
+        assert labels.tolist() == [i % 10 for i in loader.order]
 
 
 def test_names_and_rows_are_those_of_the_split(cifar, tmp_path):

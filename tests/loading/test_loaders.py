@@ -10,7 +10,7 @@ from torch.utils.data import DistributedSampler, Subset, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from loading import loaders
-from loading.loaders import TrainLoader, ordered_loader, shuffled
+from loading.loaders import TrainLoader, ordered_loader, shared_out, shuffled
 from loading.relabel import only_popular
 from loading.sources import Data, open_source
 from loading.split import Split
@@ -30,9 +30,10 @@ def processes(world_size):
     return [Compute(torch.device("cpu"), rank=rank, world_size=world_size) for rank in range(world_size)]
 
 
-def shuffled_shard(size, compute, *args, **options):
+def shuffled_shard(size, compute, group, seed, chances, epoch, **options):
     """The share of one process."""
-    return shuffled(size, compute, *args, **options)[compute.rank :: compute.world_size].tolist()
+    order = shared_out(shuffled(size, seed, epoch, chances), compute, group, **options)
+    return order[compute.rank :: compute.world_size].tolist()
 
 
 def augmented_loader(source, num_workers, compute=CPU):
@@ -120,6 +121,37 @@ def test_the_order_of_a_loader_is_its_share_of_the_epoch(cifar, as_tensor):
     loader.start(4)
     assert loader.order == shuffled_shard(20, processes(2)[1], 6, 1, None, 4)
     assert [int(label) for _, labels in loader for label in labels] == [i % 10 for i in loader.order]
+
+
+@pytest.mark.parametrize(("world_size", "least", "count"), [(1, 0, 6), (1, 2, 8), (2, 0, 6), (3, 2, 9)])
+def test_an_epoch_of_some_images_is_the_first_of_its_order(cifar, as_tensor, world_size, least, count):
+    """Other ones every epoch, and all of them in the long run."""
+    split, seen = Split(cifar.train, None, as_tensor), set()
+    loaders = [
+        TrainLoader(split, runtime(3), one, least=least, seed=1, epoch_images=8)
+        for one in processes(world_size)
+    ]
+    for epoch in range(24):
+        for loader in loaders:
+            loader.start(epoch)
+        whole = loaders[0].batches.order.tolist()
+        wanted = shuffled(20, 1, epoch)[:8].tolist()
+        assert whole == (wanted + wanted)[:count]
+        assert [loader.order for loader in loaders] == [whole[r::world_size] for r in range(world_size)]
+        seen |= set(whole)
+    assert seen == set(range(20))
+    labels = [label for _, labels in loaders[0] for label in labels.tolist()]
+    assert labels == [i % 10 for i in loaders[0].order]
+
+
+def test_an_epoch_of_all_images_is_as_without_a_number(cifar, as_tensor):
+    split = Split(cifar.train, None, as_tensor)
+    plain, whole = (TrainLoader(split, runtime(3), CPU, seed=1, epoch_images=n) for n in (0, 20))
+    assert plain.order == whole.order
+    with pytest.raises(ValueError, match="^--epoch_images 21; accepted: at most 20, the training images$"):
+        TrainLoader(split, runtime(3), CPU, epoch_images=21)
+    with pytest.raises(ValueError, match="^2 training images are fewer than one global batch"):
+        TrainLoader(split, runtime(3), CPU, epoch_images=2)
 
 
 def test_popular_classes_are_drawn_by_their_chances(cifar, as_tensor):

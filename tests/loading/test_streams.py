@@ -78,6 +78,8 @@ def test_a_stream_has_no_partial_batches(stream, as_tensor):
     split = make_split(stream.train, None, as_tensor)
     with pytest.raises(ValueError, match="^--drop_last false: the batches of a stream are always filled up$"):
         TrainLoader(split, Runtime(batch_size=3, num_workers=1), CPU, least=2)
+    with pytest.raises(ValueError, match="^--epoch_images 5: a stream's epoch is all of it; accepted: 0$"):
+        TrainLoader(split, Runtime(batch_size=3, num_workers=1), CPU, epoch_images=5)
 
 
 def test_a_stream_without_calib_split_or_class_count_is_refused(tmp_path, encoded):

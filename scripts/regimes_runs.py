@@ -1,0 +1,141 @@
+"""The runs of `compare_regimes.py`: a process for each training and each evaluation, and their files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from regimes_rows import Plan, Row
+from regimes_table import Outcome
+
+from adaptive.plain import restored
+from adaptive.policy import Policy
+from experiment.results import read_results
+from utils import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+# util-linux's, before a command: it is stopped, and saves, when the script dies, however that is killed.
+GUARD = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+
+
+def report(name: str, run: Future) -> None:
+    """Says how a run has ended."""
+    if not run.cancelled():
+        print(f"{name}: {run.exception() or 'done'}", flush=True)
+
+
+class Matrix:
+    """Rows and seeds as processes of their own, and the files that they leave."""
+
+    def __init__(
+        self, out: Path, seeds: Sequence[int], data: Sequence[str], plans: Mapping[str, Plan]
+    ) -> None:
+        self.out, self.seeds, self.data, self.plans = out, seeds, data, plans
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Of a training run."""
+        return self.out / "runs" / f"{name}-seed{seed}"
+
+    def checkpoint(self, name: str, seed: int) -> Path:
+        """The last weights of a run."""
+        return self.folder(name, seed) / "checkpoint-last.pth"
+
+    def subject(self, row: Row, seed: int) -> list[str]:
+        """What is evaluated, as words of a command line."""
+        if row.members:
+            files = [f"weights={self.checkpoint(name, seed)}" for name in row.members]
+            return ["--model", "ebjr", "--networks", *files, *self.data, "--num_workers", "0"]
+        return ["--checkpoint", str(self.checkpoint(row.name, seed)), *self.data, "--num_workers", "0"]
+
+    def call(self, script: str, words: Sequence[str], log: str) -> None:
+        """Runs a script on one thread; what it prints goes to a file.
+
+        RuntimeError with its last line if it fails.
+        """
+        path = self.out / "logs" / f"{log}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [*GUARD, sys.executable, str(ROOT / script), *words]
+        with path.open("a", encoding="utf-8") as file:
+            ended = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
+            )
+        if ended.returncode:
+            lines = path.read_text(encoding="utf-8").splitlines() or ["nothing was said"]
+            raise RuntimeError(f"{script} ended with {ended.returncode}: {lines[-1]}; {path}")
+
+    def run(self, row: Row, seed: int, needed: Sequence[Future]) -> None:
+        """Trains a row once those that it needs are done, evaluates it and keeps the record."""
+        for one in needed:
+            if one.exception():
+                raise RuntimeError("a row that it needs has failed")
+        name = f"{row.name}-seed{seed}"
+        record = self.out / "records" / f"{name}.json"
+        if record.exists():
+            return
+        if not row.members:
+            taught = ["--kd_teacher", str(self.checkpoint(row.teacher, seed))] if row.teacher else []
+            words = [*row.words, *self.plans[row.name].words, *taught, *self.data, "--seed", str(seed)]
+            places = ["--output_dir", str(self.folder(row.name, seed)), "--disable_eval", "true"]
+            self.call("main_earlyExit.py", [*words, *places], name)
+        folder = self.out / "evaluations" / name
+        words = [*self.subject(row, seed), "--mode", "dynamic", "--output_dir", str(folder)]
+        self.call("eval_dynamic.py", words, name)
+        record.parent.mkdir(exist_ok=True)
+        write_text(record, (folder / "record.json").read_text(encoding="utf-8"))
+
+    def run_all(self, rows: Sequence[Row], jobs: int) -> list[str]:
+        """Every row with every seed, so many at a time; returns what failed, a line each."""
+        pool, runs = ThreadPoolExecutor(jobs), {}
+        try:
+            for seed in self.seeds:
+                for row in rows:
+                    needed = [runs[name, seed] for name in row.needs]
+                    run = pool.submit(self.run, row, seed, needed)
+                    run.add_done_callback(partial(report, f"{row.name}, seed {seed}"))
+                    runs[row.name, seed] = run
+            ends = {f"{name}, seed {seed}": run.exception() for (name, seed), run in runs.items()}
+            return [f"{name}: {error}" for name, error in ends.items() if error]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def wall(self, name: str, seed: int) -> float:
+        """The seconds that a run's epochs took."""
+        lines = (self.folder(name, seed) / "log.txt").read_text(encoding="utf-8").splitlines()
+        return sum(json.loads(line)["seconds"] for line in lines)
+
+    def outcomes(self, rows: Sequence[Row]) -> list[Outcome]:
+        """What the records say of every row that has any."""
+        results = {one.name: one for one in read_results(self.out / "records")}
+        found = []
+        for row in rows:
+            seeds = [seed for seed in self.seeds if f"{row.name}-seed{seed}" in results]
+            if not seeds:
+                continue
+            trained = [*row.needs, *([] if row.members else [row.name])]
+            planned = sum(self.plans[name].seconds for name in trained)
+            wall = mean(sum(self.wall(name, seed) for name in trained) for seed in seeds)
+            found.append(Outcome(row, [results[f"{row.name}-seed{seed}"] for seed in seeds], planned, wall))
+        return found
+
+    def speed(self, row: Row, seed: int, policy: Mapping[str, Any], images: int) -> dict[str, Any]:
+        """The record of timing a row's network on test images with a policy, as a record holds it."""
+        name = f"{row.name}-seed{seed}"
+        folder = self.out / "speed" / name
+        record, file = folder / "record.json", folder / "chosen.json"
+        wanted = restored(Policy, {entry: value for entry, value in policy.items() if value is not None})
+        if not record.exists() or Policy.load(file) != wanted:
+            folder.mkdir(parents=True, exist_ok=True)
+            record.unlink(missing_ok=True)
+            wanted.save(file)
+            words = ["--mode", "runtime", "--policy", str(file)]
+            words += ["--runtime_images", str(images), "--output_dir", str(folder)]
+            self.call("eval_dynamic.py", [*self.subject(row, seed), *words], f"{name}-speed")
+        return json.loads(record.read_text(encoding="utf-8"))

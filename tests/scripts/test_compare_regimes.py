@@ -1,0 +1,263 @@
+"""Rows are run with every seed, once, whatever happens in between; tables say what differs by more than chance."""
+
+import json
+import math
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+from subprocess import STDOUT, CompletedProcess
+from types import SimpleNamespace
+
+import pytest
+from scipy.stats import ttest_ind
+
+from adaptive.policy import Policy
+from experiment.checks import check
+from experiment.procedures import training_recipe
+from experiment.recipe import GROUPS, read_command
+from experiment.results import Result, read_results
+
+TOY = """
+common: {batch_size: 8, lr: 0.05, warmup_epochs: 0, mixup: 0, cutmix: 0, aa: none, color_jitter: 0, reprob: 0,
+  device_data: true, num_workers: 0, save_ckpt_num: 0, device: cpu, num_calib: 40}
+small: &small {model: msdnet, nBlocks: 2, nChannels: 4, growthRate: 4}
+families:
+  parts:
+    half: {<<: *small, share: 0.5}
+  toy:
+    joint: {<<: *small}
+    taught: {<<: *small, teacher: parts-half, share: 0.5}
+  pairs:
+    pair: {members: [parts-half, toy-joint]}
+"""
+
+
+@pytest.fixture(scope="module")
+def parts(script):
+    """The modules of the script by the ends of their names."""
+    return SimpleNamespace(**{name: script(f"regimes_{name}") for name in ("rows", "steps", "runs", "table")})
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A file of four rows."""
+    path = tmp_path / "toy.yaml"
+    path.write_text(TOY)
+    return path
+
+
+def value(words, name):
+    return words[words.index(name) + 1]
+
+
+class AtOnce:
+    """Stands for a pool of threads: a process cannot be forked from one of those and end well."""
+
+    def __init__(self, jobs):
+        pass
+
+    def submit(self, function, *words):
+        future = Future()
+        try:
+            future.set_result(function(*words))
+        except RuntimeError as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_):
+        pass
+
+
+def test_a_row_is_trained_and_evaluated(tmp_path, script, parts, toy, forked, capsys, monkeypatch):
+    def run(command, *, stdout, env, **_):
+        assert env["OMP_NUM_THREADS"] == "1"
+        code, out, error = forked(*command[command.index(sys.executable) + 1 :])
+        stdout.write(out + error)
+        return CompletedProcess(command, code)
+
+    monkeypatch.setattr(parts.runs, "subprocess", SimpleNamespace(run=run, STDOUT=STDOUT))
+    monkeypatch.setattr(parts.runs, "ThreadPoolExecutor", AtOnce)
+    words = ["--out", str(tmp_path), "--rows", str(toy), "--seconds", "0.3", "--steps", "1", "--rounds", "1"]
+    assert script("compare_regimes").main([*words, "--seeds", "3", "--only", "parts"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("row          ms/image   images/s   epochs   images in each     s\nparts-half")
+    (one,) = read_results(tmp_path / "records")
+    training = one.content["origin"]["training"]
+    steps = json.loads((tmp_path / "steps.json").read_text())
+    rows = parts.rows.read_rows(toy)
+    plan = parts.rows.plan_of(rows[0], 0.3, steps["image_seconds"]["parts-half"], steps["num_train"])
+    assert (one.name, one.seed, training["epoch_images"]) == ("parts-half-seed3", 3, plan.epoch_images)
+    assert one.front and training["disable_eval"] and steps["num_train"] == 1397
+    accuracy = f"{100 * one.exits[-1].accuracy:.2f} (n = 1)"
+    assert f"| half | {plan.seconds:.0f} | " in text and f" | {accuracy} | " in text
+
+
+class Runs:
+    """Stands for `subprocess`: leaves a record with another accuracy for every seed; `failing` ones fail."""
+
+    STDOUT = STDOUT
+
+    def __init__(self, record):
+        self.record, self.calls, self.failing = record.read_text(), [], set()
+
+    def run(self, command, *, stdout, **_):
+        path, *words = command[command.index(sys.executable) + 1 :]
+        folder = Path(value(words, "--output_dir"))
+        self.calls.append((Path(path).stem, folder.name))
+        if folder.name in self.failing:
+            stdout.write("error: no luck\n")
+            return CompletedProcess(command, 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        if "eval_dynamic" in path:
+            self.leave_record(folder, words)
+        else:
+            assert ("--kd_teacher" in words) == ("taught" in folder.name)
+            (folder / "log.txt").write_text('{"epoch": 1, "seconds": 2.0}\n')
+        return CompletedProcess(command, 0)
+
+    def leave_record(self, folder, words):
+        content = json.loads(self.record)
+        better = 0.1 * int(folder.name[-1])
+        for row in content["anytime"]:
+            row["acc1"] = 0.3 + better
+        accuracy = {"value": 0.5 + better}
+        content["front"] = [{"policy": content["policies"][0], "accuracy": accuracy, "macs": 6e6}]
+        if value(words, "--mode") == "runtime":
+            Policy.load(value(words, "--policy"))
+            content["runtime"] = {"table": [{"policy": "it, throughput order", "images_per_s": 77.0}]}
+        (folder / "record.json").write_text(json.dumps(content))
+
+
+def test_a_matrix_is_resumed_and_a_run_that_fails_is_named(
+    tmp_path, script, parts, toy, evaluated, capsys, monkeypatch
+):
+    compare, runs = script("compare_regimes"), Runs(evaluated / "record.json")
+    monkeypatch.setattr(parts.runs, "subprocess", runs)
+    words = [
+        "--out",
+        str(tmp_path),
+        "--rows",
+        str(toy),
+        "--seconds",
+        "0.3",
+        "--seeds",
+        "0",
+        "1",
+        "--jobs",
+        "2",
+    ]
+    words += ["--steps", "1", "--rounds", "1"]
+    runs.failing = {"toy-joint-seed1"}
+    assert compare.main(words) == 1
+    text = capsys.readouterr().out
+    assert "\n2 runs failed\ntoy-joint, seed 1: main_earlyExit.py ended with 1: error: no luck; " in text
+    assert "\npairs-pair, seed 1: a row that it needs has failed\n" in text
+    assert "\n| joint | 0 | 2 | " in text and "\n| taught | 0 | 4 | " in text and "(n = 2)" in text
+    records = sorted(path.stem for path in (tmp_path / "records").iterdir())
+    assert len(records) == 6 and not {"toy-joint-seed1", "pairs-pair-seed1"} & set(records)
+    timed = (tmp_path / "steps.json").read_text()
+    runs.failing, runs.calls[:] = set(), []
+    (tmp_path / "records" / "toy-taught-seed0.json").unlink()
+    assert compare.main([*words, "--speed", "true"]) == 0
+    left = {"toy-taught-seed0", "toy-joint-seed1"}
+    assert {run for name, run in runs.calls if name == "main_earlyExit"} == left
+    fast = [("eval_dynamic", f"{name}-seed1") for name in ("toy-joint", "pairs-pair")]
+    assert [runs.calls.count(one) for one in fast] == [2, 2] and len(runs.calls) == 4 + 1 + 4
+    text = capsys.readouterr().out
+    assert text.endswith("0 runs failed\n") and text.count("77") >= 3
+    assert (tmp_path / "steps.json").read_text() == timed
+
+
+def test_another_budget_in_the_same_folder_is_refused(tmp_path, script, toy, error_of):
+    (tmp_path / "steps.json").write_text('{"seconds": 20.0}')
+    said = error_of(script("compare_regimes").main, "--out", tmp_path, "--rows", toy, "--seconds", 30)
+    assert said == f"--out {tmp_path} was begun with seconds 20.0, not 30.0"
+
+
+def test_the_rows_of_the_matrix_can_be_trained(script, parts):
+    rows = parts.rows.read_rows(script("compare_regimes").Flags().rows)
+    for row in rows:
+        if not row.members:
+            teacher = ["--kd_teacher", "it.pth"] if row.teacher else []
+            check(training_recipe(read_command(list(GROUPS.values()), [*row.words, *teacher])))
+    shares = {row.name: row.share for row in rows}
+    for row in rows:  # every row costs the whole budget
+        own = 0 if row.members else row.share
+        assert row.family == "parts" or own + sum(shares[name] for name in row.needs) == pytest.approx(
+            1, abs=1e-3
+        )
+
+
+@pytest.mark.parametrize("seconds", [0.1, 7.0, 100.0, 5000.0])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_plan_keeps_to_its_budget(parts, seconds, share):
+    row = parts.rows.Row("toy", "a", {"batch_size": 16}, share)
+    plan = parts.rows.plan_of(row, seconds, 0.01, 1000)
+    step = 16 * 0.01
+    assert plan.epochs % 2 == 0 and plan.epoch_images % 16 == 0 and 0 < plan.epoch_images <= 1000
+    assert plan.seconds == pytest.approx(plan.epochs * plan.epoch_images * 0.01)
+    # To half a step per epoch, and to an epoch's last batch.
+    assert abs(plan.seconds - share * seconds) <= plan.epochs * step
+    assert read_command(list(GROUPS.values()), plan.words).values["epoch_images"] == plan.epoch_images
+
+
+def test_rows_bring_what_they_need(parts, toy, tmp_path):
+    rows = parts.rows.read_rows(toy)
+    assert [row.name for row in rows] == ["parts-half", "toy-joint", "toy-taught", "pairs-pair"]
+    assert [row.name for row in parts.rows.chosen(rows, ["toy-taught"])] == ["parts-half", "toy-taught"]
+    assert parts.rows.chosen(rows, []) == rows
+    with pytest.raises(ValueError, match="^--only toi: accepted: families and rows, parts-half, "):
+        parts.rows.chosen(rows, ["toi"])
+    bad = tmp_path / "bad.yaml"
+    for text, said in [
+        (
+            TOY.replace("teacher: parts-half", "teacher: it"),
+            "toy-taught needs it, which no row above is named",
+        ),
+        (TOY.replace("{<<: *small}", ""), "expected common: and families: of rows"),
+        ("families: {}", "expected common: and families: of rows"),
+        ("[", "expected common: and families: of rows"),
+    ]:
+        bad.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            parts.rows.read_rows(bad)
+
+
+def test_chances_are_corrected_for_their_number(parts):
+    found = parts.table.holm({"a": 0.03, "b": 0.01, "c": math.nan, "d": 0.5})
+    assert [found[name] for name in "bad"] == pytest.approx([0.03, 0.06, 0.5]) and math.isnan(found["c"])
+    assert parts.table.holm({"a": 0.4, "b": 0.39}) == {"b": 0.78, "a": 0.78}
+    assert (
+        parts.table.significance(0.5) == "0.5, not significant" and parts.table.significance(0.01) == "0.01"
+    )
+    values, others = [0.5, 0.6, 0.55], [0.7, 0.71]
+    assert parts.table.welch(values, others) == ttest_ind(values, others, equal_var=False).pvalue
+    assert math.isnan(parts.table.welch([0.5, 0.5], [0.7, 0.7]))
+    assert math.isnan(parts.table.welch(values, [0.7])) and math.isnan(
+        parts.table.welch(values, [0.7, math.nan])
+    )
+
+
+def result(*exits):
+    points = [SimpleNamespace(macs=macs, accuracy=accuracy) for macs, accuracy in exits]
+    about = dict.fromkeys(("name", "network", "regime", "data_set", "num_test", "seed", "setting"))
+    return Result(**about, exits=tuple(points), front=(), content={})
+
+
+def test_a_row_is_tested_against_the_first_by_what_the_first_has(parts):
+    def outcome(title, *results):
+        return parts.table.Outcome(parts.rows.Row("toy", title, {}), results, 10.0, 12.0)
+
+    joint = outcome("joint", result((1e6, 0.5), (4e6, 0.7)), result((1e6, 0.51), (4e6, 0.72)))
+    better = outcome("better", result((1e6, 0.8), (4e6, 0.9)), result((1e6, 0.81), (4e6, 0.91)))
+    alone = outcome("alone", result((3e6, 0.6)), result((3e6, 0.62)))
+    lines = parts.table.family_table([joint, better, alone])
+    assert lines[0].startswith(
+        "| toy | planned, s | wall, s | last exit, % | area, 1.00 to 4.00 M, % | within 1.59 M, % |"
+    )
+    assert lines[0].endswith("| p against joint: area |") and "| 50.50 ± 0.71 (n = 2) |" in lines[2]
+    assert "not significant" not in lines[3] and "| – | – |" in lines[4] and lines[4].endswith("| – |")
+    lines = parts.table.family_table([alone, joint, better])
+    assert lines[0].endswith("| p against alone: within 4.00 M |") and not lines[3].endswith("| – |")
+    lines = parts.table.family_table([alone])
+    assert lines[0].endswith("| last exit, % | p against alone: last exit |")

@@ -67,9 +67,16 @@ class Accuracy(Part):
     value: Fraction
 
 
+class Found(Part):
+    """A policy, with its accuracy on the images that it was found on."""
+
+    accuracy: Fraction
+
+
 class FrontRow(Part):
     """A policy that a search found."""
 
+    policy: Found
     macs: Positive
     accuracy: Accuracy
 

@@ -94,7 +94,8 @@ def show_speed(outcomes: Sequence[Outcome], matrix: Matrix, images: int) -> None
     goal = min(last_exit(best[0]), *(max(point.accuracy for point in one.front) for one in best))
     found = []
     for row, result in zip((one.row for one in outcomes), best, strict=True):
-        good = [point for point in result.content["front"] if point["accuracy"]["value"] >= goal]
+        front = matrix.record(result.name)["front"]
+        good = [point for point in front if point["accuracy"]["value"] >= goal]
         policy = min(good, key=lambda point: point["macs"])["policy"]
         seed = int(result.name.rpartition("-seed")[2])
         record = matrix.speed(row, seed, policy, images)

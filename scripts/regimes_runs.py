@@ -106,6 +106,10 @@ class Matrix:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def record(self, name: str) -> dict[str, Any]:
+        """The content of a record."""
+        return json.loads((self.out / "records" / f"{name}.json").read_text(encoding="utf-8"))
+
     def wall(self, name: str, seed: int) -> float:
         """The seconds that a run's epochs took."""
         lines = (self.folder(name, seed) / "log.txt").read_text(encoding="utf-8").splitlines()

@@ -11,7 +11,8 @@ from experiment.record import SCHEMA
 @pytest.fixture(scope="module")
 def text(evaluated):
     """A record, with a front of one policy."""
-    front = [{"macs": 1e6, "accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}, "policy": {}}]
+    accuracy = {"value": 0.5, "low": 0.4, "high": 0.6}
+    front = [{"macs": 1e6, "accuracy": accuracy, "policy": {"accuracy": 0.5}}]
     return json.dumps(json.loads((evaluated / "record.json").read_text()) | {"front": front})
 
 

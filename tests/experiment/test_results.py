@@ -8,7 +8,7 @@ import pytest
 from experiment.results import Point, Result, Spread, by_setting, read_results, regime_of
 
 
-def record(seed=0, front=((1e6, 0.5), (4e6, 0.75)), **training):
+def record(seed=0, front=((1e6, 0.5, 0.5), (4e6, 0.75, 0.75), (8e6, 0.875, 0.8)), **training):
     about = {"network": "msdnet", "options": {}, "data_set": "DIGITS", "num_test": 8}
     return {
         "schema": 2,
@@ -19,7 +19,10 @@ def record(seed=0, front=((1e6, 0.5), (4e6, 0.75)), **training):
             "model": f"{seed:08x}",
         },
         "anytime": [{"macs": 1e6, "acc1": 0.25}, {"macs": 8e6, "acc1": 0.875}],
-        "front": [{"macs": macs, "accuracy": {"value": accuracy}} for macs, accuracy in front],
+        "front": [
+            {"macs": macs, "accuracy": {"value": accuracy}, "policy": {"accuracy": expected}}
+            for macs, accuracy, expected in front
+        ],
     }
 
 
@@ -29,7 +32,7 @@ def test_an_evaluation_is_a_result(evaluated, tmp_path):
     content = json.loads((evaluated / "anytime.json").read_text())
     assert (one.name, one.about.network, one.regime, one.about.num_test) == ("mine", "msdnet", "joint", 20)
     assert [point.accuracy for point in one.exits] == [row["acc1"] for row in content]
-    assert one.at(one.exits[-1].macs) >= one.exits[-1].accuracy and math.isnan(one.at(1.0))
+    assert one.at(math.inf) == (one.front or one.exits)[-1].accuracy and math.isnan(one.at(1.0))
 
 
 def test_seeds_are_of_one_setting_and_other_flags_are_not():
@@ -40,9 +43,18 @@ def test_seeds_are_of_one_setting_and_other_flags_are_not():
 
 def test_area_is_the_mean_over_log_cost():
     one = Result.of("a", record())
-    assert one.exits[1] == Point(8e6, 0.875) and one.at(5e6) == 0.75
+    assert one.exits[1] == Point(8e6, 0.875, 1) and one.at(5e6) == 0.75
     assert one.area(1e6, 8e6) == pytest.approx((2 * 0.5 + 0.75) / 3)  # doubled three times
     assert one.area(1e6, 16e6) == pytest.approx((2 * 0.5 + 0.75 + 0.875) / 4)
+
+
+def test_what_is_chosen_within_a_budget_knows_nothing_of_the_test_images():
+    front = ((1e6, 0.75, 0.5), (2e6, 0.5, 0.6), (3e6, 0.875, 0.55))
+    one = Result.of("a", record(front=front))
+    assert [one.at(budget) for budget in (1e6, 2e6, 3e6, 9e6)] == [0.75, 0.5, 0.5, 0.5]
+    assert Result.of("a", record(front=front[1:])).at(1e6) == 0.25
+    without = Result.of("a", record(front=()))
+    assert [without.at(budget) for budget in (1e6, 7e6, 8e6)] == [0.25, 0.25, 0.875]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from concurrent.futures import Future
+from hashlib import sha256
 from pathlib import Path
 from subprocess import STDOUT, CompletedProcess
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from adaptive.policy import Policy
 from experiment.checks import check
 from experiment.procedures import training_recipe
 from experiment.recipe import GROUPS, read_command
-from experiment.results import Result, read_results
+from experiment.results import Point, Result, read_results
 
 TOY = """
 common: {batch_size: 8, lr: 0.05, warmup_epochs: 0, mixup: 0, cutmix: 0, aa: none, color_jitter: 0, reprob: 0,
@@ -82,7 +83,7 @@ def test_a_row_is_trained_and_evaluated(tmp_path, script, parts, toy, forked, ca
     text = capsys.readouterr().out
     assert text.startswith("row          ms/image   images/s   epochs   images in each     s\nparts-half")
     (one,) = read_results(tmp_path / "records")
-    training = one.content["origin"]["training"]
+    training = json.loads((tmp_path / "records" / f"{one.name}.json").read_text())["origin"]["training"]
     steps = json.loads((tmp_path / "steps.json").read_text())
     rows = parts.rows.read_rows(toy)
     plan = parts.rows.plan_of(rows[0], 0.3, steps["image_seconds"]["parts-half"], steps["num_train"])
@@ -118,6 +119,8 @@ class Runs:
     def leave_record(self, folder, words):
         content = json.loads(self.record)
         better = 0.1 * int(folder.name[-1])
+        content["origin"]["model"] = sha256(str(folder).encode()).hexdigest()
+        content["provenance"]["options"] = {"of": folder.name.partition("-seed")[0]}
         for row in content["anytime"]:
             row["acc1"] = 0.3 + better
         accuracy = {"value": 0.5 + better}
@@ -239,9 +242,8 @@ def test_chances_are_corrected_for_their_number(parts):
 
 
 def result(*exits):
-    points = [SimpleNamespace(macs=macs, accuracy=accuracy) for macs, accuracy in exits]
-    about = dict.fromkeys(("name", "network", "regime", "data_set", "num_test", "seed", "setting"))
-    return Result(**about, exits=tuple(points), front=(), content={})
+    points = tuple(Point(macs, accuracy, k) for k, (macs, accuracy) in enumerate(exits))
+    return Result("a", "joint", "a setting", exits=points, front=(), record=None)
 
 
 def test_a_row_is_tested_against_the_first_by_what_the_first_has(parts):

@@ -189,7 +189,7 @@ class Features:
         if self.compute.rank == 0:
             print(f"features in {self.folder}: {said}")
             if self.recipe.caching.cache_views == 1:
-                print("features are of images as they are: augmentation has no effect without --cache_views")
+                print("they are of images as they are, not augmented: --cache_views 4 keeps augmented views")
 
     def _compute(self, place: tuple[str, int], path: Path, shape: tuple[int, int]) -> None:
         (part, view), compute, start = place, self.compute, time.monotonic()

@@ -53,7 +53,7 @@ def _check_objective(recipe: Recipe) -> None:
         raise UserError(
             "--freeze_backbone true trains heads, jointly: not for --l2w true or another --regime"
         )
-    if objective.cache_features:
+    if recipe.caching.cache_features:
         _check_cache(recipe)
     if objective.with_kd and objective.kd_teacher:
         raise UserError(
@@ -74,6 +74,8 @@ def _check_cache(recipe: Recipe) -> None:
         raise UserError("--cache_features true: features are not mixed; give --mixup 0 --cutmix 0")
     if recipe.transform.device_data:
         raise UserError("--cache_features true reads no images in training; give --device_data false")
+    if recipe.low_start.low_size:
+        raise UserError("--cache_features true: features have one size; give no --low_size")
     if recipe.objective.kd_teacher:
         raise UserError("--cache_features true: a teacher reads images; give no --kd_teacher")
 

@@ -60,7 +60,7 @@ class Classifier:
         # After what may refuse the flags: it may read all images.
         train = with_readable(self.splits.train, recipe.data, recipe.runtime, compute)
         self.splits = replace(self.splits, train=train)
-        self.features = features_of(recipe, self.splits, self.network, compute)
+        self.features = features_of(recipe, self.splits, self.network, self.arch, compute)
         self.loader = loader_of(recipe, self.splits, compute, self.passes, self.features)
         self.update = self._update()
         self.regime = "heads" if recipe.objective.freeze_backbone else recipe.objective.regime
@@ -195,6 +195,8 @@ class Classifier:
 
         Raises `Stopped` if a signal stopped it.
         """
+        if self.features:
+            self.features.compute_missing()
         test = partial(self.evaluate, "test")
         self.place.signals.train()
         try:

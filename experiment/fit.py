@@ -102,17 +102,19 @@ def renamed_for(network: nn.Module, weights: Weights) -> Weights:
     """Weights under the network's own names.
 
     timm's names are translated for a network that timm has too; names of a bare network get the prefix of the
-    module that holds it here ("net." in timm/NAME, "backbone." in timm_ee). All others stay as they are.
+    module that holds it here ("net." in timm/NAME, "backbone." in timm_ee and vit_ee), and so do those of
+    timm/NAME. All others stay as they are.
     """
     own = network.state_dict()
     if isinstance(network, MultiExitModel):
         ours = {theirs: name for name, theirs in network.timm_modules().items()}
         if any(key.rpartition(".")[0] in ours for key in weights):
             return renamed(weights, ours, own)
+    bare = {key.removeprefix("net."): value for key, value in weights.items()}
     for prefix in ("net.", "backbone."):
-        held = [key for key in weights if prefix + key in own]
+        held = [key for key in bare if prefix + key in own]
         if held and not any(key in own for key in weights):
-            return {prefix + key if prefix + key in own else key: value for key, value in weights.items()}
+            return {prefix + key if prefix + key in own else key: value for key, value in bare.items()}
     return weights
 
 

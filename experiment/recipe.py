@@ -52,6 +52,19 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Caching:
+    """Features of a frozen backbone in files."""
+
+    cache_features: bool = option(False, "--freeze_backbone true: compute the features once, for all epochs")
+    cache_views: int = option(
+        1, "views of a training image, by turns of epochs: as it is, and augmented from the second on", low=1
+    )
+    cache_dir: str = option(
+        "", "folder of the files, which runs may share; default: features in --output_dir"
+    )
+
+
+@dataclass(frozen=True)
 class Session:
     """What a run does beside training."""
 
@@ -110,6 +123,7 @@ class Recipe:
     objective: Objective = field(default_factory=Objective)
     weighting: Weighting = field(default_factory=Weighting)
     low_start: LowStart = field(default_factory=LowStart)
+    caching: Caching = field(default_factory=Caching)
     exits: Exits = field(default_factory=Exits)
     runtime: Runtime = field(default_factory=Runtime)
     session: Session = field(default_factory=Session)

@@ -93,6 +93,8 @@ TRAIN_DEFAULTS = {
     "first_share": 0.5,
     "freeze_backbone": False,
     "cache_features": False,
+    "cache_views": 1,
+    "cache_dir": "",
     "l2w": False,
     "target_p_index": 15,
     "epsilon": 0.8,

@@ -72,6 +72,12 @@ SMALLER = [
         "--streams 4 --length 50 --changes 0 20 --after 30 --reference 20 --shifted_images 8",
     ),
     (r"--networks timm/", "--networks" + 2 * " timm/resnet10t:weights=weights/resnet50.pth"),
+    (r"--cache_features", "--input_size 64"),
+    (r"^eval_dynamic.py.*runs/lite0", "--mode dynamic"),
+    (
+        r"^scripts/bench_features.py",
+        f"{RUN} --images 8 --rounds 1 --batch_size 8 --networks vit_ee:test_vit:32 --exits 2 --head_width 8",
+    ),
     (r"^scripts/bench_latency.py", "--models cifar_resnet --input_size 32 --rounds 1"),
     (r"^scripts/bench_thresholds.py", "--samples 300"),
     (r"^scripts/bench_ebjr.py", "--rounds 1"),
@@ -129,7 +135,7 @@ def small_msdnet() -> dict:
 # Pattern in a file's name, and what such a file holds; a folder runs/NAME is that of a small run and its evaluation.
 FILES = {
     r"52-6|64-12|STUDENT|TEACHER": lambda: {"state_dict": state_of("cifar_resnet", 10, depth=8)},
-    r"resnet(18|50)\.pth|^FILE": lambda: timm.create_model("resnet10t", num_classes=2).state_dict(),
+    r"resnet(18|50)\.pth|^FILE|lite0": lambda: timm.create_model("resnet10t", num_classes=2).state_dict(),
     r"rexnetv1": lambda: state_of("rexnetv1", 1000),
     r"reg800m": lambda: state_of("reg400m_perceiver_t32", 1000),
     r"msdnet-step4": small_msdnet,
@@ -246,7 +252,7 @@ def expanded(words: list[str], environment: dict[str, str]) -> list[str]:
 
 def make_files(text: str, finished: Callable[[str], Path]) -> None:
     """Makes the files that a command or program reads and that are not here yet."""
-    for name in A_FILE.findall(re.sub(r"--(output_dir|log_dir)[ =]\S+", "", text)):
+    for name in A_FILE.findall(re.sub(r"--(output_dir|log_dir|cache_dir)[ =]\S+", "", text)):
         run = re.match(r"runs/\w+", name)
         if Path(run[0] if run else name).exists() or name.startswith("/"):
             continue

@@ -45,9 +45,6 @@ class Objective:
     energy_hinge: tuple[float, ...] = option((), "popular classes: weight, energy of others, energy of these")
     regime: Literal["joint", "equilibrium", "disjoint", "mixed"] = option("joint", "how exits are trained")
     freeze_backbone: bool = option(False, "train the heads alone, on features that stay as they are")
-    cache_features: bool = option(
-        False, "--freeze_backbone true: compute the features once, of images without augmentation"
-    )
     first_share: float = option(
         0.5, "disjoint, mixed: share of the epochs that train the last exit alone", low=0, high=1
     )

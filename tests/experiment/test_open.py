@@ -212,7 +212,7 @@ def test_a_bare_state_dict_of_exits_on_a_timm_network(tmp_path, prefix):
     same_answers(open_network(tmp_path / "x.pth", name="timm_ee", options=options).network, network, 64)
 
 
-@pytest.mark.parametrize("prefix", ["", "backbone."])
+@pytest.mark.parametrize("prefix", ["", "backbone.", "net."])
 def test_a_timm_network_starts_exits_with_and_without_the_prefix(tmp_path, prefix):
     theirs = timm.create_model("test_resnet", num_classes=7)
     save(tmp_path / "x.pth", {prefix + key: value for key, value in theirs.state_dict().items()})

@@ -63,14 +63,13 @@ class Classifier:
         self.features = features_of(recipe, self.splits, self.network, self.arch, compute)
         self.loader = loader_of(recipe, self.splits, compute, self.passes, self.features)
         self.update = self._update()
-        self.regime = "heads" if recipe.objective.freeze_backbone else recipe.objective.regime
+        self.regime = recipe.objective.way
         self.weighting: SampleWeighting | None = None
         self.objectives = self._objectives()
         self.judge = Judge(recipe, self.splits, self.network, self.update, compute, self.features)
         self.run = self._run()
         timetable = Timetable(recipe.session, signals)
-        moves = self.loader, self.update, self.weighting
-        self.place = Place(self.run, timetable, *moves, compute, self.steps)
+        self.place = Place(self.run, timetable, self.loader, self.update, self.weighting, compute, self.steps)
         self._start(stored)
         self.enter(self.phase_at(self.run.first))
         self.logger = logger_of(recipe, compute, self.update.step)

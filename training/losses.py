@@ -49,6 +49,11 @@ class Objective:
         0.5, "disjoint, mixed: share of the epochs that train the last exit alone", low=0, high=1
     )
 
+    @property
+    def way(self) -> str:
+        """The regime, where training heads alone is one too."""
+        return "heads" if self.freeze_backbone else self.regime
+
     def weights_of(self, network: MultiExitModel) -> list[float]:
         """The weight of each exit's loss: as given, else as published for the network's family."""
         factors = (self.loss_att_factor, self.loss_cnn_factor, self.loss_merge_factor)

@@ -110,8 +110,8 @@ class Classifier:
         """The objective of every phase of the regime; they live as long as the run."""
         recipe, objective, teacher = self.recipe, self.recipe.objective, None
         if objective.kd_teacher:
-            classes, device = self.splits.source.num_classes, self.compute.device
-            teacher = open_teacher(objective.kd_teacher, classes, self.splits.view, device)
+            classes = self.splits.source.num_classes
+            teacher = open_teacher(objective.kd_teacher, classes, self.splits.view, self.compute.device)
             recipe.low_start.check(teacher, self.splits.view.size)
             teacher = self.compute.place(teacher)
         if recipe.weighting.l2w:
@@ -135,9 +135,13 @@ class Classifier:
             parts["l2w"] = self.weighting
         session = self.recipe.session
         saving = Saving(self.folder, session.save_ckpt, session.save_ckpt_freq, session.save_ckpt_num)
-        main_process = self.compute.rank == 0
         return Run(
-            parts, self.facts, saving, score=self.judge.score, tell=self.tell, main_process=main_process
+            parts,
+            self.facts,
+            saving,
+            score=self.judge.score,
+            tell=self.tell,
+            main_process=self.compute.rank == 0,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -196,10 +200,9 @@ class Classifier:
         """
         if self.features:
             self.features.compute_missing()
-        test = partial(self.evaluate, "test")
         self.place.signals.train()
         try:
-            self.run.fit(self.recipe.optimization.epochs, self.one_epoch, test)
+            self.run.fit(self.recipe.optimization.epochs, self.one_epoch, partial(self.evaluate, "test"))
         except Stopped:
             self.say(self.place.stopped(self.recipe.start.resume))
             raise

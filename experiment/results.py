@@ -103,9 +103,10 @@ class Result:
 
 def regime_of(network: str, training: Mapping[str, Any]) -> str:
     """How exits were trained, by the flags that differ from their defaults."""
+    interval = training.get("meta_interval", 1)
     parts = {
         "boosted": network.startswith("boosted/"),
-        "L2W": training.get("l2w"),
+        "L2W" if interval == 1 else f"L2W, 1 step in {interval}": training.get("l2w"),
         "self-KD": training.get("with_kd"),
         "teacher": training.get("kd_teacher"),
         str(training.get("regime")): training.get("regime"),

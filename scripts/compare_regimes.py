@@ -29,8 +29,9 @@ from common import print_table, read_flags
 from regimes_rows import Row, chosen, plan_of, read_rows
 from regimes_runs import Matrix
 from regimes_steps import measure
-from regimes_table import Outcome, family_table, last_exit, shared_range
+from regimes_table import Outcome, family_table
 
+from experiment.comparison import last_exit
 from experiment.recipe import words_of
 from utils import UserError, option, run_main, to_json, write_text
 
@@ -122,10 +123,13 @@ def main(argv: list[str]) -> int:
     matrix = Matrix(flags.out, flags.seeds, flags.data, plans)
     shown_steps(rows, times, matrix)
     failed = matrix.run_all(rows, flags.jobs)
+    parts = {name for row in rows for name in row.needs}
     for _, family in groupby(matrix.outcomes(rows), key=lambda one: one.row.family):
         outcomes = list(family)
-        print("\n" + "\n".join(family_table(outcomes)))
-        if flags.speed and shared_range(outcomes):
+        if parts.issuperset(one.row.name for one in outcomes):
+            continue  # nothing but parts of other rows
+        print(f"\n{family_table(outcomes)}", end="")
+        if flags.speed:
             try:
                 show_speed(outcomes, matrix, flags.runtime_images)
             except RuntimeError as error:

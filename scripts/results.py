@@ -5,12 +5,13 @@
 
 A record is the record.json of an evaluation under a name of its own; to add one, add its file. A block is
 
-    <!-- results: exits PATTERN -->
+    <!-- results: exits PATTERN ... -->
     <!-- end of results -->
 
-where PATTERN names records (cifar10/msdnet*). `exits` is the accuracy of every exit; `curves` the
-area below the curve over log cost and the accuracy within three budgets. The seeds of one setting are a row:
-mean ± standard deviation.
+where each PATTERN names records (cifar10/msdnet*), which are listed in this order. `exits` is the accuracy of
+every exit; `curves` the area below the curve over log cost and the accuracy within three costs that all
+share, with p of Welch's t-test against the first setting, corrected by Holm's method. The seeds of one
+setting are a row: mean ± standard deviation.
 """
 
 import csv
@@ -24,13 +25,14 @@ from pathlib import Path
 
 from common import read_flags
 
+from experiment.comparison import Group, comparison, markdown
 from experiment.provenance import ROOT
 from experiment.published_points import read_published
 from experiment.results import Result, Spread, by_setting, read_results
 from experiment.results_page import page_of
 from utils import UserError, option, run_main, write_text
 
-BLOCK = re.compile(r"(<!-- results: (\w+) (\S+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: (\w+) ([^>]+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 COLUMNS = (
     "record",
     "network",
@@ -68,10 +70,9 @@ def index_of(results: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def stem(one: Result) -> str:
+    """The name of a record's file without its seed."""
+    return re.sub(r"-(seed)?\d+$", "", one.name.rpartition("/")[2])
 
 
 def named(group: Sequence[Result]) -> list[str]:
@@ -91,26 +92,14 @@ def exits_table(results: Sequence[Result]) -> str:
             for column in columns
         ]
         rows.append([*named(group), *cells, *["–"] * (count - len(cells))])
-    return table(["network", "regime", *(f"exit {k}, %" for k in range(count))], rows)
+    return markdown(["network", "regime", *(f"exit {k}, %" for k in range(count))], rows)
 
 
 def curves_table(results: Sequence[Result]) -> str:
-    """Area below the curve and accuracy within three budgets, which all rows share."""
-    low = max(one.exits[0].macs for one in results)
-    high = min(one.exits[-1].macs for one in results)
-    if low >= high:
-        raise UserError(f"the curves have no cost in common: {low:g} to {high:g} multiply-adds")
-    budgets = [low * (high / low) ** (i / 4) for i in (1, 2, 3)]
-    rows = []
-    for group in by_setting(results).values():
-        measures = [[one.area(low, high) for one in group]]
-        measures += [[one.at(budget) for one in group] for budget in budgets]
-        rows.append([*named(group), *(Spread.of(values).text(100) for values in measures)])
-    heads = [
-        f"area, {low / 1e6:.2f} to {high / 1e6:.2f} M, %",
-        *(f"within {b / 1e6:.2f} M, %" for b in budgets),
-    ]
-    return table(["network", "regime", *heads], rows)
+    """Area below the curve and accuracy within three budgets, with p against the first setting."""
+    groups = [Group(stem(found[0]), found) for found in by_setting(results).values()]
+    heads, rows = comparison(groups)
+    return markdown(["record", *heads[1:]], rows)
 
 
 TABLES: dict[str, Callable[[Sequence[Result]], str]] = {"exits": exits_table, "curves": curves_table}
@@ -120,13 +109,16 @@ def rewritten(text: str, results: Sequence[Result], where: str) -> str:
     """A document with its blocks made anew. Raises ValueError for an unknown kind and for no records."""
 
     def block(match: re.Match) -> str:
-        start, kind, pattern, _, end = match.groups()
+        start, kind, patterns, _, end = match.groups()
         if kind not in TABLES:
             raise UserError(f"{where}: results: {kind}; accepted: {', '.join(TABLES)}")
-        chosen = [one for one in results if fnmatchcase(one.name, pattern)]
-        if not chosen:
-            raise UserError(f"{where}: no record is named {pattern}")
-        return f"{start}\n{TABLES[kind](chosen)}\n{end}"
+        chosen = {}
+        for pattern in patterns.split():
+            found = {one.name: one for one in results if fnmatchcase(one.name, pattern)}
+            if not found:
+                raise UserError(f"{where}: no record is named {pattern}")
+            chosen = chosen | found  # in the order of the patterns
+        return f"{start}\n{TABLES[kind]([*chosen.values()])}\n{end}"
 
     return BLOCK.sub(block, text)
 

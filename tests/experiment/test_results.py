@@ -63,6 +63,7 @@ def test_what_is_chosen_within_a_budget_knows_nothing_of_the_test_images():
         ("ranet", {}, "joint"),
         ("boosted/msdnet", {"with_kd": True}, "boosted + self-KD"),
         ("msdnet", {"l2w": True, "with_kd": True}, "L2W + self-KD"),
+        ("msdnet", {"l2w": True, "meta_interval": 3}, "L2W, 1 step in 3"),
         ("msdnet", {"regime": "equilibrium"}, "equilibrium"),
     ],
 )

@@ -61,17 +61,15 @@ def test_an_index_and_blocks_are_written(folders, script, capsys):
     assert text.startswith("# Title\n") and text.endswith("The end.\n") and "ranet" not in text
 
 
-def test_curves_of_all_networks_share_their_costs(folders, script):
+def test_curves_are_compared_with_the_first(folders, script):
     (words, _, docs), main = folders, script("results").main
-    (docs / "x.md").write_text(BLOCK.format("curves", "*"))
+    (docs / "x.md").write_text(BLOCK.format("curves", "b-* a-*"))
     assert main(words) == 0
     lines = (docs / "x.md").read_text().splitlines()
-    assert lines[4].endswith("| within 2.00 M, % | within 4.00 M, % | within 8.00 M, % |")
-    assert [line.split("|")[1:3] for line in lines[6:8]] == [
-        [" `msdnet` ", " joint "],
-        [" `ranet` ", " joint "],
-    ]
-    assert "| 25.00 ± 0.00 (n = 2) | 50.00 ± 0.00 (n = 2) |" in lines[6]
+    assert lines[4].startswith("| record | last exit, % | area, 1.00 to 16.00 M, % | within 2.52 M, % |")
+    assert lines[4].endswith("| within 16.00 M, % | p against b: area |")
+    assert [line.split("|")[1] for line in lines[6:8]] == [" b ", " a "]
+    assert "| 25.00 ± 0.00 (n = 2) | 50.00 ± 0.00 (n = 2) | 50.00 ± 0.00 (n = 2) | – |" in lines[7]
 
 
 def test_mistakes_are_one_line(folders, script, error_of):

@@ -10,8 +10,8 @@ A record is the record.json of an evaluation under a name of its own; to add one
 
 where each PATTERN names records (cifar10/msdnet*), which are listed in this order. `exits` is the accuracy of
 every exit; `curves` the area below the curve over log cost and the accuracy within three costs that all
-share, with p of Welch's t-test against the first setting, corrected by Holm's method. The seeds of one
-setting are a row: mean ± standard deviation.
+share, with p of Welch's t-test against the first setting, corrected by Holm's method, the seeds of one
+setting as a row: mean ± standard deviation; `speed` the ways to answer that a record has timed.
 """
 
 import csv
@@ -102,7 +102,28 @@ def curves_table(results: Sequence[Result]) -> str:
     return markdown(["record", *heads[1:]], rows)
 
 
-TABLES: dict[str, Callable[[Sequence[Result]], str]] = {"exits": exits_table, "curves": curves_table}
+def speed_table(results: Sequence[Result]) -> str:
+    """Every way to answer that a record has timed."""
+    rows = []
+    for one in results:
+        for way in one.record.runtime.table if one.record.runtime else ():
+            latency = "–" if way.p50_ms is None else f"{way.p50_ms:.2f}"
+            figures = (
+                f"{way.macs / 1e6:.2f}",
+                f"{100 * way.accuracy:.2f}",
+                f"{way.images_per_s:,.0f}",
+                latency,
+            )
+            rows.append([stem(one), way.policy, *figures])
+    heads = ["record", "way to answer", "MACs, M", "top-1, %", "images/s", "p50 of one image, ms"]
+    return markdown(heads, rows)
+
+
+TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
+    "exits": exits_table,
+    "curves": curves_table,
+    "speed": speed_table,
+}
 
 
 def rewritten(text: str, results: Sequence[Result], where: str) -> str:

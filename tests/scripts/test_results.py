@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from experiment.results import read_results
+
 ROOT = Path(__file__).resolve().parents[2]
+NUMBER = re.compile(r"\d{2}\.\d+")
 BLOCK = "# Title\n\n<!-- results: {} {} -->\nold\n<!-- end of results -->\n\nThe end.\n"
 
 
@@ -72,11 +75,27 @@ def test_curves_are_compared_with_the_first(folders, script):
     assert "| 25.00 ± 0.00 (n = 2) | 50.00 ± 0.00 (n = 2) | 50.00 ± 0.00 (n = 2) | – |" in lines[7]
 
 
+def test_timed_ways_are_a_table(folders, script):
+    (words, results, docs), main = folders, script("results").main
+    way = {"images_per_s": 2021.4, "p50_ms": None, "macs": 3e6, "accuracy": 0.5}
+    timed = {
+        "num_images": 8,
+        "table": [way | {"policy": "static"}, way | {"policy": "row 1", "p50_ms": 0.755}],
+    }
+    (results / "b-0.json").write_text(json.dumps(record("ranet", 0, 0.7) | {"runtime": timed}))
+    (docs / "x.md").write_text(BLOCK.format("speed", "*"))
+    assert main(words) == 0
+    assert (docs / "x.md").read_text().splitlines()[6:8] == [
+        "| b | static | 3.00 | 50.00 | 2,021 | – |",
+        "| b | row 1 | 3.00 | 50.00 | 2,021 | 0.76 |",
+    ]
+
+
 def test_mistakes_are_one_line(folders, script, error_of):
     (words, _, docs), main = folders, script("results").main
     assert error_of(main, "--results", "nowhere") == "--results nowhere: no such folder"
     (docs / "x.md").write_text(BLOCK.format("area", "*"))
-    assert error_of(main, *words) == "x.md: results: area; accepted: exits, curves"
+    assert error_of(main, *words) == "x.md: results: area; accepted: exits, curves, speed"
     (docs / "x.md").write_text(BLOCK.format("exits", "c-*"))
     assert error_of(main, *words) == "x.md: no record is named c-*"
 
@@ -86,20 +105,32 @@ def test_the_documents_and_the_page_are_those_of_the_records(script, capsys):
     assert script("results").main(["--check", "true"]) == 0, capsys.readouterr().out
 
 
-def unaccounted(text):
-    """Lines of a document with a figure of unknown origin: rows of tables and percentages.
+def sections(text):
+    """The sections of a document without blocks that scripts/results.py makes, and if each has an origin.
 
-    Blocks that scripts/results.py makes and code are left out, and sections that name a command and a commit.
+    That is a command and a commit. Code is left out of the text.
     """
     text = re.sub(r"<!-- results: .*?<!-- end of results -->", "", text, flags=re.DOTALL)
-    lines = []
     for section in re.split(r"^(?=## )", text, flags=re.MULTILINE):
         command = re.search(r"`(python|bash) \S+|^(python|bash) \S+|`[\w/]+\.py[` ]", section, re.MULTILINE)
-        commit = re.search(r"\b(at|commits?) [0-9a-f]{7,40}\b", section)
-        prose = re.sub(r"```.*?```", "", section, flags=re.DOTALL)
-        if not (command and commit):
-            lines += [line for line in prose.splitlines() if re.search(r"^\||\d ?%", line)]
-    return lines
+        commit = re.search(r"\b(at|[Cc]ommits?) [0-9a-f]{7,40}\b", section)
+        yield re.sub(r"```.*?```", "", section, flags=re.DOTALL), bool(command and commit)
+
+
+def unaccounted(text):
+    """Lines of a document with a figure of unknown origin: rows of tables and percentages."""
+    lines = [line for prose, known in sections(text) if not known for line in prose.splitlines()]
+    return [line for line in lines if re.search(r"^\||\d ?%", line)]
+
+
+def accuracies(section):
+    """Those of two decimals: before "%", and in columns of tables that are of top-1 or accuracy."""
+    yield from re.findall(r"(?<![\d.])\d{2}\.\d{2}(?= ?%)", section)
+    for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
+        head, *rows = ([*map(str.strip, line.strip("|").split("|"))] for line in table.splitlines())
+        columns = [i for i, title in enumerate(head) if re.search("top-1|accuracy", title)]
+        for cell in (row[i] for row in rows for i in columns):
+            yield from re.findall(r"\b\d{2}\.\d{2}\b", cell)
 
 
 def test_every_figure_of_the_results_has_an_origin():
@@ -113,3 +144,21 @@ def test_every_figure_of_the_results_has_an_origin():
     )
     assert not unaccounted(section + "At commit f33fa3a: `python x.py --a b`.")
     assert not unaccounted("<!-- results: exits a -->\n\n| a |\n\n<!-- end of results -->\n")
+
+
+def test_accuracies_elsewhere_are_those_of_an_origin():
+    """In README.md and docs/: of a record, of a paper, or of a section that has an origin."""
+    texts = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+    known = {f"{100 * point.accuracy:.2f}" for one in read_results(ROOT / "results") for point in one.exits}
+    known |= {
+        f"{float(n):.2f}"
+        for path in ROOT.glob("results/published/*")
+        for n in NUMBER.findall(path.read_text())
+    }
+    parts = [(path.name, *part) for path, text in texts.items() for part in sections(text)]
+    known |= {figure for _, text, origin in parts if origin for figure in NUMBER.findall(text)}
+    wild = [(name, figure) for name, text, _ in parts for figure in accuracies(text) if figure not in known]
+    assert not wild
+    assert [
+        *accuracies("It has 81.50 % and 3.25 M.\n| top-1 | M |\n|---|---|\n| 81.2 | 7 |\n| 82.25 | 10.25 |\n")
+    ] == ["81.50", "82.25"]

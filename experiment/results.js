@@ -1,7 +1,8 @@
 "use strict";
 // Rows as experiment/results_page.py writes them. All of their text reaches the page as text, never as HTML.
-const rows = JSON.parse(document.getElementById("data").textContent);
-for (const row of rows) row.origin = row.published ? "published" : "measured";
+const LACKS = { std: null, n: null, ms: null, images_per_s: null, record: "", url: "" };
+const rows = JSON.parse(document.getElementById("data").textContent).map((row) => ({ ...LACKS, ...row }));
+for (const row of rows) row.published = row.origin === "published";
 const SHOWN = {{ shown | tojson }};
 const WIDTH = 560, HEIGHT = 340, LEFT = 46, RIGHT = 12, TOP = 10, BOTTOM = 40;
 
@@ -153,11 +154,11 @@ function draw(id, list, field, unit, colours) {
   legend.className = "legend";
   drawAxes(plot, at, unit);
   for (const [curve, points] of grouped(list, (row) => row.curve)) {
-    const colour = colours.get(curve), { network, regime, published } = points[0];
+    const colour = colours.get(curve), { record, network, regime, published } = points[0];
     drawCurve(plot, points, at, field, colour);
     const item = document.createElement("li"), swatch = svg("svg", { viewBox: "0 0 12 12", "aria-hidden": "true" });
     swatch.append(dot(6, 6, colour, published));
-    item.append(swatch, `${network}, ${regime}${published ? " (published)" : ""}`);
+    item.append(swatch, `${record || network}, ${regime}${published ? " (published)" : ""}`);
     legend.append(item);
   }
   figure.replaceChildren(plot, legend);

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,16 @@ class Result:
             ),
             record=record,
         )
+
+    @property
+    def stem(self) -> str:
+        """The name of its file without the seed: "msdnet" for cifar10/msdnet-0 and cifar10/msdnet-seed0."""
+        return re.sub(r"-(seed)?\d+$", "", self.name.rpartition("/")[2])
+
+    @property
+    def folder(self) -> str:
+        """Where its file is, below the folder of all: "cifar10", or "." at the top."""
+        return self.name.rpartition("/")[0] or "."
 
     @property
     def about(self) -> About:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
@@ -22,7 +23,8 @@ class Row:
     `top1` is the mean and `std` the standard deviation (None for one) over `n` trainings that differ in their
     seed; published ones have no `n`. Rows of one `curve` share a colour, and `kind` says how they are drawn:
     an "exit" is joined to the one before, "front" is a policy that is drawn but not in the table, "point"
-    stands alone. The `way` of a front is the record that it is of.
+    stands alone. The `way` of a front is the record that it is of. `record` is the name that the records of
+    a curve share, and `origin` their folder, or "published".
     """
 
     curve: str
@@ -39,8 +41,14 @@ class Row:
     n: int | None = None
     ms: float | None = None
     images_per_s: float | None = None
-    published: bool = False
+    record: str = ""
+    origin: str = "published"
     url: str = ""
+
+    @property
+    def published(self) -> bool:
+        """If a paper says so."""
+        return self.origin == "published"
 
 
 def family_of(network: str) -> str:
@@ -55,7 +63,7 @@ def family_of(network: str) -> str:
 
 
 def measured_rows(results: Sequence[Result]) -> Iterator[Row]:
-    """The exits and fronts of every setting, and every way that a record has timed."""
+    """The exits of every setting, the front of its first record, and every way that a record has timed."""
     for i, group in enumerate(by_setting(results).values()):
         first = group[0]
         about = _about(first) | {"curve": f"measured {i}"}
@@ -66,17 +74,17 @@ def measured_rows(results: Sequence[Result]) -> Iterator[Row]:
             std = spread.std if spread.n > 1 else None
             shown = {"way": f"exit {k}", "macs": column[0].macs / 1e6, "top1": spread.mean}
             yield Row(**about, **shown, kind="exit", std=std, n=spread.n, source=source)
-        for one in group:
-            for point in one.front:
-                shown = {"way": one.name, "macs": point.macs / 1e6, "top1": 100 * point.accuracy}
-                yield Row(**about, **shown, kind="front", source=source)
+        for point in first.front:
+            shown = {"way": first.name, "macs": point.macs / 1e6, "top1": 100 * point.accuracy}
+            yield Row(**about, **shown, kind="front", source=source)
         for one in (one for one in results if one.setting == first.setting):
             yield from _timed_rows(one, about)
 
 
 def _about(one: Result) -> dict[str, str]:
     name, data_set = one.about.network, one.about.data_set
-    return {"family": family_of(name), "network": name, "regime": one.regime, "data_set": data_set}
+    about = {"family": family_of(name), "network": name, "regime": one.regime, "data_set": data_set}
+    return about | {"record": one.stem, "origin": one.folder}
 
 
 def _timed_rows(one: Result, about: dict[str, str]) -> Iterator[Row]:
@@ -110,7 +118,6 @@ def published_rows(papers: Sequence[Paper]) -> Iterator[Row]:
                     macs=point.macs_m,
                     top1=point.top1,
                     ms=point.latency_ms,
-                    published=True,
                 )
 
 
@@ -125,10 +132,17 @@ def page_of(results: Sequence[Result], papers: Sequence[Paper]) -> str:
     environment = Environment(
         loader=FileSystemLoader([HERE, STYLES]), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    shown = first_shown(rows)
+    data = [compact(row) for row in rows]
+    listed = [(i, row) for i, row in enumerate(rows) if row.kind != "front"]
     return environment.get_template("results.html").render(
-        rows=rows, data=[asdict(row) for row in rows], records=len(results), papers=papers, shown=shown
+        rows=listed, data=data, records=len(results), papers=papers, shown=first_shown(rows)
     )
+
+
+def compact(row: Row) -> dict[str, Any]:
+    """A row without what it lacks, its numbers to six digits."""
+    values = {key: value for key, value in asdict(row).items() if value not in (None, "")}
+    return {key: float(f"{one:.6g}") if isinstance(one, float) else one for key, one in values.items()}
 
 
 def first_shown(rows: Sequence[Row]) -> str:

@@ -70,11 +70,6 @@ def index_of(results: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def stem(one: Result) -> str:
-    """The name of a record's file without its seed."""
-    return re.sub(r"-(seed)?\d+$", "", one.name.rpartition("/")[2])
-
-
 def named(group: Sequence[Result]) -> list[str]:
     """What the first columns of a row say: the network and how its exits were trained."""
     return [f"`{group[0].about.network}`", group[0].regime]
@@ -97,7 +92,7 @@ def exits_table(results: Sequence[Result]) -> str:
 
 def curves_table(results: Sequence[Result]) -> str:
     """Area below the curve and accuracy within three budgets, with p against the first setting."""
-    groups = [Group(stem(found[0]), found) for found in by_setting(results).values()]
+    groups = [Group(found[0].stem, found) for found in by_setting(results).values()]
     heads, rows = comparison(groups)
     return markdown(["record", *heads[1:]], rows)
 
@@ -114,7 +109,7 @@ def speed_table(results: Sequence[Result]) -> str:
                 f"{way.images_per_s:,.0f}",
                 latency,
             )
-            rows.append([stem(one), way.policy, *figures])
+            rows.append([one.stem, way.policy, *figures])
     heads = ["record", "way to answer", "MACs, M", "top-1, %", "images/s", "p50 of one image, ms"]
     return markdown(heads, rows)
 

@@ -70,11 +70,6 @@ def index_of(results: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def named(group: Sequence[Result]) -> list[str]:
-    """What the first columns of a row say: the network and how its exits were trained."""
-    return [f"`{group[0].about.network}`", group[0].regime]
-
-
 def exits_table(results: Sequence[Result]) -> str:
     """Cost and accuracy of every exit, a row per setting."""
     groups = by_setting(results).values()
@@ -86,8 +81,9 @@ def exits_table(results: Sequence[Result]) -> str:
             f"{Spread.of([one.accuracy for one in column]).text(100)} at {column[0].macs / 1e6:.2f} M"
             for column in columns
         ]
-        rows.append([*named(group), *cells, *["–"] * (count - len(cells))])
-    return markdown(["network", "regime", *(f"exit {k}, %" for k in range(count))], rows)
+        about = (group[0].stem, f"`{group[0].about.network}`", group[0].regime)
+        rows.append([*about, *cells, *["–"] * (count - len(cells))])
+    return markdown(["record", "network", "regime", *(f"exit {k}, %" for k in range(count))], rows)
 
 
 def curves_table(results: Sequence[Result]) -> str:

@@ -60,7 +60,10 @@ def test_an_index_and_blocks_are_written(folders, script, capsys):
         ("b-0", "0", "0.7"),
     ]
     text = (docs / "x.md").read_text()
-    assert "| `msdnet` | joint | 25.00 ± 0.00 (n = 2) at 1.00 M | 85.00 ± 7.07 (n = 2) at 16.00 M |\n" in text
+    assert (
+        "| a | `msdnet` | joint | 25.00 ± 0.00 (n = 2) at 1.00 M | 85.00 ± 7.07 (n = 2) at 16.00 M |\n"
+        in text
+    )
     assert text.startswith("# Title\n") and text.endswith("The end.\n") and "ranet" not in text
 
 

@@ -21,6 +21,6 @@ shift 3
 [ $((128 % processes)) = 0 ] || fail "PROCESSES=$processes does not divide 128"
 exec python "$root/scripts/launch.py" --nproc_per_node="$processes" "$root/main_earlyExit.py" \
     --model "$model" --data_set "$data_set" --data_path "$DATA" --output_dir "$out" \
-    --epochs 6 --batch_size $((128 / processes)) --opt muon --lr 0.01 --weight_decay 5e-4 --filter_bias_and_bn false \
-    --warmup_epochs 1.2 --min_lr 0 --smoothing 0 --mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 \
+    --epochs 5 --batch_size $((128 / processes)) --opt muon --lr 0.01 --weight_decay 5e-4 --filter_bias_and_bn false \
+    --warmup_epochs 1 --min_lr 0 --smoothing 0 --mixup 0 --cutmix 0 --aa none --color_jitter 0 --reprob 0 \
     --device_data true --use_amp true --amp_dtype bf16 --channels_last true "$@"

@@ -1,7 +1,7 @@
 """Settings compared with each other: area below the curve and accuracy within budgets, with significance."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from scipy.stats import ttest_ind
@@ -51,13 +51,13 @@ def measures_of(groups: Sequence[Group]) -> dict[str, Measure]:
     return found
 
 
-def holm(chances: Mapping[str, float]) -> dict[str, float]:
+def holm(chances: Sequence[float]) -> list[float]:
     """p values corrected for their number (Holm, 1979); those that are nan stay so and do not count."""
-    known = sorted((p, name) for name, p in chances.items() if not math.isnan(p))
-    corrected, largest = dict(chances), 0.0
-    for rank, (p, name) in enumerate(known):
+    known = sorted((p, i) for i, p in enumerate(chances) if not math.isnan(p))
+    corrected, largest = [*chances], 0.0
+    for rank, (p, i) in enumerate(known):
         largest = max(largest, min(1.0, (len(known) - rank) * p))
-        corrected[name] = largest
+        corrected[i] = largest
     return corrected
 
 
@@ -86,19 +86,18 @@ def comparison(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     That is by the area, or if the first has none by the accuracy within the largest cost at which it has one.
     """
     measures = measures_of(groups)
-    values = {
-        group.title: {name: [*map(measure, group.results)] for name, measure in measures.items()}
-        for group in groups
-    }
-    first, *others = (group.title for group in groups)
+    values = [
+        {name: [*map(measure, group.results)] for name, measure in measures.items()} for group in groups
+    ]
+    first, *others = values
     names = list(measures)
     preferred = names[1:2] + names[::-1]
-    judged = next(name for name in preferred if not any(map(math.isnan, values[first][name])))
-    chances = holm({title: welch(values[title][judged], values[first][judged]) for title in others})
-    heads = ["", *measures, f"p against {first}: {judged.partition(',')[0]}"]
+    judged = next(name for name in preferred if not any(map(math.isnan, first[name])))
+    chances = [math.nan, *holm([welch(one[judged], first[judged]) for one in others])]
+    heads = ["", *measures, f"p against {groups[0].title}: {judged.partition(',')[0]}"]
     rows = [
-        [title, *map(shown, found.values()), significance(chances.get(title, math.nan))]
-        for title, found in values.items()
+        [group.title, *map(shown, found.values()), significance(chance)]
+        for group, found, chance in zip(groups, values, chances, strict=True)
     ]
     return heads, rows
 

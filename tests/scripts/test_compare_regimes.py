@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from adaptive.policy import Policy
 from experiment.checks import check
 from experiment.procedures import training_recipe
 from experiment.recipe import GROUPS, read_command
@@ -91,6 +90,9 @@ def test_a_row_is_trained_and_evaluated(tmp_path, script, parts, toy, forked, ca
     assert f"| half | {plan.seconds:.0f} | " in text and f" | {accuracy} | " in text
 
 
+TIMED = {"p50_ms": 1.0, "macs": 6e6, "accuracy": 0.5}
+
+
 class Runs:
     """Stands for `subprocess`: leaves a record with another accuracy for every seed; `failing` ones fail."""
 
@@ -123,9 +125,13 @@ class Runs:
             row["acc1"] = 0.3 + better
         accuracy = {"value": 0.5 + better}
         content["front"] = [{"policy": content["policies"][0], "accuracy": accuracy, "macs": 6e6}]
-        if value(words, "--mode") == "runtime":
-            Policy.load(value(words, "--policy"))
-            content["runtime"] = {"table": [{"policy": "it, throughput order", "images_per_s": 77.0}]}
+        content.pop("runtime", None)
+        if value(words, "--mode") == "all":
+            assert int(value(words, "--budget")) - content["policies"][0]["macs"] < 1
+            content["runtime"] = {
+                "num_images": 2,
+                "table": [TIMED | {"policy": "it, throughput order", "images_per_s": 77.0}],
+            }
         (folder / "record.json").write_text(json.dumps(content))
 
 

@@ -81,16 +81,21 @@ def test_curves_are_compared_with_the_first(folders, script):
 def test_timed_ways_are_a_table(folders, script):
     (words, results, docs), main = folders, script("results").main
     way = {"images_per_s": 2021.4, "p50_ms": None, "macs": 3e6, "accuracy": 0.5}
-    timed = {
-        "num_images": 8,
-        "table": [way | {"policy": "static"}, way | {"policy": "row 1", "p50_ms": 0.755}],
-    }
+    names = [
+        "all exits",
+        "exit 0 alone",
+        "exit 1 alone",
+        "drop 1 %, throughput order",
+        "drop 1 %, latency order",
+    ]
+    timed = {"num_images": 8, "table": [way | {"policy": name} for name in names]}
     (results / "b-0.json").write_text(json.dumps(record("ranet", 0, 0.7) | {"runtime": timed}))
     (docs / "x.md").write_text(BLOCK.format("speed", "*"))
     assert main(words) == 0
-    assert (docs / "x.md").read_text().splitlines()[6:8] == [
-        "| b | static | 3.00 | 50.00 | 2,021 | – |",
-        "| b | row 1 | 3.00 | 50.00 | 2,021 | 0.76 |",
+    assert (docs / "x.md").read_text().splitlines()[6:9] == [
+        "| b | exit 1 alone | 3.00 | 50.00 | 2,021 |",
+        "| b | drop 1 %, throughput order | 3.00 | 50.00 | 2,021 |",
+        "",
     ]
 
 

@@ -87,8 +87,7 @@ class Classifier:
             fit = fit_to(network, read_weights(recipe.start, network))
             network.load_state_dict(fit.weights)
             self.say(fit.line(recipe.start.finetune))
-        network = self.compute.place(network)
-        return arch, network
+        return arch, self.compute.place(network)
 
     def _update(self) -> Update:
         """Optimizer, schedules and moving average; `steps` are the optimizer steps of an epoch."""
@@ -248,8 +247,9 @@ class Classifier:
 
     def tell(self, record: dict[str, Any]) -> None:
         """Logs and prints an epoch."""
-        wanted = ("calib", "test", "best")
-        self.judged = {name: value for name, value in record.items() if name.startswith(wanted)}
+        self.judged = {
+            name: value for name, value in record.items() if name.startswith(("calib", "test", "best"))
+        }
         self.logger.add({**self.judged, "seconds": record["seconds"]}, self.update.step)
         print(epoch_line(record, self.recipe.optimization.epochs))
 

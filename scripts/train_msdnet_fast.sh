@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# MSDNet (https://arxiv.org/abs/1703.09844) on CIFAR-10 or CIFAR-100 in few epochs, with what of fast programs for CIFAR
-# (https://arxiv.org/abs/2404.00498) pays here: Muon, a triangle of learning rates, images on the device, a start on smaller
-# images, label smoothing, bf16 and channels-last. Their alternating flips do not: docs/train.md.
+# MSDNet (https://arxiv.org/abs/1703.09844) on CIFAR-10 or CIFAR-100 in few epochs, as fast programs for CIFAR do it
+# (https://arxiv.org/abs/2404.00498): Muon, bf16 and channels-last, which pay here; a triangle of learning rates, a start on
+# smaller images and label smoothing, which together may (not significant); no alternating flips: docs/train.md.
 #
 #   DATA=/path/to/torchvision/data bash scripts/train_msdnet_fast.sh CIFAR10 msdnet_cifar_lin5 runs/msdnet_fast
 #

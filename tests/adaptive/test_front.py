@@ -14,7 +14,7 @@ COSTS = StageCosts(trunks=(1e6, 2e6), heads=(1e5, 1e5), before=((), (0,)), fixed
 
 
 @pytest.fixture(scope="module")
-def test_tables():
+def tables_of_test():
     torch.manual_seed(0)
     targets = torch.randint(5, (400,))
     shifts = torch.nn.functional.one_hot(targets, 5)
@@ -26,12 +26,12 @@ def policies(count):
     return [Policy((float(limit), EVERYBODY), name=f"{limit:.3f}", accuracy=0.5) for limit in limits]
 
 
-def test_a_row_is_what_the_policy_does_to_test_images(test_tables):
+def test_a_row_is_what_the_policy_does_to_test_images(tables_of_test):
     alone = Policy((NOBODY, EVERYBODY), off=(0,))
-    rows = front_rows([*policies(5), alone], test_tables, COSTS, lambda policy: f"deploy {policy.name}")
+    rows = front_rows([*policies(5), alone], tables_of_test, COSTS, lambda policy: f"deploy {policy.name}")
     assert [row.macs for row in rows] == sorted(row.macs for row in rows) and len(rows) == 6
     for row in rows:
-        point = row.policy.simulate(test_tables, COSTS)
+        point = row.policy.simulate(tables_of_test, COSTS)
         assert (row.macs, row.shares) == (point.macs, point.shares)
         assert row.accuracy.value == pytest.approx(point.accuracy)
         assert row.accuracy.low < point.accuracy < row.accuracy.high
@@ -40,12 +40,12 @@ def test_a_row_is_what_the_policy_does_to_test_images(test_tables):
     assert off.macs == 3.1e6  # without the head that is off
 
 
-def test_a_long_front_is_thinned_but_not_of_the_policy_to_keep(test_tables):
+def test_a_long_front_is_thinned_but_not_of_the_policy_to_keep(tables_of_test):
     many = policies(300)
     keep = replace(many[101], model_hash="known by now")
     assert not decide_alike(many[100], keep) and decide_alike(many[101], keep)
-    rows = front_rows(many, test_tables, COSTS, str, keep=keep)
-    costs = [policy.simulate(test_tables, COSTS).macs for policy in many]
+    rows = front_rows(many, tables_of_test, COSTS, str, keep=keep)
+    costs = [policy.simulate(tables_of_test, COSTS).macs for policy in many]
     assert len(rows) in (MOST, MOST + 1)
     assert (rows[0].macs, rows[-1].macs) == (min(costs), max(costs))
     assert any(row.policy is many[101] for row in rows)

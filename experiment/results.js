@@ -1,7 +1,8 @@
 "use strict";
-// Rows as experiment/results_page.py writes them. All of their text reaches the page as text, never as HTML.
-const LACKS = { std: null, n: null, ms: null, images_per_s: null, record: "", url: "" };
-const rows = JSON.parse(document.getElementById("data").textContent).map((row) => ({ ...LACKS, ...row }));
+// Rows as experiment/results_page.py writes them: each with what differs from the row before. All of their text reaches
+// the page as text, never as HTML.
+const rows = [];
+for (const changed of JSON.parse(document.getElementById("data").textContent)) rows.push({ ...rows.at(-1), ...changed });
 for (const row of rows) row.published = row.origin === "published";
 const SHOWN = {{ shown | tojson }};
 const WIDTH = 560, HEIGHT = 340, LEFT = 46, RIGHT = 12, TOP = 10, BOTTOM = 40;

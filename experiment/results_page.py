@@ -132,17 +132,24 @@ def page_of(results: Sequence[Result], papers: Sequence[Paper]) -> str:
     environment = Environment(
         loader=FileSystemLoader([HERE, STYLES]), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    data = [compact(row) for row in rows]
+    data = list(changes(rows))
     listed = [(i, row) for i, row in enumerate(rows) if row.kind != "front"]
     return environment.get_template("results.html").render(
         rows=listed, data=data, records=len(results), papers=papers, shown=first_shown(rows)
     )
 
 
-def compact(row: Row) -> dict[str, Any]:
-    """A row without what it lacks, its numbers to six digits."""
-    values = {key: value for key, value in asdict(row).items() if value not in (None, "")}
-    return {key: float(f"{one:.6g}") if isinstance(one, float) else one for key, one in values.items()}
+def changes(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Of every row what differs from the one before, which keeps the page small; numbers to six digits."""
+    before: dict[str, Any] = {}
+    for row in rows:
+        digits = {key: _six_digits(value) for key, value in asdict(row).items()}
+        yield {key: value for key, value in digits.items() if key not in before or before[key] != value}
+        before = digits
+
+
+def _six_digits(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def first_shown(rows: Sequence[Row]) -> str:

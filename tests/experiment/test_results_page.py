@@ -4,13 +4,14 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 
 from experiment.published_points import read_published
 from experiment.results import Result
-from experiment.results_page import family_of, first_shown, measured_rows, page_of, published_rows
+from experiment.results_page import changes, family_of, first_shown, measured_rows, page_of, published_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -127,6 +128,21 @@ class Tags(HTMLParser):
         self.attributes |= {name for name, _ in attrs}
 
 
+def test_the_data_say_only_what_changes(results, papers):
+    rows = [*measured_rows(results), *published_rows(papers)]
+    found = list(accumulate(changes(rows), lambda before, changed: before | changed))
+    assert [row["top1"] for row in found] == pytest.approx([row.top1 for row in rows], rel=1e-5)
+    assert [(row["curve"], row["way"], row["n"]) for row in found] == [
+        (row.curve, row.way, row.n) for row in rows
+    ]
+    lines = list(zip(rows, changes(rows), strict=True))[1:]
+    assert all(
+        changed.keys() <= {"macs", "top1", "kind", "way", "std", "n"}
+        for row, changed in lines
+        if row.kind == "front"
+    )
+
+
 def test_the_page_loads_nothing_and_its_data_are_text(results, papers):
     page, found = page_of(results, papers), Tags()
     found.feed(page)
@@ -136,7 +152,7 @@ def test_the_page_loads_nothing_and_its_data_are_text(results, papers):
     ]
     assert not re.search(r"@import|url\(|fetch\(|innerHTML", page)
     (data,) = re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)
-    assert EVIL in {row["way"] for row in json.loads(data)} and "NaN" not in data
+    assert EVIL in {row.get("way") for row in json.loads(data)} and "NaN" not in data
     assert page == page_of(results, papers)
 
 

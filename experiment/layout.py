@@ -98,11 +98,33 @@ class Timed(Part):
     accuracy: Fraction
 
 
+class Gain(Part):
+    """How many times the images/s of the last exit alone a chosen policy has."""
+
+    point: Text
+    speedup: Positive
+
+
 class Runtime(Part):
     """What was timed, on so many test images."""
 
     num_images: Count
     table: list[Timed]
+    points: list[Gain] = []
+
+
+class Cost(Part):
+    """An estimate; its interval is not read."""
+
+    value: Positive
+
+
+class Chosen(Part):
+    """A chosen policy on all test images."""
+
+    name: Text
+    accuracy: Accuracy
+    macs: Cost
 
 
 def ascending(exits: list[Exit]) -> list[Exit]:
@@ -122,6 +144,8 @@ class RecordFile(Part):
     anytime: Annotated[list[Exit], Field(min_length=1), AfterValidator(ascending)]
     dynamic: list[Setting] = []
     front: list[FrontRow] = []
+    headline: Chosen | None = None
+    headlines: list[Chosen] = []
     runtime: Runtime | None = None
 
 

@@ -78,25 +78,21 @@ def test_curves_are_compared_with_the_first(folders, script):
     assert "| 25.00 ± 0.00 (n = 2) | 50.00 ± 0.00 (n = 2) | 50.00 ± 0.00 (n = 2) | – |" in lines[7]
 
 
-def test_timed_ways_are_a_table(folders, script):
+def test_the_speed_of_chosen_policies_is_a_table(folders, script, error_of):
     (words, results, docs), main = folders, script("results").main
     way = {"images_per_s": 2021.4, "p50_ms": None, "macs": 3e6, "accuracy": 0.5}
-    names = [
-        "all exits",
-        "exit 0 alone",
-        "exit 1 alone",
-        "drop 1 %, throughput order",
-        "drop 1 %, latency order",
-    ]
+    names = "all exits", "exit 1 alone", "drop 1 %, throughput order", "drop 1 %, latency order"
     timed = {"num_images": 8, "table": [way | {"policy": name} for name in names]}
-    (results / "b-0.json").write_text(json.dumps(record("ranet", 0, 0.7) | {"runtime": timed}))
+    timed["points"] = [{"point": "drop 1 %", "speedup": 2.114}]
+    chosen = {"name": "drop 1 %", "accuracy": {"value": 0.6}, "macs": {"value": 2e6}}
+    content = record("ranet", 0, 0.7) | {"runtime": timed, "headline": chosen}
+    (results / "b-0.json").write_text(json.dumps(content))
     (docs / "x.md").write_text(BLOCK.format("speed", "*"))
     assert main(words) == 0
-    assert (docs / "x.md").read_text().splitlines()[6:9] == [
-        "| b | exit 1 alone | 3.00 | 50.00 | 2,021 |",
-        "| b | drop 1 %, throughput order | 3.00 | 50.00 | 2,021 |",
-        "",
-    ]
+    row = "| b | drop 1 % | 60.00 | 2.00 | 2,021 | 2.11 |"
+    assert (docs / "x.md").read_text().splitlines()[6:8] == [row, ""]
+    (results / "b-0.json").write_text(json.dumps(content | {"headline": chosen | {"name": "budget 9 M"}}))
+    assert error_of(main, *words) == "b-0: drop 1 % was timed, but is no chosen policy with images/s"
 
 
 def test_mistakes_are_one_line(folders, script, error_of):

@@ -110,8 +110,11 @@ class Matrix:
         return json.loads((self.out / "records" / f"{name}.json").read_text(encoding="utf-8"))
 
     def wall(self, name: str, seed: int) -> float:
-        """The seconds that a run's epochs took."""
-        lines = (self.folder(name, seed) / "log.txt").read_text(encoding="utf-8").splitlines()
+        """The seconds that a run's epochs took; nan where the record alone has been kept."""
+        log = self.folder(name, seed) / "log.txt"
+        if not log.exists():
+            return math.nan
+        lines = log.read_text(encoding="utf-8").splitlines()
         return sum(json.loads(line)["seconds"] for line in lines)
 
     def outcomes(self, rows: Sequence[Row]) -> list[Outcome]:

@@ -27,7 +27,7 @@ GUARD = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 def report(name: str, run: Future) -> None:
     """Says how a run has ended."""
     if not run.cancelled():
-        print(f"{name}: {run.exception() or 'done'}", flush=True)
+        print(f"{name}: {run.exception() or 'done'}\n", end="", flush=True)  # at once: threads print
 
 
 class Matrix:

@@ -12,6 +12,8 @@ from experiment.recipe import words_of
 from utils import Runtime, UserError
 
 PARTS = {"share", "teacher", "members"}  # of a row, beside flags
+PLANNED = {"seed", "epochs", "epoch_images", "warmup_epochs", "output_dir", "disable_eval", "kd_teacher"}
+ROUNDED = 1e-3  # of shares, three of which are 0.3333
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,31 @@ def read_rows(path: Path) -> list[Row]:
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"rows {path}: expected common: and families: of rows; {said}") from error
-    above = set()
+    above: dict[str, Row] = {}
     for row in listed:
-        lacking = [name for name in row.needs if name not in above]
-        if lacking:
-            raise UserError(f"rows {path}: {row.name} needs {lacking[0]}, which no row above is named")
-        above.add(row.name)
+        mistake = _mistake(row, above)
+        if mistake:
+            raise UserError(f"rows {path}: {row.name} {mistake}")
+        above[row.name] = row
     return listed
+
+
+def _mistake(row: Row, above: Mapping[str, Row]) -> str:
+    """Why a row below these cannot be trained within the budget; nothing if it can."""
+    for name in map(str, row.needs):
+        if name not in above:
+            return f"needs {name}, which no row above is named"
+        if above[name].needs:
+            return f"needs {name}, which needs other rows itself"
+    fixed = sorted(PLANNED & set(row.flags))
+    if fixed:
+        return f"has {fixed[0]}, which comparing sets"
+    shares = [*([] if row.members else [row.share]), *(above[name].share for name in row.needs)]
+    if not all(isinstance(share, int | float) and 0 < share <= 1 for share in shares):
+        return f"has share {row.share}, accepted: a number above 0, up to 1"
+    if row.needs and abs(sum(shares) - 1) > ROUNDED:
+        return f"gets {sum(shares):g} of the budget with what it needs, accepted: 1"
+    return ""
 
 
 def _row(family: str, title: str, common: Mapping[str, Any], given: Mapping[str, Any]) -> Row:
@@ -96,7 +116,7 @@ def plan_of(row: Row, seconds: float, image_seconds: float, num_train: int) -> P
     """
     batch_size = row.flags.get("batch_size", Runtime.batch_size)
     images = row.share * seconds / image_seconds
-    epochs = 2 * math.ceil(images / num_train / 2)
+    epochs = 2 * max(1, math.ceil(images / num_train / 2))
     steps = min(max(1, round(images / epochs / batch_size)), num_train // batch_size)
     return Plan(epochs, steps * batch_size, epochs * steps * batch_size * image_seconds)
 

@@ -20,6 +20,7 @@ from experiment.results import read_results
 from utils import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
+PLACE = ["--device", "cpu", "--num_workers", "0"]  # of evaluations
 # util-linux's, before a command: it is stopped, and saves, when the script dies, however that is killed.
 GUARD = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 
@@ -50,8 +51,8 @@ class Matrix:
         """What is evaluated, as words of a command line."""
         if row.members:
             files = [f"weights={self.checkpoint(name, seed)}" for name in row.members]
-            return ["--model", "ebjr", "--networks", *files, *self.data, "--num_workers", "0"]
-        return ["--checkpoint", str(self.checkpoint(row.name, seed)), *self.data, "--num_workers", "0"]
+            return ["--model", "ebjr", "--networks", *files, *self.data, *PLACE]
+        return ["--checkpoint", str(self.checkpoint(row.name, seed)), *self.data, *PLACE]
 
     def call(self, script: str, words: Sequence[str], log: str) -> None:
         """Runs a script on one thread; what it prints goes to a file.
@@ -134,14 +135,16 @@ class Matrix:
     def speed(self, row: Row, seed: int, policy: Mapping[str, Any], images: int) -> dict[str, Any]:
         """The record of a row's network, with this policy of its front timed on test images.
 
-        It takes the place of the record without, which has the same figures otherwise.
+        It takes the place of the record without: it has the policy as another headline, and the same front,
+        exits and first headline.
         """
         name = f"{row.name}-seed{seed}"
         known = self.record(name)
-        if not known.get("runtime") or known["policies"][0]["macs"] != policy["macs"]:
+        timed = known.get("runtime", {"num_images": 0})
+        if timed["num_images"] != images or known["policies"][-1]["macs"] != policy["macs"]:
             folder = self.out / "speed" / name
             # The best of the front within what it costs is the policy itself.
-            words = ["--mode", "all", "--budget", str(math.ceil(policy["macs"]))]
+            words = ["--mode", "all", "--drop", "0", "--budget", str(math.ceil(policy["macs"]))]
             words += ["--runtime_images", str(images), "--output_dir", str(folder)]
             self.call("eval_dynamic.py", [*self.subject(row, seed), *words], f"{name}-speed")
             text = (folder / "record.json").read_text(encoding="utf-8")

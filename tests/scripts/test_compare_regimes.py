@@ -1,9 +1,11 @@
 """Rows are run with every seed, once, whatever happens in between; tables say what differs by more than chance."""
 
 import json
+import re
 import shutil
 import sys
 from concurrent.futures import Future
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from subprocess import STDOUT, CompletedProcess
@@ -13,21 +15,22 @@ import pytest
 
 from experiment.checks import check
 from experiment.procedures import training_recipe
-from experiment.recipe import GROUPS, read_command
+from experiment.recipe import GROUPS, Recipe, read_command
 from experiment.results import read_results
 
 TOY = """
-common: {batch_size: 8, lr: 0.05, warmup_epochs: 0, mixup: 0, cutmix: 0, aa: none, color_jitter: 0, reprob: 0,
+common: {batch_size: 8, lr: 0.05, mixup: 0, cutmix: 0, aa: none, color_jitter: 0, reprob: 0,
   device_data: true, num_workers: 0, save_ckpt_num: 0, device: cpu, num_calib: 40}
 small: &small {model: msdnet, nBlocks: 2, nChannels: 4, growthRate: 4}
 families:
   parts:
     half: {<<: *small, share: 0.5}
+    other: {<<: *small, share: 0.5, growthRate: 6}
   toy:
     joint: {<<: *small}
     taught: {<<: *small, teacher: parts-half, share: 0.5}
   pairs:
-    pair: {members: [parts-half, toy-joint]}
+    pair: {members: [parts-half, parts-other]}
 """
 
 
@@ -77,7 +80,7 @@ def test_a_row_is_trained_and_evaluated(tmp_path, script, parts, toy, forked, ca
     monkeypatch.setattr(parts.runs, "subprocess", SimpleNamespace(run=run, STDOUT=STDOUT))
     monkeypatch.setattr(parts.runs, "ThreadPoolExecutor", AtOnce)
     words = ["--out", str(tmp_path), "--rows", str(toy), "--seconds", "0.3", "--steps", "1", "--rounds", "1"]
-    assert script("compare_regimes").main([*words, "--seeds", "3", "--only", "parts"]) == 0
+    assert script("compare_regimes").main([*words, "--seeds", "3", "--only", "parts-half"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("row          ms/image   images/s   epochs   images in each     s\nparts-half")
     (one,) = read_results(tmp_path / "records")
@@ -125,12 +128,16 @@ class Runs:
         for row in content["anytime"]:
             row["acc1"] = 0.3 + better
         accuracy = {"value": 0.5 + better}
-        content["front"] = [{"policy": content["policies"][0], "accuracy": accuracy, "macs": 6e6}]
+        policy = content["policies"][0] | {"accuracy": 0.8 - 0.1 * ("taught" in folder.name)}
+        content["front"] = [{"policy": policy, "accuracy": accuracy, "macs": 6e6}]
         content.pop("runtime", None)
         if value(words, "--mode") == "all":
-            assert int(value(words, "--budget")) - content["policies"][0]["macs"] < 1
+            assert value(words, "--drop") == "0"
+            assert int(value(words, "--budget")) - policy["macs"] < 1
+            content["policies"] = [policy | {"macs": 9e6}, policy]
+            content["headlines"] = [content["headline"], content["headline"] | {"name": "it"}]
             content["runtime"] = {
-                "num_images": 2,
+                "num_images": int(value(words, "--runtime_images")),
                 "table": [TIMED | {"policy": "it, throughput order", "images_per_s": 77.0}],
             }
         (folder / "record.json").write_text(json.dumps(content))
@@ -155,30 +162,75 @@ def test_a_matrix_is_resumed_and_a_run_that_fails_is_named(
         "2",
     ]
     words += ["--steps", "1", "--rounds", "1"]
-    runs.failing = {"toy-joint-seed1"}
+    runs.failing = {"parts-other-seed1"}
     assert compare.main(words) == 1
     text = capsys.readouterr().out
-    assert "\n2 runs failed\ntoy-joint, seed 1: main_earlyExit.py ended with 1: error: no luck; " in text
+    assert "\n2 runs failed\nparts-other, seed 1: main_earlyExit.py ended with 1: error: no luck; " in text
     assert "\npairs-pair, seed 1: a row that it needs has failed\n" in text
     assert "\n| joint | 0 | 2 | " in text and "\n| taught | 0 | 4 | " in text and "(n = 2)" in text
-    records = sorted(path.stem for path in (tmp_path / "records").iterdir())
-    assert len(records) == 6 and not {"toy-joint-seed1", "pairs-pair-seed1"} & set(records)
+    records = {path.stem for path in (tmp_path / "records").iterdir()}
+    assert len(records) == 8 and not {"parts-other-seed1", "pairs-pair-seed1"} & records
     timed = (tmp_path / "steps.json").read_text()
     runs.failing, runs.calls[:] = set(), []
     (tmp_path / "records" / "toy-taught-seed0.json").unlink()
     assert compare.main([*words, "--speed", "true"]) == 0
-    left = {"toy-taught-seed0", "toy-joint-seed1"}
+    left = {"toy-taught-seed0", "parts-other-seed1"}
     assert {run for name, run in runs.calls if name == "main_earlyExit"} == left
-    fast = [("eval_dynamic", f"{name}-seed1") for name in ("toy-joint", "pairs-pair")]
-    assert [runs.calls.count(one) for one in fast] == [2, 2] and len(
-        runs.calls
-    ) == 4 + 1 + 3  # parts of others are not compared
+    # Parts of others are not compared, and what is not as accurate is not timed.
+    fast = [("eval_dynamic", f"{name}-seed0") for name in ("toy-joint", "pairs-pair")]
+    assert runs.calls[-2:] == fast and len(runs.calls) == 2 + 3 + 2
     text = capsys.readouterr().out
-    assert text.endswith("0 runs failed\n") and text.count("77") >= 3
+    assert text.endswith("0 runs failed\n") and text.count("77") == 2
+    assert re.search(r"\ntaught +not reached ", text) and "toy, seed 0: at 79.00 % of held-out" in text
     assert (tmp_path / "steps.json").read_text() == timed
+    assert compare.main([*words, "--speed", "true"]) == 0 and len(runs.calls) == 7
     shutil.rmtree(tmp_path / "runs")  # the tables need records alone
-    assert compare.main(words) == 0
+    for seed in (0, 1):
+        (tmp_path / "records" / f"pairs-pair-seed{seed}.json").unlink()
+    capsys.readouterr()
+    assert compare.main([*words, "--only", "toy"]) == 0
     assert "\n| joint | 0 | – | " in capsys.readouterr().out
+
+
+def test_rows_without_their_first_have_no_table(tmp_path, script, parts, toy, evaluated, capsys, monkeypatch):
+    runs = Runs(evaluated / "record.json")
+    monkeypatch.setattr(parts.runs, "subprocess", runs)
+    runs.failing = {"toy-joint-seed0"}
+    words = ["--out", tmp_path, "--rows", toy, "--seconds", 0.3, "--seeds", 0, "--steps", 1, "--rounds", 1]
+    assert script("compare_regimes").main([*map(str, words), "--only", "toy"]) == 1
+    text = capsys.readouterr().out
+    assert text.endswith("\nno table of toy: joint, its first row, has no record\n") and "|" not in text
+
+
+def test_rows_that_have_changed_are_refused(tmp_path, script, parts, toy, error_of):
+    rows = parts.rows.read_rows(toy)
+    known = {"half": {"family": "parts"}}
+    (tmp_path / "steps.json").write_text(json.dumps({"rows": {rows[0].name: known}}))
+    said = error_of(script("compare_regimes").main, "--out", tmp_path, "--rows", toy)
+    assert said == f"--out {tmp_path} was begun with another parts-half; take a new folder"
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (
+            {"l2w": True, "meta_interval": 2},
+            "--steps 3: accepted for row toy-a: multiples of meta_interval 2",
+        ),
+        ({"low_size": 24}, "row toy-a has a phase of 0.4 of the epochs, accepted: 0.5"),
+        (
+            {"regime": "mixed", "first_share": 0.25},
+            "row toy-a has a phase of 0.25 of the epochs, accepted: 0.5",
+        ),
+        ({"low_size": 24, "low_share": 0.5, "l2w": True, "meta_interval": 3}, ""),
+    ],
+)
+def test_only_what_two_epochs_show_is_timed(parts, flags, said):
+    row = parts.rows.Row("toy", "a", flags)
+    recipe = Recipe.of(read_command(list(GROUPS.values()), row.words).values)
+    expected = pytest.raises(ValueError, match=f"^{re.escape(said)}$") if said else nullcontext()
+    with expected:
+        parts.steps.check_timed(row.name, recipe, 3)
 
 
 def test_another_budget_in_the_same_folder_is_refused(tmp_path, script, toy, error_of):
@@ -193,13 +245,11 @@ def test_the_rows_of_a_matrix_can_be_trained(script, parts, file):
     for row in rows:
         if not row.members:
             teacher = ["--kd_teacher", "it.pth"] if row.teacher else []
-            check(training_recipe(read_command(list(GROUPS.values()), [*row.words, *teacher])))
-    shares = {row.name: row.share for row in rows}
-    for row in rows:  # every row costs the whole budget
-        own = 0 if row.members else row.share
-        assert row.family == "parts" or own + sum(shares[name] for name in row.needs) == pytest.approx(
-            1, abs=1e-3
-        )
+            recipe = training_recipe(read_command(list(GROUPS.values()), [*row.words, *teacher]))
+            check(recipe)
+            parts.steps.check_timed(row.name, recipe, 3)
+    whole = {row.name for row in rows if row.family != "parts" and not row.needs}
+    assert all(row.share == 1 for row in rows if row.name in whole)
 
 
 @pytest.mark.parametrize("seconds", [0.1, 7.0, 100.0, 5000.0])
@@ -217,7 +267,8 @@ def test_a_plan_keeps_to_its_budget(parts, seconds, share):
 
 def test_rows_bring_what_they_need(parts, toy, tmp_path):
     rows = parts.rows.read_rows(toy)
-    assert [row.name for row in rows] == ["parts-half", "toy-joint", "toy-taught", "pairs-pair"]
+    names = ["parts-half", "parts-other", "toy-joint", "toy-taught", "pairs-pair"]
+    assert [row.name for row in rows] == names
     assert [row.name for row in parts.rows.chosen(rows, ["toy-taught"])] == ["parts-half", "toy-taught"]
     assert parts.rows.chosen(rows, []) == rows
     with pytest.raises(ValueError, match="^--only toi: accepted: families and rows, parts-half, "):
@@ -228,6 +279,17 @@ def test_rows_bring_what_they_need(parts, toy, tmp_path):
             TOY.replace("teacher: parts-half", "teacher: it"),
             "toy-taught needs it, which no row above is named",
         ),
+        (TOY.replace("teacher: parts-half", "teacher: [parts-half]"), r"toy-taught needs \['parts-half'\], "),
+        (TOY.replace("teacher: parts-half", "teacher: toy-joint"), "toy-taught gets 1.5 of the budget "),
+        (
+            TOY.replace("[parts-half, parts-other]", "[toy-taught]"),
+            "toy-taught, which needs other rows itself",
+        ),
+        (
+            TOY.replace("share: 0.5, growthRate", "share: 1/2, growthRate"),
+            "parts-other has share 1/2, accepted",
+        ),
+        (TOY.replace("device: cpu", "epochs: 3"), "parts-half has epochs, which comparing sets"),
         (TOY.replace("{<<: *small}", ""), "expected common: and families: of rows"),
         ("families: {}", "expected common: and families: of rows"),
         ("[", "expected common: and families: of rows"),

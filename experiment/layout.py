@@ -44,6 +44,9 @@ class Training(Part):
 
     seed: int = 0
     regime: Name | None = None
+    epochs: Count | None = None
+    epoch_images: Count | None = None
+    members: list["Training"] = []
 
 
 class Origin(Part):

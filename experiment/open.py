@@ -30,7 +30,8 @@ class Opened:
 
     `arch` (name, options, num_classes) is enough to build it again; `recipe` is how it was trained, as far as
     the file says, and `view` its preprocessing of images; `held_out` are the rows of its training set that it
-    never saw (None: not known); `weights` says which weights it has.
+    never saw (None: not known); `weights` says which weights it has. `members` are how the networks of a
+    cascade were trained.
     """
 
     network: MultiExitModel
@@ -41,6 +42,7 @@ class Opened:
     source: str
     weights: str
     class_names: tuple[str, ...]
+    members: tuple[Recipe, ...] = ()
 
     def transform(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
         """An image or several (PIL, of any size) as the network reads them: [N, 3, H, W]."""
@@ -229,6 +231,7 @@ def _cascade(files: CascadeFiles, weights: str, num_classes: int | None, view: V
         source="; ".join(one.source for one in opened),
         weights=" and ".join(kinds),
         class_names=_class_names(None, num_classes),
+        members=tuple(one.recipe for one in opened),
     )
 
 

@@ -23,7 +23,8 @@ class Origin:
     `model` is the SHA-256 of the weights; `test` and `calib` those of the labels of the images reported on
     and of those that thresholds were chosen on, in order ("" for none); `files` those of the data's files, by
     name. `training` and `evaluation` are the flags that differ from their defaults, and the seed; of a
-    checkpoint that does not say how it was trained, `training` has the default seed alone.
+    checkpoint that does not say how it was trained, `training` has the default seed alone. Of a cascade it is
+    what its networks have in common, and `members` those flags of each.
     """
 
     made: Made
@@ -38,6 +39,10 @@ class Origin:
 def origin_of(subject: Subject, seen: Seen) -> Origin:
     """Where the figures of this evaluation come from; reads data that are single files, to hash them."""
     data, calib = subject.recipe.data, seen.calib
+    opened = subject.opened
+    training = changed(opened.recipe.flags())
+    if opened.members:
+        training["members"] = [changed(one.flags()) for one in opened.members]
     origin = made(
         subject.compute.device,
         data_set=data.data_set,
@@ -51,7 +56,7 @@ def origin_of(subject: Subject, seen: Seen) -> Origin:
         test=content_hash({"test": seen.test.targets}),
         calib="" if calib is None else content_hash({f"{data.data_set}: {seen.origin}": calib.targets}),
         files=hashes_of(data),
-        training=changed(subject.opened.recipe.flags()),
+        training=training,
         evaluation=changed(subject.recipe.flags()) | dict(subject.recipe.options),
     )
 

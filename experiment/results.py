@@ -51,7 +51,7 @@ class Result:
         """From a record's content. Raises ValueError, which names the field, for what is none."""
         record = read_record(content)
         about, origin = content["provenance"], content["origin"]
-        training = {key: value for key, value in origin["training"].items() if key not in OWN}
+        training = shared_by_seeds(origin["training"])
         shared = {"network": about["network"], "options": about["options"], **training}
         evaluated = {key: about.get(key) for key in EVALUATED}
         return cls(
@@ -112,10 +112,19 @@ class Result:
         return sum(self.at(a) * math.log(b / a) for a, b in steps) / math.log(high / low)
 
 
+def shared_by_seeds(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a training, and of those of a cascade's members, that all of its seeds have."""
+    shared = {key: value for key, value in training.items() if key not in OWN}
+    return shared | (
+        {"members": [*map(shared_by_seeds, training["members"])]} if "members" in training else {}
+    )
+
+
 def regime_of(network: str, training: Mapping[str, Any]) -> str:
     """How exits were trained, by the flags that differ from their defaults."""
     interval = training.get("meta_interval", 1)
     parts = {
+        "cascade": network == "ebjr",
         "boosted": network.startswith("boosted/"),
         "L2W" if interval == 1 else f"L2W, 1 step in {interval}": training.get("l2w"),
         "self-KD": training.get("with_kd"),

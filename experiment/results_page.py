@@ -20,8 +20,8 @@ STYLES = HERE.parent / "adaptive"  # of the report of an evaluation, which this 
 class Row:
     """A way to answer: multiply-adds per image in millions, top-1 in percent, and speed where it was timed.
 
-    `top1` is the mean and `std` the standard deviation (None for one) over `n` trainings that differ in their
-    seed; published ones have no `n`. Rows of one `curve` share a colour, and `kind` says how they are drawn:
+    `top1` is the mean and `std` the standard deviation (None for one) over `n` trainings of a setting;
+    published ones have no `n`. Rows of one `curve` share a colour, and `kind` says how they are drawn:
     an "exit" is joined to the one before, "front" is a policy that is drawn but not in the table, "point"
     stands alone. The `way` of a front is the record that it is of. `record` is the name that the records of
     a curve share, and `origin` their folder, or "published".

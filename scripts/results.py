@@ -81,16 +81,29 @@ def exits_table(results: Sequence[Result]) -> str:
             f"{Spread.of([one.accuracy for one in column]).text(100)} at {column[0].macs / 1e6:.2f} M"
             for column in columns
         ]
-        about = (group[0].stem, f"`{group[0].about.network}`", group[0].regime)
+        first = group[0]
+        about = (first.stem, f"`{first.about.network}`", first.regime, f"{first.about.num_test:,}")
         rows.append([*about, *cells, *["–"] * (count - len(cells))])
-    return markdown(["record", "network", "regime", *(f"exit {k}, %" for k in range(count))], rows)
+    return markdown(
+        ["record", "network", "regime", "test images", *(f"exit {k}, %" for k in range(count))], rows
+    )
 
 
 def curves_table(results: Sequence[Result]) -> str:
     """Area below the curve and accuracy within three budgets, with p against the first setting."""
     groups = [Group(found[0].stem, found) for found in by_setting(results).values()]
     heads, rows = comparison(groups)
-    return markdown(["record", *heads[1:]], rows)
+    trained = [_images(group.results[0]) for group in groups]
+    rows = [[title, images, *cells] for (title, *cells), images in zip(rows, trained, strict=True)]
+    return markdown(["record", "images trained on", *heads[1:]], rows)
+
+
+def _images(result: Result) -> str:
+    """How many images a training with a budget has seen, repetitions counted."""
+    training = result.origin.training
+    return (
+        f"{training.epochs * training.epoch_images:,}" if training.epochs and training.epoch_images else "–"
+    )
 
 
 def speed_table(results: Sequence[Result]) -> str:

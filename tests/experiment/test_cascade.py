@@ -64,6 +64,8 @@ def test_a_checkpoint_tells_what_its_text_leaves_open(files):
 def test_a_cascade_is_a_checkpoint(files):
     texts = [f"weights={files / 'special.pth'}", f"weights={files / 'student.pth'}"]
     opened = open_network(read_cascade(texts), num_classes=5, view=PLAIN)
+    trained = [one.flags() for one in opened.members]
+    assert [(one["seed"], tuple(one["popular_classes"])) for one in trained] == [(3, (4, 1)), (3, ())]
     images = torch.rand(2, 3, 32, 32)
     with torch.inference_mode():
         special, general = opened.network(images)

@@ -41,6 +41,18 @@ def test_seeds_are_of_one_setting_and_other_flags_are_not():
     assert [one.regime for one in results] == ["joint", "joint", "L2W"]
 
 
+def test_a_cascade_is_of_the_setting_of_its_networks():
+    """The seeds of two networks make one setting; networks trained in another way make another."""
+    members = [{"seed": 0, "epochs": 2}, {"seed": 0, "epochs": 3}]
+    others = [one | {"seed": 1} for one in members]
+    results = [Result.of("a", record(0, members=members)), Result.of("b", record(1, members=others))]
+    results.append(Result.of("c", record(2, members=[others[0], others[1] | {"with_kd": True}])))
+    assert [[one.name for one in group] for group in by_setting(results).values()] == [["a", "b"], ["c"]]
+    assert regime_of("ebjr", {}) == "cascade"
+    with pytest.raises(ValueError, match=r"^origin\.training\.members: Input should be a valid list, not 3$"):
+        Result.of("a", record(members=3))
+
+
 def test_area_is_the_mean_over_log_cost():
     one = Result.of("a", record())
     assert one.exits[1] == Point(8e6, 0.875, 1) and one.at(5e6) == 0.75

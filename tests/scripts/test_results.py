@@ -61,18 +61,23 @@ def test_an_index_and_blocks_are_written(folders, script, capsys):
     ]
     text = (docs / "x.md").read_text()
     assert (
-        "| a | `msdnet` | joint | 25.00 ± 0.00 (n = 2) at 1.00 M | 85.00 ± 7.07 (n = 2) at 16.00 M |\n"
+        "| a | `msdnet` | joint | 8 | 25.00 ± 0.00 (n = 2) at 1.00 M | 85.00 ± 7.07 (n = 2) at 16.00 M |\n"
         in text
     )
     assert text.startswith("# Title\n") and text.endswith("The end.\n") and "ranet" not in text
 
 
 def test_curves_are_compared_with_the_first(folders, script):
-    (words, _, docs), main = folders, script("results").main
+    (words, results, docs), main = folders, script("results").main
+    content = record("ranet", 0, 0.7)
+    content["origin"]["training"] |= {"epochs": 3, "epoch_images": 12}
+    (results / "b-0.json").write_text(json.dumps(content))
     (docs / "x.md").write_text(BLOCK.format("curves", "b-* a-*"))
     assert main(words) == 0
     lines = (docs / "x.md").read_text().splitlines()
-    assert lines[4].startswith("| record | last exit, % | area, 1.00 to 16.00 M, % | within 2.52 M, % |")
+    heads = "| record | images trained on | last exit, % | area, 1.00 to 16.00 M, % | within 2.52 M, % |"
+    assert lines[4].startswith(heads)
+    assert [line.split("|")[2] for line in lines[6:8]] == [" 36 ", " – "]
     assert lines[4].endswith("| within 16.00 M, % | p against b: area |")
     assert [line.split("|")[1] for line in lines[6:8]] == [" b ", " a "]
     assert "| 25.00 ± 0.00 (n = 2) | 50.00 ± 0.00 (n = 2) | 50.00 ± 0.00 (n = 2) | – |" in lines[7]

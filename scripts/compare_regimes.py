@@ -112,7 +112,7 @@ def show_speed(outcomes: Sequence[Outcome], matrix: Matrix, images: int) -> None
             found.append((row.title, "not reached", *["–"] * 2))
             continue
         record = matrix.speed(row, seed, min(good, key=lambda point: point["macs"])["policy"], images)
-        chosen = record.get("headlines", [record["headline"]])[-1]
+        chosen = record["headline"]
         named = f"{chosen['name']}, throughput order"
         speed = next(line["images_per_s"] for line in record["runtime"]["table"] if line["policy"] == named)
         figures = chosen["macs"]["value"] / 1e6, 100 * chosen["accuracy"]["value"]

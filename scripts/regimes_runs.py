@@ -107,8 +107,11 @@ class Matrix:
             pool.shutdown(cancel_futures=True)
 
     def record(self, name: str) -> dict[str, Any]:
-        """The content of a record."""
-        return json.loads((self.out / "records" / f"{name}.json").read_text(encoding="utf-8"))
+        """The content of a record. RuntimeError without one."""
+        path = self.out / "records" / f"{name}.json"
+        if not path.exists():
+            raise RuntimeError(f"{name} has no record")
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def wall(self, name: str, seed: int) -> float:
         """The seconds that a run's epochs took; nan where the record alone has been kept."""

@@ -200,6 +200,12 @@ def test_rows_without_their_first_have_no_table(tmp_path, script, parts, toy, ev
     assert script("compare_regimes").main([*map(str, words), "--only", "toy"]) == 1
     text = capsys.readouterr().out
     assert text.endswith("\nno table of toy: joint, its first row, has no record\n") and "|" not in text
+    runs.failing = {"toy-taught-seed0"}
+    for file in (tmp_path / "records").glob("toy-*.json"):
+        file.unlink()
+    words += ["--only", "toy", "--seeds", 0, 1, "--speed", "true"]
+    assert script("compare_regimes").main([*map(str, words)]) == 1
+    assert capsys.readouterr().out.endswith("\nspeed: toy-taught-seed0 has no record\n")
 
 
 def test_rows_that_have_changed_are_refused(tmp_path, script, parts, toy, error_of):

@@ -139,7 +139,7 @@ class Matrix:
         """The record of a row's network, with this policy of its front timed on test images.
 
         It takes the place of the record without, and has the same exits. The policy is its headline, before
-        the most accurate one; so a front that is thinned out may keep other policies.
+        the one as accurate as the last exit; so a front that is thinned out may keep other policies.
         """
         name = f"{row.name}-seed{seed}"
         known = self.record(name)

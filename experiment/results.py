@@ -56,7 +56,7 @@ class Result:
         evaluated = {key: about.get(key) for key in EVALUATED}
         return cls(
             name=name,
-            regime=regime_of(about["network"], training),
+            regime="cascade" if "networks" in about["options"] else regime_of(about["network"], training),
             setting=json.dumps(shared | evaluated, sort_keys=True),
             exits=tuple(Point(row.macs, row.acc1, k) for k, row in enumerate(record.anytime)),
             front=tuple(
@@ -124,7 +124,6 @@ def regime_of(network: str, training: Mapping[str, Any]) -> str:
     """How exits were trained, by the flags that differ from their defaults."""
     interval = training.get("meta_interval", 1)
     parts = {
-        "cascade": network == "ebjr",
         "boosted": network.startswith("boosted/"),
         "L2W" if interval == 1 else f"L2W, 1 step in {interval}": training.get("l2w"),
         "self-KD": training.get("with_kd"),

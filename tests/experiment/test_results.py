@@ -48,7 +48,9 @@ def test_a_cascade_is_of_the_setting_of_its_networks():
     results = [Result.of("a", record(0, members=members)), Result.of("b", record(1, members=others))]
     results.append(Result.of("c", record(2, members=[others[0], others[1] | {"with_kd": True}])))
     assert [[one.name for one in group] for group in by_setting(results).values()] == [["a", "b"], ["c"]]
-    assert regime_of("ebjr", {}) == "cascade"
+    content = record()
+    content["provenance"]["options"] = {"networks": []}
+    assert (results[0].regime, Result.of("d", content).regime) == ("joint", "cascade")
     with pytest.raises(ValueError, match=r"^origin\.training\.members: Input should be a valid list, not 3$"):
         Result.of("a", record(members=3))
 

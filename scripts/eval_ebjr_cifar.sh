@@ -8,7 +8,7 @@
 #   its evaluation script with -d cifar10 --arch densenet --depth 52 --growthRate 6 --resume 52-6.pth.tar
 #       --tarch densenet --tdepth 64 --tgrowthRate 12 --tresume 64-12.pth.tar --router_threshold 2.46
 # Published: CIFAR-10 94.77 %, 72.03 % answered by the student, 1.3653 x 10^8 FLOPs; CIFAR-100 74.79 %, 56.73 %, 1.5688 x 10^8.
-# On the first 1,000 CIFAR-10 test images: 95.0 %, 72.7 %, 1.3457 (docs/results.md). One CPU or GPU, minutes.
+# On the first 1,000 CIFAR-10 test images: 95.0 %, 72.7 %, 1.3457 (docs/measurements.md). One CPU or GPU, minutes.
 set -euo pipefail
 read -r student teacher <<<"${NETWORKS:-52_6 64_12}"
 root=$(dirname "${BASH_SOURCE[0]}")/..

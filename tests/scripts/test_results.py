@@ -142,9 +142,24 @@ def accuracies(section):
             yield from re.findall(r"\b\d{2}\.\d{2}\b", cell)
 
 
-def test_every_figure_of_the_results_has_an_origin():
-    """In docs/results.md: rows of tables and percentages. That a section's command printed them is not checked."""
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+def outside_blocks(text):
+    """Tables that are no block, and accuracies that no block of their section has, unless it names an origin.
+
+    A section with blocks has no other origin than these.
+    """
+    for section in re.split(r"^(?=## )", text, flags=re.MULTILINE):
+        blocks = re.findall(r"<!-- results: .*?<!-- end of results -->", section, re.DOTALL)
+        *_, (prose, known) = sections(section)  # before a heading there is an empty one
+        if blocks:
+            yield from re.findall(r"^\|.*", prose, re.MULTILINE)
+            yield from set(accuracies(prose)) - set(NUMBER.findall(" ".join(blocks)))
+        elif not known:
+            yield from unaccounted(section)
+
+
+def test_every_figure_of_the_measurements_has_an_origin():
+    """Rows of tables and percentages. That a section's command printed them is not checked."""
+    text = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
     assert not unaccounted(text)
     section = "## X\n\nIt has 81.5 % and costs 3 M.\n\n| a |\n|---|\n| 1 |\n"
     assert unaccounted(text + section) == ["It has 81.5 % and costs 3 M.", "| a |", "|---|", "| 1 |"]
@@ -153,6 +168,18 @@ def test_every_figure_of_the_results_has_an_origin():
     )
     assert not unaccounted(section + "At commit f33fa3a: `python x.py --a b`.")
     assert not unaccounted("<!-- results: exits a -->\n\n| a |\n\n<!-- end of results -->\n")
+
+
+def test_every_figure_of_the_results_is_in_a_block():
+    """Rows of tables and accuracies, beside a section without records that names its command."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert not [*outside_blocks(text)]
+    origin = "`python x.py --a b` at commit f33fa3a.\n\n"
+    block = "## X\n\n<!-- results: exits a -->\n\n| 81.52 ± 0.10 |\n\n<!-- end of results -->\n\n"
+    assert not [*outside_blocks(f"{block}It has 81.52 %.\n")]
+    assert [*outside_blocks(f"{block}{origin}It has 81.53 %.\n\n| 1 |\n")] == ["| 1 |", "81.53"]
+    assert [*outside_blocks(f"## X\n\n{origin}It has 81.53 %.\n")] == []
+    assert [*outside_blocks("## X\n\nIt has 81.53 %.\n")] == ["It has 81.53 %."]
 
 
 def test_accuracies_elsewhere_are_those_of_an_origin():

@@ -99,11 +99,10 @@ def curves_table(results: Sequence[Result]) -> str:
 
 
 def _images(result: Result) -> str:
-    """How many images a training with a budget has seen, repetitions counted."""
-    training = result.origin.training
-    return (
-        f"{training.epochs * training.epoch_images:,}" if training.epochs and training.epoch_images else "–"
-    )
+    """How many images a training with a budget, or all of a cascade's, has seen, repetitions counted."""
+    trainings = result.origin.training.members or [result.origin.training]
+    counts = [(one.epochs or 0) * (one.epoch_images or 0) for one in trainings]
+    return f"{sum(counts):,}" if all(counts) else "–"
 
 
 def speed_table(results: Sequence[Result]) -> str:

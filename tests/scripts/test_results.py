@@ -72,12 +72,18 @@ def test_curves_are_compared_with_the_first(folders, script):
     content = record("ranet", 0, 0.7)
     content["origin"]["training"] |= {"epochs": 3, "epoch_images": 12}
     (results / "b-0.json").write_text(json.dumps(content))
-    (docs / "x.md").write_text(BLOCK.format("curves", "b-* a-*"))
+    cascade = record("ebjr", 0, 0.7)
+    cascade["origin"]["training"]["members"] = [
+        content["origin"]["training"],
+        {"epochs": 2, "epoch_images": 7},
+    ]
+    (results / "c-0.json").write_text(json.dumps(cascade))
+    (docs / "x.md").write_text(BLOCK.format("curves", "b-* a-* c-*"))
     assert main(words) == 0
     lines = (docs / "x.md").read_text().splitlines()
     heads = "| record | images trained on | last exit, % | area, 1.00 to 16.00 M, % | within 2.52 M, % |"
     assert lines[4].startswith(heads)
-    assert [line.split("|")[2] for line in lines[6:8]] == [" 36 ", " – "]
+    assert [line.split("|")[2] for line in lines[6:9]] == [" 36 ", " – ", " 50 "]
     assert lines[4].endswith("| within 16.00 M, % | p against b: area |")
     assert [line.split("|")[1] for line in lines[6:8]] == [" b ", " a "]
     assert "| 25.00 ± 0.00 (n = 2) | 50.00 ± 0.00 (n = 2) | 50.00 ± 0.00 (n = 2) | – |" in lines[7]

@@ -12,6 +12,7 @@ Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 # Names stand in Markdown tables: no bar, no backtick, no new line.
 Name = Annotated[str, Field(max_length=100, pattern=r"^[\w./:+@-]+$")]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
 SHOWN = 60  # characters of a wrong value
 
 
@@ -50,10 +51,12 @@ class Training(Part):
 
 
 class Origin(Part):
-    """Where the figures come from; `model` is the SHA-256 of the weights."""
+    """Where the figures come from; by SHA-256 the weights, the test images' labels and the data's files."""
 
     made: Made
-    model: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
+    model: Hash
+    test: Hash
+    files: dict[str, Hash]
     training: Training
 
 
@@ -102,10 +105,11 @@ class Timed(Part):
 
 
 class Gain(Part):
-    """How many times the images/s of the last exit alone a chosen policy has."""
+    """How many times the images/s of the last exit alone a chosen policy has, with its 95 % interval."""
 
     point: Text
     speedup: Positive
+    speedup_interval: Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
 
 class Runtime(Part):

@@ -1,7 +1,7 @@
 """Where the figures of an evaluation come from: enough to repeat it, and to tell if two are comparable."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ def origin_of(subject: Subject, seen: Seen) -> Origin:
     opened = subject.opened
     training = changed(opened.recipe.flags())
     if opened.members:
-        training["members"] = [changed(one.flags()) for one in opened.members]
+        members = [changed(one.flags()) for one in opened.members]
+        training = in_common(training, members) | {"members": members}
     origin = made(
         subject.compute.device,
         data_set=data.data_set,
@@ -59,6 +60,11 @@ def origin_of(subject: Subject, seen: Seen) -> Origin:
         training=training,
         evaluation=changed(subject.recipe.flags()) | dict(subject.recipe.options),
     )
+
+
+def in_common(training: Mapping[str, Any], members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all networks of a cascade were trained by."""
+    return {k: value for k, value in training.items() if all(one.get(k) == value for one in members)}
 
 
 def hashes_of(data: Data) -> dict[str, str]:

@@ -3,27 +3,36 @@
 // the page as text, never as HTML.
 const rows = [];
 for (const changed of JSON.parse(document.getElementById("data").textContent)) rows.push({ ...rows.at(-1), ...changed });
-for (const row of rows) row.published = row.origin === "published";
+for (const row of rows) {
+  row.published = row.origin === "published";
+  row.title = row.record && `${row.origin}/${row.record}`;
+}
 const SHOWN = {{ shown | tojson }};
+const MOST_NAMES = 12; // of curves that are shown without a click
 const WIDTH = 560, HEIGHT = 340, LEFT = 46, RIGHT = 12, TOP = 10, BOTTOM = 40;
 
 // -- filters and the table
 
 const filters = [...document.querySelectorAll("#filters select")];
+const published = document.getElementById("published");
 const body = document.querySelector("#table tbody");
 
 function fillFilters() {
   for (const select of filters) {
-    const values = [...new Set(rows.map((row) => row[select.dataset.field]))].sort();
+    const field = select.dataset.field;
+    const values = [...new Set(rows.map((row) => row[field]))].filter((value) => value !== "published").sort();
     for (const value of ["", ...values]) select.add(new Option(value || "all", value));
-    if (select.dataset.field === "data_set") select.value = SHOWN;
+    select.value = SHOWN[field] || "";
     select.addEventListener("change", show);
   }
+  published.addEventListener("change", show);
   document.getElementById("filters").hidden = false;
 }
 
+// Published points are in no folder.
 function chosen() {
-  return rows.filter((row) => filters.every((one) => !one.value || row[one.dataset.field] === one.value));
+  const fits = (row, field, value) => !value || row[field] === value || (field === "origin" && row.published);
+  return rows.filter((row) => filters.every((one) => fits(row, one.dataset.field, one.value)) && (published.checked || !row.published));
 }
 
 // Numbers by size, text by the alphabet; what has no value comes last in both directions.
@@ -132,7 +141,7 @@ function drawDot(plot, row, at, field, colour) {
     plot.append(svg("line", { x1: x, x2: x, y1: at.y(row.top1 - row.std), y2: at.y(row.top1 + row.std), stroke: colour }));
   }
   const circle = dot(x, at.y(row.top1), colour, row.published);
-  circle.append(svg("title", {}, `${row.network}, ${row.way}: ${row.top1.toFixed(2)} % at ${row[field].toPrecision(4)}\n${row.source}`));
+  circle.append(svg("title", {}, `${row.title || row.network}, ${row.way}: ${row.top1.toFixed(2)} % at ${row[field].toPrecision(4)}\n${row.source}`));
   plot.append(circle);
 }
 
@@ -140,8 +149,8 @@ function drawCurve(plot, list, at, field, colour) {
   const exits = list.filter((row) => row.kind === "exit");
   if (field === "macs") {
     if (exits.length > 1) drawLine(plot, exits, at, field, colour, "exits");
-    const fronts = grouped(list.filter((row) => row.kind === "front"), (row) => row.way);
-    for (const front of fronts.values()) drawLine(plot, front, at, field, colour, "front");
+    const front = list.filter((row) => row.kind === "front");
+    if (front.length > 1) drawLine(plot, front, at, field, colour, "front");
   }
   for (const row of list) if (row.kind !== "front") drawDot(plot, row, at, field, colour);
 }
@@ -151,18 +160,22 @@ function draw(id, list, field, unit, colours) {
   const figure = document.getElementById(id);
   if (!list.length) return figure.replaceChildren(document.createTextNode("Nothing that was chosen has been timed so."));
   const plot = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `top-1 accuracy against ${unit}` });
-  const legend = document.createElement("ul"), at = scales(list, field);
+  const legend = document.createElement("ul"), at = scales(list, field), curves = grouped(list, (row) => row.curve);
   legend.className = "legend";
   drawAxes(plot, at, unit);
-  for (const [curve, points] of grouped(list, (row) => row.curve)) {
-    const colour = colours.get(curve), { record, network, regime, published } = points[0];
+  for (const [curve, points] of curves) {
+    const colour = colours.get(curve), { title, network, regime, published } = points[0];
     drawCurve(plot, points, at, field, colour);
     const item = document.createElement("li"), swatch = svg("svg", { viewBox: "0 0 12 12", "aria-hidden": "true" });
     swatch.append(dot(6, 6, colour, published));
-    item.append(swatch, `${record || network}, ${regime}${published ? " (published)" : ""}`);
+    item.append(swatch, `${title || network}, ${regime}${published ? " (published)" : ""}`);
     legend.append(item);
   }
-  figure.replaceChildren(plot, legend);
+  const folded = document.createElement("details"), summary = document.createElement("summary");
+  summary.textContent = curves.size === 1 ? "1 curve" : `${curves.size} curves`;
+  folded.open = curves.size <= MOST_NAMES;
+  folded.append(summary, legend);
+  figure.replaceChildren(plot, folded);
 }
 
 function show() {

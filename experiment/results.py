@@ -13,9 +13,11 @@ from experiment.layout import About, Origin, RecordFile, read_record
 from utils import UserError
 
 Read = TypeVar("Read")
+NAME = re.compile(r"[\w./+@-]+")  # of a file, without its end
 PUBLISHED = "published"  # the folder of points that were not measured here
 MOST_BYTES = 100_000  # of a file
-OWN = ("seed", "output_dir", "num_workers")  # flags of a training that are no part of its setting
+# Flags of a training that are no part of its setting; which data it had is told by their hashes.
+OWN = ("seed", "output_dir", "num_workers", "device", "data_path", "eval_data_path")
 EVALUATED = ("data_set", "num_test", "input_size", "confidence", "weights", "procedure", "backend")
 
 
@@ -48,16 +50,22 @@ class Result:
 
     @classmethod
     def of(cls, name: str, content: Any) -> "Result":
-        """From a record's content. Raises ValueError, which names the field, for what is none."""
+        """From a record's content. Raises ValueError, which names the field, for what is none.
+
+        So it does for a name that could break a table.
+        """
+        if not NAME.fullmatch(name):
+            raise ValueError(f"it is called {name!r}, accepted: letters, digits and . _ + @ - alone")
         record = read_record(content)
         about, origin = content["provenance"], content["origin"]
         training = shared_by_seeds(origin["training"])
         shared = {"network": about["network"], "options": about["options"], **training}
         evaluated = {key: about.get(key) for key in EVALUATED}
+        data = {"test": record.origin.test, "files": sorted(record.origin.files.values())}
         return cls(
             name=name,
-            regime="cascade" if "networks" in about["options"] else regime_of(about["network"], training),
-            setting=json.dumps(shared | evaluated, sort_keys=True),
+            regime=regime_of(about, len(record.anytime), training),
+            setting=json.dumps(shared | evaluated | data, sort_keys=True),
             exits=tuple(Point(row.macs, row.acc1, k) for k, row in enumerate(record.anytime)),
             front=tuple(
                 sorted(Point(row.macs, row.accuracy.value, row.policy.accuracy) for row in record.front)
@@ -120,18 +128,21 @@ def shared_by_seeds(training: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def regime_of(network: str, training: Mapping[str, Any]) -> str:
-    """How exits were trained, by the flags that differ from their defaults."""
+def regime_of(about: Mapping[str, Any], exits: int, training: Mapping[str, Any]) -> str:
+    """How so many exits of a network were trained, by the flags that differ from their defaults."""
+    if "networks" in about["options"]:
+        return "cascade"
     interval = training.get("meta_interval", 1)
     parts = {
-        "boosted": network.startswith("boosted/"),
+        "boosted": about["network"].startswith("boosted/"),
         "L2W" if interval == 1 else f"L2W, 1 step in {interval}": training.get("l2w"),
         "self-KD": training.get("with_kd"),
         "teacher": training.get("kd_teacher"),
         str(training.get("regime")): training.get("regime"),
         "frozen backbone": training.get("freeze_backbone"),
     }
-    return " + ".join(name for name, holds in parts.items() if holds) or "joint"
+    found = " + ".join(name for name, holds in parts.items() if holds)
+    return found or ("single exit" if exits == 1 else "joint")
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -167,7 +178,7 @@ def read_as(path: Path, what: str, reader: Callable[[Any], Read]) -> Read:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, accepted: up to {MOST_BYTES:,}")
         return reader(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is no {what}: {error}") from error
 
 

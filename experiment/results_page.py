@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
@@ -12,6 +13,7 @@ from experiment.results import Result, Spread, by_setting
 from models.registry import model_class
 from utils import UserError
 
+STEPS = 30  # between the costs of a front
 HERE = Path(__file__).parent
 STYLES = HERE.parent / "adaptive"  # of the report of an evaluation, which this page shares
 
@@ -21,9 +23,9 @@ class Row:
     """A way to answer: multiply-adds per image in millions, top-1 in percent, and speed where it was timed.
 
     `top1` is the mean and `std` the standard deviation (None for one) over `n` trainings of a setting;
-    published ones have no `n`. Rows of one `curve` share a colour, and `kind` says how they are drawn:
-    an "exit" is joined to the one before, "front" is a policy that is drawn but not in the table, "point"
-    stands alone. The `way` of a front is the record that it is of. `record` is the name that the records of
+    published ones have no `n`. `images` are those that it was tested on. Rows of one `curve` share a colour,
+    and `kind` says how they are drawn: an "exit" is joined to the one before, "front" is the best within a
+    cost, which is drawn but not in the table, "point" stands alone. `record` is the name that the records of
     a curve share, and `origin` their folder, or "published".
     """
 
@@ -39,11 +41,17 @@ class Row:
     source: str
     std: float | None = None
     n: int | None = None
+    images: int | None = None
     ms: float | None = None
     images_per_s: float | None = None
     record: str = ""
     origin: str = "published"
     url: str = ""
+
+    @property
+    def title(self) -> str:
+        """Folder and record, by which settings are told apart; published ones have none."""
+        return f"{self.origin}/{self.record}" if self.record else ""
 
     @property
     def published(self) -> bool:
@@ -63,22 +71,31 @@ def family_of(network: str) -> str:
 
 
 def measured_rows(results: Sequence[Result]) -> Iterator[Row]:
-    """The exits of every setting, the front of its first record, and every way that a record has timed."""
+    """The exits of every setting, what it reaches within a cost, and every way that a record has timed."""
     for i, group in enumerate(by_setting(results).values()):
         first = group[0]
         about = _about(first) | {"curve": f"measured {i}"}
         commits = sorted({one.origin.made.commit[:7] or "no commit" for one in group})
-        source = f"{first.about.num_test:,} test images, commit {', '.join(commits)}"
+        about_all = about | {"source": f"commit {', '.join(commits)}", "images": first.about.num_test}
         for k, column in enumerate(zip(*(one.exits for one in group), strict=True)):
             spread = Spread.of([100 * point.accuracy for point in column])
             std = spread.std if spread.n > 1 else None
             shown = {"way": f"exit {k}", "macs": column[0].macs / 1e6, "top1": spread.mean}
-            yield Row(**about, **shown, kind="exit", std=std, n=spread.n, source=source)
-        for point in first.front:
-            shown = {"way": first.name, "macs": point.macs / 1e6, "top1": 100 * point.accuracy}
-            yield Row(**about, **shown, kind="front", source=source)
+            yield Row(**about_all, **shown, kind="exit", std=std, n=spread.n)
+        for macs, accuracy in front_of(group):
+            yield Row(**about_all, kind="front", way="", macs=macs / 1e6, top1=100 * accuracy, n=len(group))
         for one in (one for one in results if one.setting == first.setting):
             yield from _timed_rows(one, about)
+
+
+def front_of(group: Sequence[Result]) -> Iterator[tuple[float, float]]:
+    """Costs, evenly spaced in their logarithm, and the mean accuracy of a setting's policies within them."""
+    if not all(one.front for one in group):
+        return
+    low, high = max(one.front[0].macs for one in group), max(one.front[-1].macs for one in group)
+    costs = [low * (high / low) ** (i / STEPS) for i in range(STEPS)] if low < high else []
+    for cost in (*costs, high):
+        yield cost, mean(one.at(cost) for one in group)
 
 
 def _about(one: Result) -> dict[str, str]:
@@ -97,9 +114,10 @@ def _timed_rows(one: Result, about: dict[str, str]) -> Iterator[Row]:
             macs=way.macs / 1e6,
             top1=100 * way.accuracy,
             n=1,
+            images=runtime.num_images,
             ms=way.p50_ms,
             images_per_s=way.images_per_s,
-            source=f"{runtime.num_images:,} test images, {one.origin.made.machine}",
+            source=one.origin.made.machine,
         )
 
 
@@ -152,6 +170,7 @@ def _six_digits(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def first_shown(rows: Sequence[Row]) -> str:
-    """The data set that the page opens with: that of the first measured row, else of the first."""
-    return next((row.data_set for row in sorted(rows, key=lambda row: row.published)), "")
+def first_shown(rows: Sequence[Row]) -> dict[str, str]:
+    """What the page opens with: data set and folder of the first measured row, or all."""
+    first = next((row for row in rows if not row.published), None)
+    return {"data_set": first.data_set, "origin": first.origin} if first else {}

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from pathlib import Path
 
 from common import read_flags
@@ -33,6 +34,7 @@ from experiment.results_page import page_of
 from utils import UserError, option, run_main, write_text
 
 BLOCK = re.compile(r"(<!-- results: (\w+) ([^>]+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+MARKS = re.compile(r"^<!-- *(?:end of )?results\b[^>]*>", re.IGNORECASE | re.MULTILINE)  # well formed or not
 COLUMNS = (
     "record",
     "network",
@@ -114,13 +116,16 @@ def speed_table(results: Sequence[Result]) -> str:
         ways = {way.policy: way for way in record.runtime.table} if record.runtime else {}
         for gain in record.runtime.points if record.runtime else ():
             policy, way = chosen.get(gain.point), ways.get(f"{gain.point}, throughput order")
-            if not policy or not way:
-                said = "was timed, but is no chosen policy with images/s"
+            alone = ways.get(f"exit {len(one.exits) - 1} alone")
+            if not policy or not way or not alone:
+                said = "was timed, but is no chosen policy with images/s beside those of the last exit alone"
                 raise UserError(f"{one.name}: {gain.point} {said}")
             figures = 100 * policy.accuracy.value, policy.macs.value / 1e6
-            speed = f"{way.images_per_s:,.0f}", f"{gain.speedup:.2f}"
-            rows.append([one.stem, gain.point, *(f"{figure:.2f}" for figure in figures), *speed])
-    heads = ["record", "policy", "top-1, %", "MACs, M", "images/s", "times the last exit alone"]
+            low, high = gain.speedup_interval
+            times = f"{gain.speedup:.2f} [{low:.2f}, {high:.2f}]"
+            speeds = f"{way.images_per_s:,.0f}", f"{alone.images_per_s:,.0f} at {alone.macs / 1e6:.2f} M"
+            rows.append([one.stem, gain.point, *(f"{figure:.2f}" for figure in figures), *speeds, times])
+    heads = ["record", "policy", "top-1, %", "MACs, M", "images/s", "the last exit alone", "times [95 %]"]
     return markdown(heads, rows)
 
 
@@ -132,7 +137,14 @@ TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
 
 
 def rewritten(text: str, results: Sequence[Result], where: str) -> str:
-    """A document with its blocks made anew. Raises ValueError for an unknown kind and for no records."""
+    """A document with its blocks made anew. Raises ValueError for an unknown kind and for no records.
+
+    And for a mark without its other one, between which and the next block prose would be lost.
+    """
+    marks = [mark for match in BLOCK.finditer(text) for mark in (match[1].rstrip("\n"), match[5])]
+    for found, expected in zip_longest(MARKS.findall(text), marks):
+        if found != expected:
+            raise UserError(f"{where}: {found} is no pair of <!-- results: KIND PATTERN ... --> and its end")
 
     def block(match: re.Match) -> str:
         start, kind, patterns, _, end = match.groups()
@@ -152,8 +164,9 @@ def rewritten(text: str, results: Sequence[Result], where: str) -> str:
 def main(argv: list[str]) -> int:
     """Rewrites the files that differ, or names them; returns the exit code."""
     flags = read_flags(Flags, argv, __doc__)
-    if not flags.results.is_dir():
-        raise UserError(f"--results {flags.results}: no such folder")
+    for name, folder in (("results", flags.results), ("docs", flags.docs)):
+        if not folder.is_dir():
+            raise UserError(f"--{name} {folder}: no such folder")
     results = read_results(flags.results)
     page = page_of(results, read_published(flags.results))
     made = {flags.results / "index.csv": index_of(results), flags.results / "index.html": page}

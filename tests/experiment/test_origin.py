@@ -9,7 +9,7 @@ import torch
 from adaptive.policy import Policy, content_hash
 from datasets import Data
 from experiment import open_network
-from experiment.origin import changed, file_hash, hashes_of
+from experiment.origin import changed, file_hash, hashes_of, in_common
 from experiment.portable import paths_in, portable
 from experiment.recipe import DEFAULTS
 
@@ -44,6 +44,12 @@ def test_files_of_data_are_hashed(tmp_path):
     assert file_hash(tmp_path / "a.npz") == expected
     data = Data(data_path=str(tmp_path), eval_data_path=str(tmp_path / "a.npz"))
     assert hashes_of(data) == {"a.npz": expected}
+
+
+def test_a_cascade_has_the_flags_of_all_its_networks():
+    first = {"seed": 0, "epochs": 2, "epoch_images": 7}
+    assert in_common(first, [first, {"seed": 0, "epochs": 2}]) == {"seed": 0, "epochs": 2}
+    assert in_common(first, [first, first]) == first
 
 
 def test_flags_at_their_defaults_are_left_out_but_the_seed():

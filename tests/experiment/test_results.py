@@ -17,6 +17,8 @@ def record(seed=0, front=((1e6, 0.5, 0.5), (4e6, 0.75, 0.75), (8e6, 0.875, 0.8))
             "training": {"seed": seed, "output_dir": f"runs/{seed}", **training},
             "made": {"commit": "abcdef0", "machine": "a CPU"},
             "model": f"{seed:08x}",
+            "test": "0a7a339b",
+            "files": {"train.npz": "37b57ea9"},
         },
         "anytime": [{"macs": 1e6, "acc1": 0.25}, {"macs": 8e6, "acc1": 0.875}],
         "front": [
@@ -39,6 +41,20 @@ def test_seeds_are_of_one_setting_and_other_flags_are_not():
     results = [Result.of("a", record(0)), Result.of("b", record(1)), Result.of("c", record(0, l2w=True))]
     assert [[one.name for one in group] for group in by_setting(results).values()] == [["a", "b"], ["c"]]
     assert [one.regime for one in results] == ["joint", "joint", "L2W"]
+
+
+def test_data_are_the_same_by_their_hashes():
+    """Wherever the files are and whatever their names."""
+    renamed, other, others = (record(seed, data_path=f"{seed}.npz") for seed in (1, 2, 3))
+    renamed["origin"]["files"] = {"1.npz": "37b57ea9"}
+    other["origin"]["files"] = {"train.npz": "33d2e294"}
+    others["origin"]["test"] = "074b123e"
+    results = [Result.of(str(i), one) for i, one in enumerate([record(), renamed, other, others])]
+    assert [[one.name for one in group] for group in by_setting(results).values()] == [
+        ["0", "1"],
+        ["2"],
+        ["3"],
+    ]
 
 
 def test_a_cascade_is_of_the_setting_of_its_networks():
@@ -72,17 +88,19 @@ def test_what_is_chosen_within_a_budget_knows_nothing_of_the_test_images():
 
 
 @pytest.mark.parametrize(
-    ("network", "training", "name"),
+    ("network", "exits", "training", "name"),
     [
-        ("ranet", {}, "joint"),
-        ("boosted/msdnet", {"with_kd": True}, "boosted + self-KD"),
-        ("msdnet", {"l2w": True, "with_kd": True}, "L2W + self-KD"),
-        ("msdnet", {"l2w": True, "meta_interval": 3}, "L2W, 1 step in 3"),
-        ("msdnet", {"regime": "equilibrium"}, "equilibrium"),
+        ("ranet", 4, {}, "joint"),
+        ("cifar_resnet", 1, {}, "single exit"),
+        ("cifar_resnet", 1, {"kd_teacher": "a.pth"}, "teacher"),
+        ("boosted/msdnet", 5, {"with_kd": True}, "boosted + self-KD"),
+        ("msdnet", 5, {"l2w": True, "with_kd": True}, "L2W + self-KD"),
+        ("msdnet", 5, {"l2w": True, "meta_interval": 3}, "L2W, 1 step in 3"),
+        ("msdnet", 5, {"regime": "equilibrium"}, "equilibrium"),
     ],
 )
-def test_the_regime_is_read_from_flags(network, training, name):
-    assert regime_of(network, training) == name
+def test_the_regime_is_read_from_flags(network, exits, training, name):
+    assert regime_of({"network": network, "options": {}}, exits, training) == name
 
 
 def test_what_is_no_record_is_refused_in_one_line(tmp_path):
@@ -97,6 +115,11 @@ def test_what_is_no_record_is_refused_in_one_line(tmp_path):
             read_results(tmp_path)
         assert str(raised.value).startswith(f"{path} is no record of an evaluation: ")
         assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match=r"^it is called 'a\|b', accepted: letters, digits and "):
+        Result.of("a|b", record())
+    path.unlink(), path.mkdir()
+    with pytest.raises(ValueError, match=r"x\.json is no record of an evaluation: .*[Dd]irectory"):
+        read_results(tmp_path)
 
 
 def test_weights_count_once_in_a_setting(tmp_path):

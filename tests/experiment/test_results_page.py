@@ -11,7 +11,15 @@ import pytest
 
 from experiment.published_points import read_published
 from experiment.results import Result
-from experiment.results_page import changes, family_of, first_shown, measured_rows, page_of, published_rows
+from experiment.results_page import (
+    changes,
+    family_of,
+    first_shown,
+    front_of,
+    measured_rows,
+    page_of,
+    published_rows,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -37,6 +45,8 @@ def record(seed, top1, machine="a CPU", **training):
             "training": {"seed": seed, **training},
             "made": {"commit": "abcdef0123", "machine": machine},
             "model": f"{seed:08x}",
+            "test": "0a7a339b",
+            "files": {},
         },
         "anytime": [{"macs": 1e6, "acc1": 0.25}, {"macs": 16e6, "acc1": top1}],
         "front": [
@@ -68,13 +78,24 @@ def test_seeds_are_a_row_and_what_was_timed_another(results):
         *(("L2W", "exit 0", 1), ("L2W", "exit 1", 1)),
     ]
     assert exits[1].top1 == pytest.approx(85) and exits[1].std == pytest.approx(7.0711, abs=1e-4)
-    assert exits[3].std is None and exits[3].source == "1,000 test images, commit abcdef0"
+    assert exits[3].std is None and exits[3].source == "commit abcdef0" and exits[3].images == 1000
     timed = [row for row in rows if row.kind == "point"]
     assert [(row.ms, row.images_per_s, row.way) for row in timed] == [(2.5, 1234.5, EVIL)] * 3
     assert [row.source.endswith(EVIL) for row in timed] == [False, True, False]
-    assert [row.way for row in rows if row.kind == "front"] == ["a-0", "a-0", "b-0", "b-0"]
     assert {(row.record, row.origin) for row in rows} == {("a", "."), ("b", ".")}
-    assert first_shown(rows) == "DIGITS" and not any(row.published for row in rows)
+    assert first_shown(rows) == {"data_set": "DIGITS", "origin": "."} and first_shown([]) == {}
+    assert not any(row.published for row in rows)
+
+
+def test_a_front_is_what_is_reached_within_a_cost_by_the_mean_training(results):
+    first, second = ([*front_of([one])] for one in results[:2])
+    assert (first[0], first[-1]) == ((3e6, 0.5), (4e6, 0.6)) and len(first) == 31
+    cheaper = record(1, 0.9)
+    cheaper["front"][0] |= {"macs": 2e6, "policy": {"accuracy": 0.9}, "accuracy": {"value": 0.4}}
+    both = [*front_of([results[0], Result.of("a-1", cheaper)])]
+    assert both[0] == (3e6, pytest.approx(0.45)) and both[-1] == (4e6, pytest.approx(0.5))
+    assert [macs for macs, _ in both] == [macs for macs, _ in first] and second == first
+    assert not [*front_of([results[0], Result.of("a-1", cheaper | {"front": []})])]
 
 
 def test_every_paper_is_published_and_has_a_source(papers):
@@ -194,8 +215,9 @@ def test_rows_are_filtered_and_sorted_with_the_keyboard(visit):
     for direction, first in (("ascending", "25.00 ± 0.00"), ("descending", "85.00 ± 7.07")):
         head.locator("button").press("Enter")
         assert head.get_attribute("aria-sort") == direction and page.evaluate(COLUMN, 6)[0] == first
+    assert [cell.split("/")[0] for cell in page.evaluate(COLUMN, 0)] == ["."] * 7
     page.locator("th[data-field=ms] button").press("Space")
-    assert page.evaluate(COLUMN, 8)[:3] == ["2.50"] * 3 and head.get_attribute("aria-sort") is None
+    assert page.evaluate(COLUMN, 9)[:3] == ["2.50"] * 3 and head.get_attribute("aria-sort") is None
     page.locator("select[data-field=regime]").select_option("L2W")
     assert page.locator("#count").text_content().startswith("3 of ")
     assert page.evaluate(COLUMN, 4)[0] == EVIL and page.title() == "Results"
@@ -210,8 +232,13 @@ def test_published_points_are_hollow_and_named_so(visit):
     page.locator("select[data-field=data_set]").select_option("IMNET")
     assert page.locator(filled).count() == 0 < page.locator("#cost > svg circle").count()
     names = page.locator("#cost li").all_text_contents()
-    assert len(names) > 10 and all(name.endswith(" (published)") for name in names)
-    page.locator("select[data-field=origin]").select_option(".")
+    assert page.locator("#cost summary").text_content() == f"{len(names)} curves"
+    assert (
+        len(names) > 12
+        and not page.locator("#cost li").first.is_visible()
+        and all(name.endswith(" (published)") for name in names)
+    )
+    page.locator("#published").uncheck()
     assert "Nothing" in page.locator("#cost").text_content() and page.locator("#cost svg").count() == 0
 
 

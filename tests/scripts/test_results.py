@@ -10,6 +10,7 @@ import pytest
 from experiment.results import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
+BLOCKS = re.compile(r"<!-- results: .*?<!-- end of results -->", re.DOTALL)
 NUMBER = re.compile(r"\d{2}\.\d+")
 BLOCK = "# Title\n\n<!-- results: {} {} -->\nold\n<!-- end of results -->\n\nThe end.\n"
 
@@ -30,6 +31,8 @@ def record(network, seed, accuracy):
             "training": {"seed": seed},
             "made": {"commit": "abcdef0", "machine": "a CPU"},
             "model": f"{seed:08x}",
+            "test": "0a7a339b",
+            "files": {},
         },
         "anytime": [{"macs": 1e6, "acc1": 0.25}, {"macs": 16e6, "acc1": accuracy}],
         "front": [{"macs": 3e6, "accuracy": {"value": 0.5}, "policy": {"accuracy": 0.5}}],
@@ -94,16 +97,17 @@ def test_the_speed_of_chosen_policies_is_a_table(folders, script, error_of):
     way = {"images_per_s": 2021.4, "p50_ms": None, "macs": 3e6, "accuracy": 0.5}
     names = "all exits", "exit 1 alone", "drop 1 %, throughput order", "drop 1 %, latency order"
     timed = {"num_images": 8, "table": [way | {"policy": name} for name in names]}
-    timed["points"] = [{"point": "drop 1 %", "speedup": 2.114}]
+    timed["points"] = [{"point": "drop 1 %", "speedup": 2.114, "speedup_interval": [2.0, 2.25]}]
     chosen = {"name": "drop 1 %", "accuracy": {"value": 0.6}, "macs": {"value": 2e6}}
     content = record("ranet", 0, 0.7) | {"runtime": timed, "headline": chosen}
     (results / "b-0.json").write_text(json.dumps(content))
     (docs / "x.md").write_text(BLOCK.format("speed", "*"))
     assert main(words) == 0
-    row = "| b | drop 1 % | 60.00 | 2.00 | 2,021 | 2.11 |"
+    row = "| b | drop 1 % | 60.00 | 2.00 | 2,021 | 2,021 at 3.00 M | 2.11 [2.00, 2.25] |"
     assert (docs / "x.md").read_text().splitlines()[6:8] == [row, ""]
     (results / "b-0.json").write_text(json.dumps(content | {"headline": chosen | {"name": "budget 9 M"}}))
-    assert error_of(main, *words) == "b-0: drop 1 % was timed, but is no chosen policy with images/s"
+    said = "was timed, but is no chosen policy with images/s beside those of the last exit alone"
+    assert error_of(main, *words) == f"b-0: drop 1 % {said}"
 
 
 def test_mistakes_are_one_line(folders, script, error_of):
@@ -113,6 +117,23 @@ def test_mistakes_are_one_line(folders, script, error_of):
     assert error_of(main, *words) == "x.md: results: area; accepted: exits, curves, speed"
     (docs / "x.md").write_text(BLOCK.format("exits", "c-*"))
     assert error_of(main, *words) == "x.md: no record is named c-*"
+    assert error_of(main, *words, "--docs", "nowhere") == "--docs nowhere: no such folder"
+
+
+def test_marks_must_be_in_pairs(folders, script, error_of):
+    """So that no prose between a lost end and the next block is taken for a block's content."""
+    (words, _, docs), main = folders, script("results").main
+    block, end = BLOCK.format("exits", "a-*"), "<!-- end of results -->\n"
+    for text, mark in (
+        (block.replace(end, "") + block, "<!-- results: exits a-* -->"),
+        (block + block.replace(end, ""), "<!-- results: exits a-* -->"),
+        (block + end, end.strip()),
+        (block.replace("exits a-*", "exits"), "<!-- results: exits -->"),
+        (block.replace("results:", "Results:"), "<!-- Results: exits a-* -->"),
+    ):
+        (docs / "x.md").write_text(text)
+        said = f"x.md: {mark} is no pair of <!-- results: KIND PATTERN ... --> and its end"
+        assert error_of(main, *words) == said and (docs / "x.md").read_text() == text
 
 
 def test_the_documents_and_the_page_are_those_of_the_records(script, capsys):
@@ -125,8 +146,7 @@ def sections(text):
 
     That is a command and a commit. Code is left out of the text.
     """
-    text = re.sub(r"<!-- results: .*?<!-- end of results -->", "", text, flags=re.DOTALL)
-    for section in re.split(r"^(?=## )", text, flags=re.MULTILINE):
+    for section in re.split(r"^(?=## )", BLOCKS.sub("", text), flags=re.MULTILINE):
         command = re.search(r"`(python|bash) \S+|^(python|bash) \S+|`[\w/]+\.py[` ]", section, re.MULTILINE)
         commit = re.search(r"\b(at|[Cc]ommits?) [0-9a-f]{7,40}\b", section)
         yield re.sub(r"```.*?```", "", section, flags=re.DOTALL), bool(command and commit)
@@ -139,8 +159,9 @@ def unaccounted(text):
 
 
 def accuracies(section):
-    """Those of two decimals: before "%", and in columns of tables that are of top-1 or accuracy."""
-    yield from re.findall(r"(?<![\d.])\d{2}\.\d{2}(?= ?%)", section)
+    """Those of two decimals: before "%", alone or in a list, and in columns that are of top-1 or accuracy."""
+    for listed in re.findall(r"(?:(?<![\d.])\d{2}\.\d{2}(?:,| and| to| ±|\s)*)+(?:\d\.\d{2} )?%", section):
+        yield from re.findall(r"(?<![\d.])\d{2}\.\d{2}", listed)
     for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
         head, *rows = ([*map(str.strip, line.strip("|").split("|"))] for line in table.splitlines())
         columns = [i for i, title in enumerate(head) if re.search("top-1|accuracy", title)]
@@ -154,7 +175,7 @@ def outside_blocks(text):
     A section with blocks has no other origin than these.
     """
     for section in re.split(r"^(?=## )", text, flags=re.MULTILINE):
-        blocks = re.findall(r"<!-- results: .*?<!-- end of results -->", section, re.DOTALL)
+        blocks = BLOCKS.findall(section)
         *_, (prose, known) = sections(section)  # before a heading there is an empty one
         if blocks:
             yield from re.findall(r"^\|.*", prose, re.MULTILINE)
@@ -189,22 +210,29 @@ def test_every_figure_of_the_results_is_in_a_block():
 
 
 def test_accuracies_elsewhere_are_those_of_an_origin():
-    """In README.md and docs/: of a record, of a paper, or of a section that has an origin."""
-    texts = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
-    known = {
-        f"{100 * point.accuracy:.2f}"
-        for one in read_results(ROOT / "results")
-        for point in (*one.exits, *one.front)
-    }
-    known |= {
+    """In README.md and docs/: of a block of the same document, a section with an origin, a chosen policy, a paper."""
+    records = [one.record for one in read_results(ROOT / "results")]
+    chosen = {f"{100 * one.headline.accuracy.value:.2f}" for one in records if one.headline}
+    published = {
         f"{float(n):.2f}"
         for path in ROOT.glob("results/published/*")
         for n in NUMBER.findall(path.read_text())
     }
-    parts = [(path.name, *part) for path, text in texts.items() for part in sections(text)]
-    known |= {figure for _, text, origin in parts if origin for figure in NUMBER.findall(text)}
-    wild = [(name, figure) for name, text, _ in parts for figure in accuracies(text) if figure not in known]
+    texts = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+    parts = [(path, *part) for path, text in texts.items() for part in sections(text)]
+    known = (
+        chosen
+        | published
+        | {figure for _, text, origin in parts if origin for figure in NUMBER.findall(text)}
+    )
+    blocks = {path: NUMBER.findall(" ".join(BLOCKS.findall(text))) for path, text in texts.items()}
+    wild = [
+        (path.name, figure)
+        for path, text, _ in parts
+        for figure in accuracies(text)
+        if figure not in {*known, *blocks[path]}
+    ]
     assert not wild
-    assert [
-        *accuracies("It has 81.50 % and 3.25 M.\n| top-1 | M |\n|---|---|\n| 81.2 | 7 |\n| 82.25 | 10.25 |\n")
-    ] == ["81.50", "82.25"]
+    text = "It has 81.50 %, 82.50, 83.50 and\n84.50 ± 0.12 %, and 13.25 M, 4.25 times.\n"
+    table = "| top-1 | M |\n|---|---|\n| 81.2 | 7 |\n| 82.25 | 10.25 |\n"
+    assert [*accuracies(text + table)] == ["81.50", "82.50", "83.50", "84.50", "82.25"]

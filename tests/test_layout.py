@@ -179,7 +179,7 @@ def test_budget_of_the_whole():
     for found in every:
         lines += len({line for token in found for line in range(token.start[0], token.end[0] + 1)})
     # The first limit is raised for abilities alone; the second, whose goal is 10, is never raised.
-    assert tokens <= 213_000 and tokens / lines <= 10.3
+    assert tokens <= 213_300 and tokens / lines <= 10.3
 
 
 @checked

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -50,7 +51,7 @@ def tangent_of(
     functions) if an operator has no forward-mode derivative.
     """
     # Of the attention kernels, only MATH has such a derivative.
-    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _BatchNorm():
         duals = {name: p.detach() for name, p in network.named_parameters()}
         duals |= {
             name: forward_ad.make_dual(duals[name], direction) for name, direction in directions.items()
@@ -103,3 +104,39 @@ def _convolution(
     if dweight is not None:
         terms.append(torch.conv2d(x, dweight, None, *rest, **options))
     return forward_ad.make_dual(result, sum(terms).expand_as(result).to(result.dtype)) if terms else result
+
+
+class _BatchNorm(TorchFunctionMode):
+    """In half precision by its own kernels: PyTorch's rule is a dozen passes, which convert there."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+        half = func is F.batch_norm and args[0].dtype.itemsize == 2
+        dual = half and forward_ad.unpack_dual(args[0]).tangent is not None
+        return (_batch_norm if dual else func)(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Of dual numbers. The result's derivative by `x` is symmetric: forward it is what it is backward."""
+    if not training:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    options = None, None, True, momentum, eps
+    (x, dx), (weight, dweight), (bias, dbias) = (
+        (None, None) if one is None else forward_ad.unpack_dual(one) for one in (x, weight, bias)
+    )
+    y, mean, scale = torch.native_batch_norm(x, weight, bias, *options)
+    backward = torch.ops.aten.native_batch_norm_backward
+    dy = backward(dx, x, weight, None, None, mean, scale, True, eps, (True, False, False))[0]
+    if dweight is not None:
+        dy += torch.native_batch_norm(x, dweight, dbias, *options)[0]
+    elif dbias is not None:
+        dy += dbias.view(-1, *[1] * (x.dim() - 2))
+    return forward_ad.make_dual(y, dy)

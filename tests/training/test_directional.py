@@ -228,6 +228,43 @@ def test_convolutions_of_known_result(moving):
         )
 
 
+@pytest.mark.parametrize(
+    "moving", ["scale", "scale weight", "scale bias", "scale weight bias", "weight bias"]
+)
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.BatchNorm2d(3),
+        lambda: nn.BatchNorm2d(3, affine=False),
+        lambda: nn.BatchNorm2d(3, track_running_stats=False),
+        lambda: nn.BatchNorm2d(3, eps=0.5).eval(),
+        lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12, eps=0.5)),
+    ],
+)
+def test_batch_norm(norm, moving):
+    """Half precision has a rule of its own; whatever moves, it says what the exact one does."""
+    torch.manual_seed(0)
+    network, dtype = nn.Module(), torch.float64
+    network.norm, network.scale = norm(), nn.Parameter(torch.tensor(1.5))
+    network.forward = lambda images: network.norm((images * network.scale + images**2).to(dtype))
+    network.double()
+    for p in network.norm.parameters():
+        nn.init.normal_(p)
+    moved = {
+        name: d for name, d in directions_in(network).items() if name.rpartition(".")[2] in moving.split()
+    }
+    images = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    exact = tangent_of(lambda maps: maps, network, moved, images)
+    network, dtype = network.float(), torch.bfloat16
+    before, moved = buffers_of(network), {name: direction.float() for name, direction in moved.items()}
+    tangent = tangent_of(lambda maps: maps, network, moved, images)
+    assert (tangent is None) == (not moved)
+    if moved:
+        assert F.cosine_similarity(tangent.double().flatten(), exact.flatten(), dim=0) > 0.9995
+        assert float(tangent.double().norm()) == pytest.approx(float(exact.norm()), rel=0.02)
+    assert_close(buffers_of(network), before, rtol=0, atol=0)
+
+
 def test_a_recorded_pass_in_mixed_precision_is_repeated_in_it():
     network, images, targets = noisy(rate=0.0, inplace=False)
     network, images, table = network.float(), images.float(), partial(loss_table, targets=targets)

@@ -87,7 +87,7 @@ class FrontRow(Part):
     accuracy: Accuracy
 
 
-class Setting(Part):
+class QuotaRow(Part):
     """A policy of the quota rule."""
 
     macs: Positive
@@ -149,7 +149,7 @@ class RecordFile(Part):
     provenance: About
     origin: Origin
     anytime: Annotated[list[Exit], Field(min_length=1), AfterValidator(ascending)]
-    dynamic: list[Setting] = []
+    dynamic: list[QuotaRow] = []
     front: list[FrontRow] = []
     headline: Chosen | None = None
     headlines: list[Chosen] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import read_flags, word
 
-from experiment.layout import Exit, Setting, read_record
+from experiment.layout import Exit, QuotaRow, read_record
 from experiment.results import read_as
 from utils import UserError, replacing, run_main
 
@@ -29,7 +29,7 @@ class Curves:
 
     label: str
     exits: list[Exit]
-    settings: list[Setting]
+    settings: list[QuotaRow]
 
     @classmethod
     def read(cls, text: str) -> "Curves":

@@ -5,12 +5,12 @@ import json
 import pytest
 from matplotlib.figure import Figure
 
-from experiment.layout import Exit, Setting
+from experiment.layout import Exit, QuotaRow
 
 
 def test_the_legend_is_beside_the_curves(script, tmp_path, monkeypatch):
     curves = script("plot_curves")
-    rows = [Setting(macs=1e6 * i, accuracy=0.5 + 0.1 * (i % 2)) for i in range(1, 20)]
+    rows = [QuotaRow(macs=1e6 * i, accuracy=0.5 + 0.1 * (i % 2)) for i in range(1, 20)]
     exits = [Exit(macs=1e7 * k, acc1=0.5 + 0.1 * k) for k in (1, 2)]
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append(figure) or path.touch())

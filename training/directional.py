@@ -110,7 +110,7 @@ class _BatchNorm(TorchFunctionMode):
     """In half precision by its own kernels: PyTorch's rule is a dozen passes, which convert there."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
-        half = func is F.batch_norm and args[0].dtype.itemsize == 2
+        half = func is F.batch_norm and args and args[0].dtype.itemsize == 2
         dual = half and forward_ad.unpack_dual(args[0]).tangent is not None
         return (_batch_norm if dual else func)(*args, **(kwargs or {}))
 
@@ -134,6 +134,7 @@ def _batch_norm(
     )
     y, mean, scale = torch.native_batch_norm(x, weight, bias, *options)
     backward = torch.ops.aten.native_batch_norm_backward
+    dx = dx.to(x.dtype)  # PyTorch's own rules may have made it more precise
     dy = backward(dx, x, weight, None, None, mean, scale, True, eps, (True, False, False))[0]
     if dweight is not None:
         dy += torch.native_batch_norm(x, dweight, dbias, *options)[0]

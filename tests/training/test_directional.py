@@ -239,6 +239,7 @@ def test_convolutions_of_known_result(moving):
         lambda: nn.BatchNorm2d(3, track_running_stats=False),
         lambda: nn.BatchNorm2d(3, eps=0.5).eval(),
         lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12, eps=0.5)),
+        lambda: nn.Sequential(nn.BatchNorm2d(3, eps=0.5).eval(), nn.BatchNorm2d(3)),  # its tangent is in fp32
     ],
 )
 def test_batch_norm(norm, moving):

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# MSDNet (https://arxiv.org/abs/1703.09844) on CIFAR-10 or CIFAR-100 in few epochs, as fast programs for CIFAR do it
-# (https://arxiv.org/abs/2404.00498): Muon, bf16 and channels-last, which pay here; a triangle of learning rates, a start on
-# smaller images and label smoothing, which together may (not significant); no alternating flips: docs/train.md.
+# A network on CIFAR-10 or CIFAR-100 in few epochs, as fast programs for CIFAR train theirs (https://arxiv.org/abs/2404.00498):
+# Muon, bf16 and channels-last, which pay for MSDNet here; a triangle of learning rates, a start on smaller images and label
+# smoothing, which together may (not significant); no alternating flips. docs/train.md has flags for other networks.
 #
-#   DATA=/path/to/torchvision/data bash scripts/train_msdnet_fast.sh CIFAR10 msdnet_cifar_lin5 runs/msdnet_fast
+#   DATA=/path/to/torchvision/data bash scripts/train_cifar_fast.sh CIFAR10 msdnet_cifar_lin5 runs/msdnet_fast
 #
 # Hardware: one GPU. On a CPU, where a small network's step gains little from a second thread, a process per core is faster:
 # OMP_NUM_THREADS=1 PROCESSES=2 DATA=... bash ... (2 cores). A step has 128 images however many processes share them.
-# Published: nothing for this network. docs/results.md has what it reaches.
+# Published: nothing for these networks. docs/train.md has what they reach.
 # 5,000 of the 50,000 images are held out for the best epoch and thresholds. DATA comes from
 # https://www.cs.toronto.edu/~kriz/cifar.html or is fetched by `--download true`. Flags after the three arguments are added;
 # with `--epochs N` give `--warmup_epochs` too, a fifth of it.

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A network on CIFAR-10 or CIFAR-100 in few epochs, as fast programs for CIFAR train theirs (https://arxiv.org/abs/2404.00498):
-# Muon, bf16, channels-last, a triangle of learning rates, a start on smaller images and label smoothing, which pay for MSDNet
-# here, the last three together; no alternating flips, which do not. docs/train.md has measurements and flags for other networks.
+# Muon, and together a triangle of learning rates, a start on smaller images and label smoothing, which pay for MSDNet here;
+# bf16 and channels-last, as more images fit into the same time; no alternating flips, which are not shown to pay.
+# docs/train.md has measurements and flags for other networks.
 #
 #   DATA=/path/to/torchvision/data bash scripts/train_cifar_fast.sh CIFAR10 msdnet_cifar_lin5 runs/msdnet_fast
 #

@@ -6,11 +6,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from datasets import PREFIXES, Splits
 from experiment.checkpoint import BEST
 from experiment.log import last_record
 from experiment.recipe import Recipe
 from models import MultiExitModel
+from training.parallel import has_bf16
 from utils import Compute
 
 EVALUATE = Path(__file__).resolve().parents[1] / "eval_dynamic.py"
@@ -24,11 +27,14 @@ def opening(
     counts = {"train": splits.train, "calib": splits.calib, "test": splits.test}
     procedure = f", procedure {recipe.network.procedure}" if recipe.network.procedure else ""
     going_on = f", going on from {source}" if source else ""
+    slow = ""
+    if compute.amp == torch.bfloat16 and not has_bf16(compute.device):
+        slow = ", which has no bf16 instructions: --use_amp false is faster"
     return [
         f"{recipe.network.model}: {network.num_exits} exits, {size / 1e6:.3f} M parameters",
         *splits.source.notes,
         ", ".join(f"{len(images)} {part} images" for part, images in counts.items()),
-        f"{compute.world_size} x {compute.device}{procedure}{going_on}",
+        f"{compute.world_size} x {compute.device}{slow}{procedure}{going_on}",
     ]
 
 

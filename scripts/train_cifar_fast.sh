@@ -8,6 +8,7 @@
 #
 # Hardware: one GPU. On a CPU, where a small network's step gains little from a second thread, a process per core is faster:
 # OMP_NUM_THREADS=1 PROCESSES=2 DATA=... bash ... (2 cores). A step has 128 images however many processes share them.
+# To a CPU without bf16 instructions (AVX2 alone) give --use_amp false --channels_last false.
 # Published: nothing for these networks. docs/train.md has what they reach.
 # 5,000 of the 50,000 images are held out for the best epoch and thresholds. DATA comes from
 # https://www.cs.toronto.edu/~kriz/cifar.html or is fetched by `--download true`. Flags after the three arguments are added;

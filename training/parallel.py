@@ -47,6 +47,12 @@ def start_compute(runtime: Runtime) -> Compute:
     return Compute(torch.device(kind), dtype, runtime.channels_last, rank, world_size)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16; a CPU without (AVX2) is slower in it than in fp32."""
+    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "cpu" or onednn
+
+
 def _end_with_launcher() -> None:
     """Makes a process of torchrun end when torchrun is killed: it would go on, and hold the run's folder."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":

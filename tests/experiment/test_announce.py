@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from datasets import Data, open_splits
+from experiment import announce
 from experiment.announce import farewell, opening
 from experiment.log import append_json
 from experiment.recipe import Recipe
@@ -25,6 +26,16 @@ def test_a_run_starts_with_its_network_its_images_and_its_place():
         "1337 train images, 100 calib images, 360 test images",
         "2 x cpu, procedure ours, going on from x.pth",
     ]
+
+
+def test_a_run_in_bf16_says_where_fp32_is_faster(monkeypatch):
+    recipe = Recipe.of({"model": "cifar_resnet", "procedure": "ours"})
+    network, splits = create_model("cifar_resnet", 10, depth=8), open_splits(Data(num_calib=100))
+    for fast in (False, True):
+        monkeypatch.setattr(announce, "has_bf16", lambda device, fast=fast: fast)
+        slow = "" if fast else ", which has no bf16 instructions: --use_amp false is faster"
+        *_, place = opening(recipe, network, splits, Compute(torch.device("cpu"), torch.bfloat16))
+        assert place == f"1 x cpu{slow}, procedure ours"
 
 
 def test_a_finished_run_says_figures_folder_and_the_next_command(tmp_path, monkeypatch):

@@ -277,6 +277,20 @@ def test_muon_steps_convolutions_and_leaves_the_rest_to_adamw():
     assert stepped == {"0.weight", "3.weight"}  # and not the last layer, though it is a matrix too
 
 
+def test_muon_orthogonalizes_in_fp32_where_bf16_is_slow(monkeypatch):
+    torch.manual_seed(0)
+    start, inputs, steps = nn.Conv2d(3, 8, 3), torch.randn(6, 3, 3, 3), []
+    for fast, kind in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(optim, "has_bf16", lambda device, fast=fast: fast)
+        net = copy.deepcopy(start)
+        update = make_update(net, "muon")
+        assert optim.muon.zeropower_via_newtonschulz(torch.eye(4), 1, [(2.0, -1.5, 0.5)]).dtype is kind
+        update(squared_error(net, inputs))
+        steps.append(net.weight.detach() - start.weight.detach())
+    apart = (steps[0] - steps[1]).norm() / steps[1].norm()
+    assert 0 < apart < 0.3, apart  # bf16 rounds what the iteration then magnifies
+
+
 def test_second_order_optimizer_steps():
     model = nn.Linear(4, 3)
     before = model.weight.detach().clone()

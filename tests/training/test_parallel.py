@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from training.parallel import start_compute
+from training.parallel import has_bf16, start_compute
 from utils import Compute, Runtime, gather
 
 CPU = Compute(torch.device("cpu"))
@@ -45,6 +45,13 @@ def test_mixed_precision_types_on_cpu(alone, amp, kind):
     with compute.autocast():
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == (kind or torch.float32)
+
+
+def test_a_gpu_and_a_cpu_with_its_instructions_have_bf16(monkeypatch):
+    assert has_bf16(torch.device("cuda"))
+    assert has_bf16(CPU.device) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not has_bf16(CPU.device)
 
 
 def test_absent_and_unknown_devices_are_refused(alone):

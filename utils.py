@@ -144,7 +144,7 @@ class Runtime:
     num_workers: int = option(WORKERS, "data loading processes; 0: the process itself loads", low=0)
     pin_mem: bool = option(True, "load into pinned memory (GPU only)")
     use_amp: bool = option(False, "mixed precision")
-    amp_dtype: Literal["auto", "bf16", "fp16"] = option("auto", "its type; auto: fp16 on GPU, bf16 on CPU")
+    amp_dtype: Literal["auto", "bf16", "fp16"] = option("auto", "its type; auto: GPU fp16, CPU bf16 or none")
     channels_last: bool = option(False, "channels-last memory format")
     flops: bool = option(False, "print what every exit costs, under each convention")
 

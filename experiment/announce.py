@@ -27,9 +27,8 @@ def opening(
     counts = {"train": splits.train, "calib": splits.calib, "test": splits.test}
     procedure = f", procedure {recipe.network.procedure}" if recipe.network.procedure else ""
     going_on = f", going on from {source}" if source else ""
-    slow = ""
-    if compute.amp == torch.bfloat16 and not has_bf16(compute.device):
-        slow = ", which has no bf16 instructions: --use_amp false is faster"
+    fast = compute.amp != torch.bfloat16 or has_bf16(compute.device.type)
+    slow = "" if fast else ", which has no bf16 instructions: --use_amp false is faster"
     return [
         f"{recipe.network.model}: {network.num_exits} exits, {size / 1e6:.3f} M parameters",
         *splits.source.notes,

@@ -457,12 +457,14 @@ def accuracy_per_exit(correct, exits):
 
 
 def check_l2w_evaluation(golden, fill):
+    # Equal on a CPU with AVX-512; one with AVX2 alone rounds softmax otherwise.
+    rounding = 0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 2**-22
     for case in golden["cases"].values():
         val, test = (l2w_tables(case, split, fill) for split in ("val", "test"))
         assert [row["p_index"] for row in case["rows"]] == list(range(1, len(MSDNET_RATIOS) + 1))
         for ratio, row in zip(MSDNET_RATIOS, case["rows"], strict=True):
             thresholds = quota_thresholds(val.confidence, geometric_quotas(ratio, case["num_exits"]))
-            assert torch.equal(thresholds, torch.tensor(row["thresholds"]))
+            torch.testing.assert_close(thresholds, torch.tensor(row["thresholds"]), rtol=rounding, atol=0)
             for split, tables in {"val": val, "test": test}.items():
                 result = simulate(tables.confidence, tables.correct, thresholds, case["flops"])
                 assert 100 * result.accuracy == pytest.approx(row[f"{split}_acc"], abs=1e-9)

@@ -82,7 +82,7 @@ SMALLER = [
     ),
     (r"^scripts/bench_latency.py", "--models cifar_resnet --input_size 32 --rounds 1"),
     (r"^scripts/bench_thresholds.py", "--samples 300"),
-    (r"^scripts/bench_ebjr.py", "--rounds 1"),
+    (r"^scripts/bench_ebjr.py", "--rounds 1 --product 256"),
     (
         r"^scripts/bench_loader.py",
         "--batches 1 --rounds 1 --workers 0 --device cpu --batch_size 8",

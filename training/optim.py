@@ -145,7 +145,7 @@ def make_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.
     if "muon" in name:
         groups = with_fallback(groups, model)
         # timm orthogonalizes in bf16, without an option; a CPU that has no bf16 takes 13 times as long.
-        dtype = torch.bfloat16 if has_bf16(groups[0]["params"][0].device) else torch.float32
+        dtype = torch.bfloat16 if has_bf16(next(model.parameters()).device.type) else torch.float32
         muon.zeropower_via_newtonschulz = partial(NEWTON_SCHULZ, dtype=dtype)
     try:
         return create_optimizer_v2(groups, prefix + name, o.lr, o.weight_decay, o.momentum, **given)

@@ -42,15 +42,16 @@ def start_compute(runtime: Runtime) -> Compute:
         dist.init_process_group(backend, rank=rank, world_size=world_size)
     amp = runtime.amp_dtype if runtime.use_amp else "none"
     if amp == "auto":
-        amp = "fp16" if kind.startswith("cuda") else "bf16"
+        amp = "fp16" if kind.startswith("cuda") else "bf16" if has_bf16(kind) else "none"
     dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     return Compute(torch.device(kind), dtype, runtime.channels_last, rank, world_size)
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16; a CPU without (AVX2) is slower in it than in fp32."""
-    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return device.type != "cpu" or onednn
+def has_bf16(kind: str) -> bool:
+    """Whether "cpu" or another kind of device has bf16 instructions; without, bf16 is slower than fp32."""
+    return kind != "cpu" or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _end_with_launcher() -> None:

@@ -211,7 +211,10 @@ def test_what_is_exported_in_int8_is_what_was_evaluated(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("--backend openvino --use_amp true", "openvino --precision fp32: not with --use_amp true"),
+        (
+            "--backend openvino --use_amp true --amp_dtype bf16",
+            "openvino --precision fp32: not with --use_amp true",
+        ),
         (
             "--backend openvino --precision int8 --calib none --router_threshold 0.5",
             "int8: there are no images to calibrate it on",

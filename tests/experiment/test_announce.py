@@ -32,7 +32,7 @@ def test_a_run_in_bf16_says_where_fp32_is_faster(monkeypatch):
     recipe = Recipe.of({"model": "cifar_resnet", "procedure": "ours"})
     network, splits = create_model("cifar_resnet", 10, depth=8), open_splits(Data(num_calib=100))
     for fast in (False, True):
-        monkeypatch.setattr(announce, "has_bf16", lambda device, fast=fast: fast)
+        monkeypatch.setattr(announce, "has_bf16", lambda kind, fast=fast: fast)
         slow = "" if fast else ", which has no bf16 instructions: --use_amp false is faster"
         *_, place = opening(recipe, network, splits, Compute(torch.device("cpu"), torch.bfloat16))
         assert place == f"1 x cpu{slow}, procedure ours"

@@ -130,7 +130,7 @@ def test_a_file_serves_all_that_it_fits(run, tmp_path):
     assert run(*start, "--mean", 0.4, 0.4, 0.4) == 2
     assert run(*start[:3], tmp_path / "b.pth") == 2
     assert run(*start, network=NETWORKS["vit_ee"].replace("exits 2", "exits 1")) == 2
-    assert run(*start, "--use_amp", "true") == 2
+    assert run(*start, "--use_amp", "true", "--amp_dtype", "bf16") == 2
     assert run(*start, "--cache_views", 2, "--scale", 0.5, 1) == 1
     assert run(*start, "--cache_views", 2, "--scale", 0.6, 1) == 1
 

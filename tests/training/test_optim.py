@@ -281,7 +281,7 @@ def test_muon_orthogonalizes_in_fp32_where_bf16_is_slow(monkeypatch):
     torch.manual_seed(0)
     start, inputs, steps = nn.Conv2d(3, 8, 3), torch.randn(6, 3, 3, 3), []
     for fast, kind in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(optim, "has_bf16", lambda device, fast=fast: fast)
+        monkeypatch.setattr(optim, "has_bf16", lambda kind, fast=fast: fast)
         net = copy.deepcopy(start)
         update = make_update(net, "muon")
         assert optim.muon.zeropower_via_newtonschulz(torch.eye(4), 1, [(2.0, -1.5, 0.5)]).dtype is kind

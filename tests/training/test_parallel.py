@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from training import parallel
 from training.parallel import has_bf16, start_compute
 from utils import Compute, Runtime, gather
 
@@ -36,7 +37,7 @@ def test_one_process_picks_a_device(alone):
 
 @pytest.mark.parametrize(
     ("amp", "kind"),
-    [("none", None), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("auto", torch.bfloat16)],
+    [("none", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
 )
 def test_mixed_precision_types_on_cpu(alone, amp, kind):
     runtime = Runtime(device="cpu") if amp == "none" else Runtime(device="cpu", use_amp=True, amp_dtype=amp)
@@ -47,11 +48,17 @@ def test_mixed_precision_types_on_cpu(alone, amp, kind):
     assert product.dtype == (kind or torch.float32)
 
 
+@pytest.mark.parametrize(("fast", "kind"), [(True, torch.bfloat16), (False, None)])
+def test_mixed_precision_by_itself_is_bf16_on_a_cpu_that_has_it(alone, monkeypatch, fast, kind):
+    monkeypatch.setattr(parallel, "has_bf16", lambda kind: fast)
+    assert start_compute(Runtime(device="cpu", use_amp=True)).amp is kind
+
+
 def test_a_gpu_and_a_cpu_with_its_instructions_have_bf16(monkeypatch):
-    assert has_bf16(torch.device("cuda"))
-    assert has_bf16(CPU.device) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert has_bf16("cuda")
+    assert has_bf16("cpu") == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not has_bf16(CPU.device)
+    assert not has_bf16("cpu")
 
 
 def test_absent_and_unknown_devices_are_refused(alone):

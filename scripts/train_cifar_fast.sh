@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A network on CIFAR-10 or CIFAR-100 in few epochs, as fast programs for CIFAR train theirs (https://arxiv.org/abs/2404.00498):
-# Muon, and together a triangle of learning rates, a start on smaller images and label smoothing, which pay for MSDNet here;
+# Muon, label smoothing, and as one ingredient a triangle of learning rates with a start on smaller images: each pays for MSDNet;
 # bf16 and channels-last, as more images fit into the same time; no alternating flips, which are not shown to pay.
 # docs/train.md has measurements and flags for other networks.
 #
@@ -8,7 +8,7 @@
 #
 # Hardware: one GPU. On a CPU, where a small network's step gains little from a second thread, a process per core is faster:
 # OMP_NUM_THREADS=1 PROCESSES=2 DATA=... bash ... (2 cores). A step has 128 images however many processes share them.
-# To a CPU without bf16 instructions (AVX2 alone) give --use_amp false --channels_last false.
+# To a CPU without bf16 instructions (AVX2 alone) give --use_amp false.
 # Published: nothing for these networks. docs/train.md has what they reach.
 # 5,000 of the 50,000 images are held out for the best epoch and thresholds. DATA comes from
 # https://www.cs.toronto.edu/~kriz/cifar.html or is fetched by `--download true`. Flags after the three arguments are added;

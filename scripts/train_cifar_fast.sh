@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A network on CIFAR-10 or CIFAR-100 in few epochs, as fast programs for CIFAR train theirs (https://arxiv.org/abs/2404.00498):
-# Muon, label smoothing, and as one ingredient a triangle of learning rates with a start on smaller images: each pays for MSDNet;
+# Muon, and together a triangle of learning rates, a start on smaller images and label smoothing, which pay for MSDNet here;
 # bf16 and channels-last, as more images fit into the same time; no alternating flips, which are not shown to pay.
 # docs/train.md has measurements and flags for other networks.
 #

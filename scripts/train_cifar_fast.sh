@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A network on CIFAR-10 or CIFAR-100 in few epochs, as fast programs for CIFAR train theirs (https://arxiv.org/abs/2404.00498):
 # Muon, a triangle of learning rates and label smoothing, which pay for MSDNet here; bf16 and channels-last, as more images fit
-# into the same time; neither alternating flips nor a start on smaller images, without which MSDNet was better.
+# into the same time; neither alternating flips nor a start on smaller images, which are not shown to pay.
 # docs/train.md has measurements and flags for other networks.
 #
 #   DATA=/path/to/torchvision/data bash scripts/train_cifar_fast.sh CIFAR10 msdnet_cifar_lin5 runs/msdnet_fast
